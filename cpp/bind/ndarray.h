@@ -1,0 +1,165 @@
+// NumPy arrays as the core's views, without copying: what does not fit is refused (false or nullopt), and Python's _args.py then either
+// explains why or makes the copy. Called by module.cpp; knows no operation.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <optional>
+
+#include "batchnorm/batchnorm.hpp"
+
+namespace batchnorm::bind {
+
+namespace py = pybind11;
+
+// NumPy's limit on dimensions.
+inline constexpr int kMaxDims = 64;
+
+// The type number NumPy gave ml_dtypes.bfloat16 in this process; -1 until Python has seen such an array.
+inline int bfloat16_type_num = -1;
+
+// An ndarray that can be used as it is: native byte order, aligned, a storage type.
+struct Array {
+    void* data;
+    int ndim;
+    const py::ssize_t *shape, *strides;  // strides in bytes
+    Dtype dtype;
+    bool writable;
+
+    std::int64_t element_size() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+};
+
+inline std::optional<Array> as_array(py::handle h) {
+    namespace d = py::detail;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(h.ptr())) != reinterpret_cast<PyObject*>(d::npy_api::get().PyArray_Type_)) return std::nullopt;
+    const auto* const a = d::array_proxy(h.ptr());
+    if ((a->flags & d::npy_api::NPY_ARRAY_ALIGNED_) == 0) return std::nullopt;
+    const auto* const descr = d::array_descriptor_proxy(a->descr);
+    if (descr->byteorder == '>') return std::nullopt;
+    Array r{a->data, a->nd, a->dimensions, a->strides, Dtype::float32, (a->flags & d::npy_api::NPY_ARRAY_WRITEABLE_) != 0};
+    switch (descr->type_num) {
+        case d::npy_api::NPY_FLOAT_:
+            break;
+        case d::npy_api::NPY_DOUBLE_:
+            r.dtype = Dtype::float64;
+            break;
+        case 23:  // NPY_HALF
+            r.dtype = Dtype::float16;
+            break;
+        default:
+            if (descr->type_num != bfloat16_type_num) return std::nullopt;
+            r.dtype = Dtype::bfloat16;
+    }
+    for (int i = 0; i < r.ndim; ++i) {
+        if (r.strides[i] % r.element_size() != 0) return std::nullopt;
+    }
+    return r;
+}
+
+// One value per channel.
+template <bool writable>
+bool as_channels(py::handle h, AnyChannels<writable>& out) {
+    if (h.is_none()) {
+        out = {};
+        return true;
+    }
+    const std::optional<Array> a = as_array(h);
+    if (!a || a->ndim != 1 || (a->dtype != Dtype::float32 && a->dtype != Dtype::float64) || (writable && !a->writable)) return false;
+    out = {a->data, a->dtype == Dtype::float64, a->shape[0], a->strides[0] / a->element_size()};
+    return true;
+}
+
+// The common view of arrays of one shape, the channel axis being `axis`: the other axes, in the order of the first array's memory, are
+// merged where every array allows it, and must come down to (outer, channels, inner) of one memory direction. Fails if the arrays
+// differ in shape or type or do not have such a view. An array may be given twice.
+template <std::size_t n>
+bool as_views(const std::array<const Array*, n>& arrays, std::int64_t axis, std::array<Tensor, n>& views) {
+    const Array& first = *arrays[0];
+    const int ndim = first.ndim;
+    if (ndim < 2 || ndim > kMaxDims || axis < -ndim || axis >= ndim) return false;
+    const int channel_axis = static_cast<int>(axis < 0 ? axis + ndim : axis);
+    for (const Array* a : arrays) {
+        if (a->ndim != ndim || a->dtype != first.dtype || !std::equal(a->shape, a->shape + ndim, first.shape)) return false;
+    }
+    const std::int64_t channels = first.shape[channel_axis];
+    const std::int64_t size = first.element_size();
+
+    // Axes other than channels, the largest stride first.
+    int axes[kMaxDims];
+    int n_axes = 0;
+    std::int64_t count = 1;
+    for (int i = 0; i < ndim; ++i) {
+        if (i == channel_axis) continue;
+        count *= first.shape[i];
+        if (first.shape[i] != 1) axes[n_axes++] = i;
+    }
+    std::stable_sort(axes, axes + n_axes, [&](int a, int b) { return std::abs(first.strides[a]) > std::abs(first.strides[b]); });
+
+    // Groups of axes that are one axis in every array; strides in elements.
+    struct Group {
+        std::int64_t size;
+        std::array<std::int64_t, n> stride;
+    };
+    Group groups[kMaxDims];
+    int n_groups = 0;
+    for (int k = 0; k < n_axes; ++k) {
+        const int i = axes[k];
+        bool merge = n_groups > 0 && count != 0;
+        for (std::size_t j = 0; merge && j < n; ++j) {
+            merge = groups[n_groups - 1].stride[j] == arrays[j]->strides[i] / size * first.shape[i];
+        }
+        Group& g = merge ? groups[n_groups - 1] : groups[n_groups++];
+        g.size = (merge ? g.size : 1) * first.shape[i];
+        for (std::size_t j = 0; j < n; ++j) g.stride[j] = arrays[j]->strides[i] / size;
+    }
+
+    const auto fill = [&](std::size_t j, std::int64_t outer, std::int64_t inner, std::int64_t outer_stride, std::int64_t channel_stride,
+                          std::int64_t inner_stride) {
+        Tensor& v = views[j];
+        v.data = arrays[j]->data;
+        v.dtype = first.dtype;
+        v.outer = outer;
+        v.channels = channels;
+        v.inner = inner;
+        v.outer_stride = outer_stride;
+        v.channel_stride = channel_stride;
+        v.inner_stride = inner_stride;
+    };
+    const auto channel_stride = [&](std::size_t j) { return arrays[j]->strides[channel_axis] / size; };
+    if (count == 0 || channels == 0) {
+        for (std::size_t j = 0; j < n; ++j) fill(j, 0, 1, 0, 1, 1);
+        return true;
+    }
+    if (n_groups > 2) return false;
+
+    bool ncs = n_groups > 0, nsc = true;
+    for (std::size_t j = 0; j < n; ++j) {
+        ncs = ncs && groups[n_groups - 1].stride[j] == 1;
+        nsc = nsc && (channels == 1 || channel_stride(j) == 1);
+    }
+    if (!ncs && !nsc) return false;
+    for (std::size_t j = 0; j < n; ++j) {
+        const std::int64_t c = channels == 1 ? 1 : channel_stride(j);
+        switch (n_groups) {
+            case 0:
+                fill(j, 1, 1, 0, c, 1);
+                break;
+            case 1:
+                if (ncs) {
+                    fill(j, 1, groups[0].size, 0, c, 1);
+                } else {
+                    fill(j, groups[0].size, 1, groups[0].stride[j], 1, 1);
+                }
+                break;
+            default:
+                fill(j, groups[0].size, groups[1].size, groups[0].stride[j], c, groups[1].stride[j]);
+        }
+    }
+    return true;
+}
+
+}  // namespace batchnorm::bind

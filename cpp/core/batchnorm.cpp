@@ -1,0 +1,454 @@
+// The drivers: check -> plan -> sums -> per-channel numbers -> elementwise pass. What runs on every element is in kernels/, what
+// runs once per channel in coeffs.h, how work is cut in plan.cpp.
+#include "batchnorm/batchnorm.hpp"
+
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+#include "coeffs.h"
+#include "parallel.h"
+#include "plan.h"
+#include "workspace.h"
+
+namespace batchnorm {
+namespace {
+
+using std::int64_t;
+using kernels::KernelTable;
+using kernels::Where;
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// Lets a driver be written once and run with C = float or double, the type the elementwise kernels compute in.
+template <class F>
+void with_compute(Dtype dtype, F f) {
+    if (dtype == Dtype::float64) {
+        f.template operator()<double>();
+    } else {
+        f.template operator()<float>();
+    }
+}
+
+// Runs items, or throws if the user interrupted.
+void for_each(int64_t n, const Plan& plan, parallel::Body body) {
+    if (!parallel::for_each(n, plan.parallel, body)) check::interrupted();
+}
+
+// A per-channel array as the kernels read it: each value `fold` times over, padded to whole blocks.
+template <class T>
+class Row {
+public:
+    Row() = default;
+    Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {}
+    void set(int64_t c, T value) {
+        for (int64_t j = 0; j < fold_; ++j) data_[j * channels_ + c] = value;
+    }
+    T* from(int64_t c) const { return data_ == nullptr ? nullptr : data_ + c; }
+    double operator[](int64_t c) const { return data_[c]; }
+
+private:
+    T* data_ = nullptr;
+    int64_t channels_ = 0, fold_ = 1;
+};
+
+template <class C>
+struct AffineRows {
+    Row<C> center, scale, offset;
+    AffineRows(Workspace& ws, const Plan& plan) : center(ws, plan), scale(ws, plan), offset(ws, plan) {}
+    void set(int64_t c, const coeffs::Affine<C>& a) {
+        center.set(c, a.center);
+        scale.set(c, a.scale);
+        offset.set(c, a.offset);
+    }
+    kernels::Affine from(int64_t c) const { return {center.from(c), scale.from(c), offset.from(c)}; }
+};
+
+// ---- sums ------------------------------------------------------------------------------------------------------------------
+
+// Two sums of one tile of one block of channels, folded rows added up in order. Kernel: void(const Where&, double*, double*), writing
+// fold * channels sums.
+template <class Kernel>
+void tile_sums(const Plan& plan, int64_t tile, int64_t block, const Kernel& kernel, double* first, double* second) {
+    alignas(64) double a[kMaxChannelBlock], b[kMaxChannelBlock];
+    const Where where = plan.tile(tile, block);
+    kernel(where, a, b);
+    const int64_t channels = where.box.channel_end - where.box.channel_begin;
+    for (int64_t c = 0; c < channels; ++c) {
+        double s = a[c], t = b[c];
+        for (int64_t j = 1; j < plan.fold; ++j) {
+            s += a[j * channels + c];
+            t += b[j * channels + c];
+        }
+        first[c] = s;
+        second[c] = t;
+    }
+}
+
+// Adds tile after tile, in index order, for one block of n channels.
+class BlockSums {
+public:
+    explicit BlockSums(int64_t n) : n_(n) {
+        for (int64_t c = 0; c < n; ++c) first_[c] = second_[c] = {0, 0};
+    }
+    void add(const double* a, const double* b) {
+        for (int64_t c = 0; c < n_; ++c) first_[c].add(a[c]);
+        for (int64_t c = 0; c < n_; ++c) second_[c].add(b[c]);
+    }
+    void totals(double* first, double* second) const {
+        for (int64_t c = 0; c < n_; ++c) {
+            first[c] = first_[c].total();
+            second[c] = second_[c].total();
+        }
+    }
+
+private:
+    int64_t n_;
+    coeffs::Sum first_[kMaxChannelBlock], second_[kMaxChannelBlock];
+};
+
+// All sums of one block: its tiles one after another.
+template <class Kernel>
+void block_sums(const Plan& plan, int64_t block, const Kernel& kernel, double* first, double* second) {
+    const Where where = plan.block_of_channels(block);
+    const int64_t c0 = where.box.channel_begin, n = where.box.channel_end - c0;
+    if (plan.tiles() == 1) return tile_sums(plan, 0, block, kernel, first + c0, second + c0);
+    double a[kMaxChannelBlock], b[kMaxChannelBlock];
+    BlockSums sums(n);
+    for (int64_t t = 0; t < plan.tiles(); ++t) {
+        tile_sums(plan, t, block, kernel, a, b);
+        sums.add(a, b);
+    }
+    sums.totals(first + c0, second + c0);
+}
+
+// All sums of all blocks: every tile is an item, then each block's tiles are added as block_sums would.
+template <class Kernel>
+void all_sums(const Plan& plan, const Kernel& kernel, double* first, double* second) {
+    const int64_t tiles = plan.tiles(), channels = plan.channels;
+    Workspace partial;
+    double* const a = partial.take<double>(tiles * channels);
+    double* const b = partial.take<double>(tiles * channels);
+    for_each(tiles * plan.blocks(), plan, [&](int64_t item) {
+        const int64_t tile = item / plan.blocks(), block = item % plan.blocks();
+        const int64_t at = tile * channels + block * plan.channel_block;
+        tile_sums(plan, tile, block, kernel, a + at, b + at);
+    });
+    for_each(plan.blocks(), plan, [&](int64_t block) {
+        const Where where = plan.block_of_channels(block);
+        const int64_t c0 = where.box.channel_begin, n = where.box.channel_end - c0;
+        BlockSums sums(n);
+        for (int64_t t = 0; t < tiles; ++t) sums.add(a + t * channels + c0, b + t * channels + c0);
+        sums.totals(first + c0, second + c0);
+    });
+}
+
+// The shape of every call with statistics: sums, then `finish` per block of channels, then `map` over all elements. finish(c0, c1,
+// again) turns sums into what map needs and returns false if it wants the sums of this block once more; the second time it must
+// be content. Map is void(const Where&).
+template <class Kernel, class Finish, class Map>
+void sums_then_map(const Plan& plan, const Kernel& kernel, double* first, double* second, const Finish& finish, const Map* map) {
+    if (plan.by_channel) {
+        for_each(plan.blocks(), plan, [&](int64_t block) {
+            const Where where = plan.block_of_channels(block);
+            const int64_t c0 = where.box.channel_begin, c1 = where.box.channel_end;
+            block_sums(plan, block, kernel, first, second);
+            if (!finish(c0, c1, false)) {
+                block_sums(plan, block, kernel, first, second);
+                finish(c0, c1, true);
+            }
+            if (map != nullptr) (*map)(where);
+        });
+        return;
+    }
+    all_sums(plan, kernel, first, second);
+    const auto finish_all = [&](bool again) {
+        std::atomic<bool> content{true};
+        for_each(plan.blocks(), plan, [&](int64_t block) {
+            const Where where = plan.block_of_channels(block);
+            if (!finish(where.box.channel_begin, where.box.channel_end, again)) content = false;
+        });
+        return content.load();
+    };
+    if (!finish_all(false)) {
+        all_sums(plan, kernel, first, second);
+        finish_all(true);
+    }
+    if (map != nullptr) for_each(plan.map_items(), plan, [&](int64_t i) { (*map)(plan.map_item(i)); });
+}
+
+// ---- statistics ----------------------------------------------------------------------------------------------------------------
+
+double first_value(const ConstTensor& x, int64_t c) {
+    const char* const p = static_cast<const char*>(x.data) + c * x.channel_stride * element_size(x.dtype);
+    switch (x.dtype) {
+        case Dtype::float32:
+            return *reinterpret_cast<const float*>(p);
+        case Dtype::float64:
+            return *reinterpret_cast<const double*>(p);
+        default:
+            break;
+    }
+    const std::uint32_t bits = *reinterpret_cast<const std::uint16_t*>(p);
+    if (x.dtype == Dtype::bfloat16) return std::bit_cast<float>(bits << 16);
+    const int exponent = static_cast<int>(bits >> 10 & 31);
+    const double significand = bits & 1023, sign = bits >> 15 ? -1 : 1;
+    if (exponent == 31) return significand == 0 ? sign * std::numeric_limits<double>::infinity() : kNaN;
+    return sign * (exponent == 0 ? std::ldexp(significand, -24) : std::ldexp(significand + 1024, exponent - 25));
+}
+
+// Mean and population variance of x: sums about the first value of each channel, and once more about the mean where that value
+// lay too far off.
+class Statistics {
+public:
+    Statistics(Workspace& ws, const Plan& plan, const KernelTable& table, const ConstTensor& x, std::span<double> mean, std::span<double> var)
+        : plan_(plan),
+          args_{{}, to_operand(x), nullptr, nullptr, nullptr},
+          kernel_(table.moments[plan.direction][to_kernel(x.dtype)]),
+          n_(static_cast<double>(plan.outer * plan.inner)),
+          // In double the rounding of the sums is all there is, and must stay below 1e-14; in float storage one ulp is 1e-7.
+          most_amplification_(x.dtype == Dtype::float64 ? 4 : 1024),
+          shift_(ws, plan),
+          sum_(ws.take<double>(plan.channels)),
+          sum_sq_(ws.take<double>(plan.channels)),
+          mean_(mean),
+          var_(var) {
+        for (int64_t c = 0; c < plan.channels; ++c) shift_.set(c, first_value(x, c));
+    }
+
+    // `then(c0, c1)` runs when mean and var of those channels are final; map as in sums_then_map.
+    template <class Then, class Map>
+    void run(const Then& then, const Map* map) {
+        const auto kernel = [&](const Where& where, double* sum, double* sum_sq) {
+            kernels::MomentsArgs a = args_;
+            a.where = where;
+            a.shift = shift_.from(where.box.channel_begin);
+            a.sum = sum;
+            a.sum_sq = sum_sq;
+            kernel_(a);
+        };
+        const auto finish = [&](int64_t c0, int64_t c1, bool again) {
+            bool content = true;
+            for (int64_t c = c0; c < c1; ++c) {
+                // Summed a second time for another channel's sake, a trusted channel gives the same numbers: its shift stayed.
+                const coeffs::Moments m = coeffs::from_sums(sum_[c], sum_sq_[c], shift_[c], n_, most_amplification_);
+                mean_[static_cast<std::size_t>(c)] = m.mean;
+                var_[static_cast<std::size_t>(c)] = m.var;
+                if (!m.trusted && !again) {
+                    shift_.set(c, m.better_shift);
+                    content = false;
+                }
+            }
+            if (content) then(c0, c1);
+            return content;
+        };
+        sums_then_map(plan_, kernel, sum_, sum_sq_, finish, map);
+    }
+
+private:
+    const Plan& plan_;
+    kernels::MomentsArgs args_;
+    kernels::MomentsFn kernel_;
+    double n_, most_amplification_;
+    Row<double> shift_;
+    double *sum_, *sum_sq_;
+    std::span<double> mean_, var_;
+};
+
+using NoMap = void (*)(const Where&);
+constexpr const NoMap* kNoMap = nullptr;
+
+void update_channels(const Channels& running_mean, const Channels& running_var, int64_t channels, auto mean, auto var, double decay, double n,
+                     double ddof) {
+    for (int64_t c = 0; c < channels; ++c) {
+        set(running_mean, c, coeffs::running(at(running_mean, c), mean(c), decay));
+        set(running_var, c, coeffs::running(at(running_var, c), coeffs::with_ddof(var(c), n, ddof), decay));
+    }
+}
+
+std::size_t index(int64_t c) { return static_cast<std::size_t>(c); }
+
+}  // namespace
+
+void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof) {
+    const Geometry g = check::moments_arguments(x, mean, var, ddof);
+    const KernelTable& table = check::active_level();
+    if (g.count() == 0) {
+        for (double& v : mean) v = kNaN;
+        for (double& v : var) v = kNaN;
+        return;
+    }
+    const Plan plan = make_plan(g, 1, 0);
+    Workspace ws;
+    const double n = static_cast<double>(g.count());
+    Statistics(ws, plan, table, x, mean, var)
+        .run(
+            [&](int64_t c0, int64_t c1) {
+                for (int64_t c = c0; c < c1; ++c) var[index(c)] = coeffs::with_ddof(var[index(c)], n, static_cast<double>(ddof));
+            },
+            kNoMap);
+}
+
+void batch_norm(const BatchNormArgs& a) {
+    const Geometry g = check::arguments(a);
+    const KernelTable& table = check::active_level();
+    if (g.count() == 0) return;
+    const Plan plan = make_plan(g, 1, 1);
+    with_compute(g.dtype, [&]<class C>() {
+        Workspace ws;
+        AffineRows<C> affine(ws, plan);
+        for (int64_t c = 0; c < g.channels; ++c) {
+            affine.set(c, coeffs::affine<C>(at(a.mean, c), coeffs::inv_std(at(a.var, c), a.eps), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
+        }
+        const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
+        for_each(plan.map_items(), plan, [&](int64_t i) {
+            const Where where = plan.map_item(i);
+            kernel({where, to_operand(a.x), to_operand(a.y), affine.from(where.box.channel_begin), a.activation == Activation::relu, plan.stream});
+        });
+    });
+}
+
+void batch_norm_train(const BatchNormTrainArgs& a) {
+    const Geometry g = check::arguments(a);
+    const KernelTable& table = check::active_level();
+    if (g.count() == 0) {
+        for (double& v : a.mean) v = kNaN;
+        for (double& v : a.inv_std) v = kNaN;
+        return;
+    }
+    const Plan plan = make_plan(g, 1, 1);
+    Workspace ws;
+    // The caller's arrays receive the statistics at the end, so that an interrupt leaves them as they were.
+    const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
+    with_compute(g.dtype, [&]<class C>() {
+        AffineRows<C> affine(ws, plan);
+        const auto then = [&](int64_t c0, int64_t c1) {
+            for (int64_t c = c0; c < c1; ++c) {
+                affine.set(c, coeffs::affine<C>(mean[index(c)], coeffs::inv_std(var[index(c)], a.eps), value_or(a.gamma, c, 1),
+                                                value_or(a.beta, c, 0)));
+            }
+        };
+        const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
+        const auto map = [&](const Where& where) {
+            kernel({where, to_operand(a.x), to_operand(a.y), affine.from(where.box.channel_begin), a.activation == Activation::relu, plan.stream});
+        };
+        Statistics(ws, plan, table, a.x, mean, var).run(then, &map);
+    });
+    for (int64_t c = 0; c < g.channels; ++c) {
+        a.mean[index(c)] = mean[index(c)];
+        a.inv_std[index(c)] = coeffs::inv_std(var[index(c)], a.eps);
+    }
+    if (a.running_mean) {
+        update_channels(
+            a.running_mean, a.running_var, g.channels, [&](int64_t c) { return mean[index(c)]; }, [&](int64_t c) { return var[index(c)]; }, a.decay,
+            static_cast<double>(g.count()), a.running_ddof);
+    }
+}
+
+void batch_norm_backward(const BatchNormBackwardArgs& a) {
+    const Geometry g = check::arguments(a);
+    const KernelTable& table = check::active_level();
+    const bool relu = a.activation == Activation::relu, fixed = a.stats == Stats::fixed;
+    const bool want_sums = a.dgamma || a.dbeta || (a.dx && !fixed);
+    const double n = static_cast<double>(g.count());
+    const Plan plan = g.count() == 0 ? Plan{} : make_plan(g, 2, a.dx ? 1 : 0);
+    Workspace ws;
+    double* const sum_dy = ws.take<double>(g.channels);
+    double* const sum_dy_xc = ws.take<double>(g.channels);
+    if (g.count() != 0) {
+        with_compute(g.dtype, [&]<class C>() {
+            AffineRows<C> affine(ws, plan);
+            Row<double> mean(ws, plan);
+            Row<C> k_dy(ws, plan), k_x(ws, plan), k_0(ws, plan);
+            for (int64_t c = 0; c < g.channels; ++c) {
+                mean.set(c, at(a.mean, c));
+                affine.set(c, coeffs::affine<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
+            }
+            const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
+            const auto sums = [&](const Where& where, double* dy, double* dy_xc) {
+                const int64_t c = where.box.channel_begin;
+                sums_kernel({where, to_operand(a.dy), to_operand(a.x), mean.from(c), affine.from(c), dy, dy_xc, relu});
+            };
+            const auto finish = [&](int64_t c0, int64_t c1, bool) {
+                for (int64_t c = c0; c < c1; ++c) {
+                    const coeffs::Gradient<C> k =
+                        coeffs::gradient<C>(mean[c], at(a.inv_std, c), value_or(a.gamma, c, 1), sum_dy[c], sum_dy_xc[c], n);
+                    k_dy.set(c, k.k_dy);
+                    k_x.set(c, k.k_x);
+                    k_0.set(c, k.k_0);
+                }
+                return true;
+            };
+            const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
+            const auto map = [&](const Where& where) {
+                const int64_t c = where.box.channel_begin;
+                apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(a.dx), affine.from(c), k_dy.from(c), k_x.from(c), k_0.from(c),
+                              relu, fixed, plan.stream});
+            };
+            if (want_sums) {
+                sums_then_map(plan, sums, sum_dy, sum_dy_xc, finish, a.dx ? &map : nullptr);
+            } else if (a.dx) {
+                finish(0, g.channels, false);
+                for_each(plan.map_items(), plan, [&](int64_t i) { map(plan.map_item(i)); });
+            }
+        });
+    }
+    for (int64_t c = 0; c < g.channels; ++c) {
+        if (a.dgamma) set(a.dgamma, c, g.count() == 0 ? 0 : sum_dy_xc[c] * at(a.inv_std, c));
+        if (a.dbeta) set(a.dbeta, c, sum_dy[c]);
+    }
+}
+
+void update_running(const UpdateRunningArgs& a) {
+    check::arguments(a);
+    update_channels(
+        a.running_mean, a.running_var, a.running_mean.size, [&](int64_t c) { return at(a.mean, c); }, [&](int64_t c) { return at(a.var, c); },
+        a.decay, static_cast<double>(a.count), a.ddof);
+}
+
+int num_threads() { return parallel::threads(); }
+
+void set_num_threads(int n) {
+    check::thread_count(n);
+    parallel::set_threads(n);
+}
+
+std::string isa() { return check::active_level().isa; }
+
+void set_isa(std::string_view name) { kernels::use(&check::level(name)); }
+
+std::vector<std::string> isa_levels() {
+    std::vector<std::string> names;
+    for (const auto& l : kernels::levels()) {
+        if (l.supported) names.emplace_back(l.table->isa);
+    }
+    return names;
+}
+
+std::vector<std::string> isa_built() {
+    std::vector<std::string> names;
+    for (const auto& l : kernels::levels()) names.emplace_back(l.table->isa);
+    return names;
+}
+
+std::string isa_reason() { return kernels::reason(); }
+
+std::string openmp_runtime() { return parallel::runtime(); }
+
+std::string compiler() {
+#if defined(__clang__)
+    return "clang++ " __clang_version__;
+#elif defined(__GNUC__)
+    return "g++ " __VERSION__;
+#else
+    return "unknown";
+#endif
+}
+
+std::string version() { return BATCHNORM_VERSION; }
+
+void set_interrupt_poll(bool (*poll)()) { parallel::set_poll(poll); }
+
+}  // namespace batchnorm

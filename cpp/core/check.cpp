@@ -1,0 +1,325 @@
+#include "check.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+
+namespace batchnorm::check {
+namespace {
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+std::string quoted(std::string_view name) {
+    std::string s("'");
+    s.append(name).append("'");
+    return s;
+}
+
+// Built by append: g++ 12 warns of an overlap in "(" + std::string&& (GCC bug 105651, fixed in 13).
+std::string dims(std::int64_t outer, std::int64_t channels, std::int64_t inner) {
+    std::string s("(");
+    s.append(std::to_string(outer)).append(", ").append(std::to_string(channels)).append(", ").append(std::to_string(inner)).append(")");
+    return s;
+}
+
+// Byte range [first, last) that a strided block touches, in unsigned arithmetic so that no pointer is formed outside an object.
+struct Range {
+    std::uintptr_t first, last;
+    bool overlaps(const Range& o) const { return first < o.last && o.first < last; }
+};
+
+template <bool writable>
+Range range_of(const AnyView<writable>& v) {
+    const auto base = reinterpret_cast<std::uintptr_t>(v.data);
+    if (v.outer == 0 || v.channels == 0 || v.inner == 0) return {base, base};
+    std::int64_t low = 0, high = 0;
+    for (const auto& [n, stride] : {std::pair{v.outer, v.outer_stride}, {v.channels, v.channel_stride}, {v.inner, v.inner_stride}}) {
+        (stride < 0 ? low : high) += (n - 1) * stride;
+    }
+    const std::int64_t size = element_size(v.dtype);
+    return {base + static_cast<std::uintptr_t>(low * size), base + static_cast<std::uintptr_t>((high + 1) * size)};
+}
+
+template <bool writable>
+Range range_of(const AnyChannels<writable>& v) {
+    const auto base = reinterpret_cast<std::uintptr_t>(v.data);
+    const std::int64_t size = v.is_double ? 8 : 4, extent = (v.size - 1) * v.stride;
+    return {base + static_cast<std::uintptr_t>(std::min<std::int64_t>(extent, 0) * size),
+            base + static_cast<std::uintptr_t>((std::max<std::int64_t>(extent, 0) + 1) * size)};
+}
+
+template <bool writable>
+void tensor(const AnyView<writable>& v, const char* name) {
+    const std::string n = name;
+    if (v.outer < 0 || v.channels < 0 || v.inner < 0) {
+        fail(n + " has sizes " + dims(v.outer, v.channels, v.inner) + ", expected none to be negative");
+    }
+    if (v.channels == 0) fail(n + " has 0 channels, expected at least 1");
+    if (v.outer == 0 || v.inner == 0) return;
+    // count and byte offsets must fit 64 bits, which also keeps all index arithmetic below in range.
+    constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max() / 16;
+    if (v.inner > kMost / v.outer || v.channels > kMost / (v.outer * v.inner)) {
+        fail(n + " has sizes " + dims(v.outer, v.channels, v.inner) + ", more elements than can be addressed");
+    }
+    if (v.data == nullptr) fail(n + " has no data, expected an array of (outer, channels, inner) = " + dims(v.outer, v.channels, v.inner));
+    const std::int64_t size = element_size(v.dtype);
+    if (reinterpret_cast<std::uintptr_t>(v.data) % static_cast<std::uintptr_t>(size) != 0) {
+        fail(n + " is not aligned to its element size of " + std::to_string(size) + " bytes");
+    }
+}
+
+bool is_ncs(std::int64_t inner, std::int64_t inner_stride) { return inner > 1 && inner_stride == 1; }
+bool is_nsc(std::int64_t channels, std::int64_t channel_stride) { return channels == 1 || channel_stride == 1; }
+
+template <bool writable>
+bool fits(const AnyView<writable>& v, kernels::Direction d) {
+    return d == kernels::ncs ? v.inner == 1 || v.inner_stride == 1 : is_nsc(v.channels, v.channel_stride);
+}
+
+Geometry geometry(const ConstTensor& x) {
+    tensor(x, "x");
+    Geometry g{kernels::ncs, x.outer, x.channels, x.inner, x.dtype};
+    if (g.count() == 0) return g;
+    if (is_ncs(x.inner, x.inner_stride)) {
+        g.direction = kernels::ncs;
+    } else if (is_nsc(x.channels, x.channel_stride)) {
+        g.direction = kernels::nsc;
+    } else if (x.inner == 1) {
+        g.direction = kernels::ncs;  // runs of one element: slow, but served
+    } else {
+        fail("x has strides " + dims(x.outer_stride, x.channel_stride, x.inner_stride) +
+             " of (outer, channels, inner), expected 1 for inner or for channels");
+    }
+    return g;
+}
+
+template <bool writable>
+void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g) {
+    const std::string n = name;
+    if (v.outer != g.outer || v.channels != g.channels || v.inner != g.inner) {
+        fail(n + " has (outer, channels, inner) " + dims(v.outer, v.channels, v.inner) + ", expected " + dims(g.outer, g.channels, g.inner) +
+             " as x has");
+    }
+    if (v.dtype != g.dtype) fail(n + " has another storage type than x, expected the same");
+    tensor(v, name);
+    if (g.count() != 0 && !fits(v, g.direction)) {
+        fail(n + " has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride) + ", expected 1 for " +
+             (g.direction == kernels::ncs ? "inner" : "channels") + " as x has");
+    }
+}
+
+// An output must not write one element twice.
+void distinct_elements(const Tensor& v, const char* name) {
+    struct {
+        std::int64_t n, stride;
+    } d[3] = {{v.outer, std::abs(v.outer_stride)}, {v.channels, std::abs(v.channel_stride)}, {v.inner, std::abs(v.inner_stride)}};
+    std::sort(d, d + 3, [](auto a, auto b) { return a.stride < b.stride; });
+    std::int64_t extent = 0;  // of the smaller strides
+    for (const auto& [n, stride] : d) {
+        if (n > 1 && stride <= extent) fail(std::string(name) + " has strides that reach one element twice, expected distinct elements");
+        if (n > 1) extent += (n - 1) * stride;
+    }
+}
+
+template <bool writable>
+void no_partial_overlap(const Tensor& out, const char* out_name, const AnyView<writable>& in, const char* in_name) {
+    if (!range_of(out).overlaps(range_of(in))) return;
+    const bool same = out.data == in.data && (out.outer == 1 || out.outer_stride == in.outer_stride) &&
+                      (out.channels == 1 || out.channel_stride == in.channel_stride) &&
+                      (out.inner == 1 || out.inner_stride == in.inner_stride);
+    if (!same) fail(std::string(out_name) + " partly overlaps " + in_name + ", expected the same array (in place) or a separate one");
+}
+
+enum class Values { any, finite, non_negative };
+
+template <bool writable>
+void channels(const AnyChannels<writable>& v, const char* name, std::int64_t n_channels, Values values = Values::any) {
+    const std::string n = name;
+    if (v.size != n_channels) fail(n + " has " + std::to_string(v.size) + " values, expected " + std::to_string(n_channels) + ", one per channel of x");
+    if (values == Values::any) return;
+    for (std::int64_t c = 0; c < v.size; ++c) {
+        const double value = at(v, c);
+        if (!std::isfinite(value)) fail(n + " is " + std::to_string(value) + " at channel " + std::to_string(c) + ", expected finite values");
+        if (values == Values::non_negative && value < 0) {
+            fail(n + " is " + std::to_string(value) + " at channel " + std::to_string(c) + ", expected values >= 0");
+        }
+    }
+}
+
+void required(bool present, const char* name) {
+    if (!present) fail(std::string(name) + " is missing");
+}
+
+void optional_affine(const ConstChannels& gamma, const ConstChannels& beta, std::int64_t n_channels) {
+    if (gamma) channels(gamma, "gamma", n_channels, Values::finite);
+    if (beta) channels(beta, "beta", n_channels, Values::finite);
+}
+
+void eps(double value) {
+    if (!std::isfinite(value) || value < 0) fail("eps is " + std::to_string(value) + ", expected a finite number >= 0");
+}
+
+void decay(double value) {
+    if (!(value >= 0 && value <= 1)) fail("decay is " + std::to_string(value) + ", expected a number in [0, 1]");
+}
+
+void running(const Channels& mean, const Channels& var, std::int64_t n_channels) {
+    for (const auto& [v, name] : {std::pair{&mean, "running_mean"}, {&var, "running_var"}}) {
+        channels(*v, name, n_channels);
+        if (v->size > 1 && v->stride == 0) fail(std::string(name) + " has stride 0, expected one element per channel");
+    }
+    if (!range_of(mean).overlaps(range_of(var))) return;
+    // Interleaved vectors (two columns of one array) share an address range but no element.
+    const std::int64_t size = mean.is_double ? 8 : 4;
+    const std::int64_t offset = static_cast<const char*>(var.data) - static_cast<const char*>(mean.data);
+    const bool interleaved = mean.is_double == var.is_double && mean.stride == var.stride && offset % size == 0 &&
+                             (offset / size) % mean.stride != 0;
+    if (!interleaved) fail("running_mean and running_var overlap, expected two separate arrays");
+}
+
+void output_statistic(std::span<double> v, const char* name, std::int64_t n_channels) {
+    if (static_cast<std::int64_t>(v.size()) != n_channels) {
+        fail(std::string(name) + " has " + std::to_string(v.size()) + " values, expected " + std::to_string(n_channels) + ", one per channel of x");
+    }
+}
+
+// No written vector may touch a tensor that is read or written, nor another written vector.
+template <class Statistic>
+void apart(const Range& tensor_range, const char* tensor_name, const Statistic& v, const char* name) {
+    if (tensor_range.overlaps(range_of(v))) fail(std::string(tensor_name) + " overlaps " + name + ", expected separate arrays");
+}
+
+}  // namespace
+
+Geometry arguments(const BatchNormArgs& a) {
+    const Geometry g = geometry(a.x);
+    required(static_cast<bool>(a.mean), "mean");
+    required(static_cast<bool>(a.var), "var");
+    channels(a.mean, "mean", g.channels, Values::finite);
+    channels(a.var, "var", g.channels, Values::non_negative);
+    optional_affine(a.gamma, a.beta, g.channels);
+    eps(a.eps);
+    same_shape(a.y, "y", g);
+    distinct_elements(a.y, "y");
+    if (!a.disjoint) no_partial_overlap(a.y, "y", a.x, "x");
+    const Range y = range_of(a.y);
+    for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
+        if (*v) apart(y, "y", *v, name);
+    }
+    return g;
+}
+
+Geometry arguments(const BatchNormTrainArgs& a) {
+    const Geometry g = geometry(a.x);
+    optional_affine(a.gamma, a.beta, g.channels);
+    if (static_cast<bool>(a.running_mean) != static_cast<bool>(a.running_var)) {
+        fail(std::string(a.running_mean ? "running_var" : "running_mean") + " is missing, expected running_mean and running_var or neither");
+    }
+    eps(a.eps);
+    decay(a.decay);
+    if (a.running_ddof != 0 && a.running_ddof != 1) fail("running_ddof is " + std::to_string(a.running_ddof) + ", expected 0 or 1");
+    if (g.count() == 1) {
+        fail("x has one value per channel, from which no variance can be had, expected at least 2; use batch_norm with running statistics, "
+             "or a larger batch");
+    }
+    same_shape(a.y, "y", g);
+    distinct_elements(a.y, "y");
+    if (!a.disjoint) no_partial_overlap(a.y, "y", a.x, "x");
+    output_statistic(a.mean, "mean", g.channels);
+    output_statistic(a.inv_std, "inv_std", g.channels);
+    const Range y = range_of(a.y);
+    for (const auto& [v, name] : {std::pair{&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
+        if (*v) apart(y, "y", *v, name);
+    }
+    if (a.running_mean) {
+        running(a.running_mean, a.running_var, g.channels);
+        for (const auto& [v, name] : {std::pair{&a.running_mean, "running_mean"}, {&a.running_var, "running_var"}}) {
+            apart(y, "y", *v, name);
+            apart(range_of(a.x), "x", *v, name);
+        }
+    }
+    return g;
+}
+
+Geometry arguments(const BatchNormBackwardArgs& a) {
+    const Geometry g = geometry(a.x);
+    same_shape(a.dy, "dy", g);
+    required(static_cast<bool>(a.mean), "mean");
+    required(static_cast<bool>(a.inv_std), "inv_std");
+    channels(a.mean, "mean", g.channels);
+    channels(a.inv_std, "inv_std", g.channels);
+    optional_affine(a.gamma, a.beta, g.channels);
+    if (a.stats == Stats::batch && g.count() == 1) {
+        fail("x has one value per channel, expected at least 2 with batch statistics; use Stats::fixed for a forward with given statistics");
+    }
+    if (a.dgamma) channels(a.dgamma, "dgamma", g.channels);
+    if (a.dbeta) channels(a.dbeta, "dbeta", g.channels);
+    if (!a.dx) return g;
+    same_shape(a.dx, "dx", g);
+    distinct_elements(a.dx, "dx");
+    if (!a.disjoint) {
+        no_partial_overlap(a.dx, "dx", a.dy, "dy");
+        no_partial_overlap(a.dx, "dx", a.x, "x");
+    }
+    const Range dx = range_of(a.dx);
+    for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
+        if (*v) apart(dx, "dx", *v, name);
+    }
+    return g;
+}
+
+Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof) {
+    const Geometry g = geometry(x);
+    output_statistic(mean, "mean", g.channels);
+    output_statistic(var, "var", g.channels);
+    if (ddof < 0) fail("ddof is " + std::to_string(ddof) + ", expected >= 0");
+    if (g.count() != 0 && g.count() <= ddof) {
+        fail("ddof is " + std::to_string(ddof) + ", expected less than the " + std::to_string(g.count()) + " values per channel of x");
+    }
+    return g;
+}
+
+void arguments(const UpdateRunningArgs& a) {
+    required(static_cast<bool>(a.running_mean), "running_mean");
+    required(static_cast<bool>(a.running_var), "running_var");
+    required(static_cast<bool>(a.mean), "mean");
+    required(static_cast<bool>(a.var), "var");
+    running(a.running_mean, a.running_var, a.running_mean.size);
+    channels(a.mean, "mean", a.running_mean.size);
+    channels(a.var, "var", a.running_mean.size);
+    decay(a.decay);
+    if (a.ddof != 0 && a.ddof != 1) fail("ddof is " + std::to_string(a.ddof) + ", expected 0 or 1");
+    if (a.count <= a.ddof) fail("count is " + std::to_string(a.count) + ", expected more than ddof = " + std::to_string(a.ddof));
+}
+
+void thread_count(int n) {
+    if (n < 1) fail("num_threads is " + std::to_string(n) + ", expected at least 1");
+}
+
+const kernels::KernelTable& level(std::string_view name) {
+    std::string known;
+    for (const auto& l : kernels::levels()) {
+        if (l.table->isa == name) {
+            if (!l.supported) fail("isa is " + quoted(name) + ", which this CPU cannot run");
+            return *l.table;
+        }
+        known.append(known.empty() ? "" : ", ").append(quoted(l.table->isa));
+    }
+    fail("isa is " + quoted(name) + ", expected one of " + known);
+}
+
+const kernels::KernelTable& active_level() {
+    const kernels::KernelTable* const table = kernels::active();
+    if (table != nullptr) return *table;
+    const char* const name = std::getenv("BATCHNORM_ISA");
+    try {
+        return level(name == nullptr ? "" : name);
+    } catch (const std::invalid_argument& e) {
+        fail(std::string("environment variable BATCHNORM_ISA: ") + e.what());
+    }
+}
+
+void interrupted() { throw Interrupted("interrupted"); }
+
+}  // namespace batchnorm::check

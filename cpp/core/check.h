@@ -1,0 +1,25 @@
+// Every argument check of the C++ library, and the only place that throws. Called first by each driver; a call that passes here
+// cannot fail later except for memory or an interrupt.
+#pragma once
+
+#include <string_view>
+
+#include "kernels/dispatch.h"
+#include "types.h"
+
+namespace batchnorm::check {
+
+Geometry arguments(const BatchNormArgs& a);
+Geometry arguments(const BatchNormTrainArgs& a);
+Geometry arguments(const BatchNormBackwardArgs& a);
+Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof);
+void arguments(const UpdateRunningArgs& a);
+void thread_count(int n);
+
+// The table of a named level, or of the level in use.
+const kernels::KernelTable& level(std::string_view name);
+const kernels::KernelTable& active_level();
+
+[[noreturn]] void interrupted();
+
+}  // namespace batchnorm::check

@@ -1,0 +1,87 @@
+// Everything per channel, in double: from sums to statistics, from statistics to the numbers the elementwise kernels use, running
+// statistics. Plain scalar functions of one channel; no tensors, no kernels, no threads.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace batchnorm::coeffs {
+
+// A sum that carries its rounding error along (Knuth's TwoSum), so that the number of tiles does not matter.
+struct Sum {
+    double value, error;
+
+    void add(double x) {
+        const double s = value + x, b = s - value;
+        error += (value - (s - b)) + (x - b);
+        value = s;
+    }
+    // Once the sum is not finite its error is NaN and says nothing.
+    double total() const { return std::isfinite(value) ? value + error : value; }
+};
+
+// Statistics of n values from the sums of (x - shift) and (x - shift)^2.
+struct Moments {
+    double mean, var;  // population variance, never negative
+    bool trusted;      // false: take the sums again, about `better_shift`
+    double better_shift;
+};
+
+// With d = mean - shift, the variance is the mean square less d^2, and the rounding of the squares' sum is amplified by
+// 1 + d^2/var. A shift taken from the data makes that small; `most_amplification` says how much is still fine. Typical values are
+// 1 to 10 (the shift is one of the values), the worst n (it is a lone outlier): then one more pass about the mean mends it.
+inline Moments from_sums(double sum, double sum_sq, double shift, double n, double most_amplification) {
+    const double d = sum / n;
+    const double mean = shift + d;
+    const double sq = sum * d;  // n d^2
+    const double m2 = sum_sq - sq;
+    Moments m{mean, m2 < 0 ? 0 : m2 / n, true, mean};
+    if (!std::isfinite(shift)) {
+        // An Inf first value: about 0, Inf stays Inf in the mean instead of turning NaN.
+        m.trusted = false;
+        m.better_shift = 0;
+    } else if (std::isfinite(mean) && !(sq <= most_amplification * m2)) {
+        m.trusted = false;
+    }
+    return m;
+}
+
+inline double inv_std(double var, double eps) { return 1 / std::sqrt(var + eps); }
+
+// Numbers of the kernels' y = (x - center) * scale + offset. In C = float the mean does not fit: its rest, times the slope, goes into
+// the offset, which keeps y's error at a few half-ulps whatever |mean| / std is.
+template <class C>
+struct Affine {
+    C center, scale, offset;
+};
+template <class C>
+Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
+    const C center = static_cast<C>(mean);
+    // Not the rest of an infinite mean, which would be NaN for the wrong reason; x - center is NaN or infinite by itself.
+    const double rest = std::isfinite(mean) ? mean - static_cast<double>(center) : 0;
+    const double slope = gamma * inv_std;
+    // A zero rest adds nothing, even where the slope is infinite.
+    return {center, static_cast<C>(slope), static_cast<C>(rest == 0 ? beta : beta - rest * slope)};
+}
+
+// Numbers of the kernels' dx = dy * k_dy + (x - center) * k_x + k_0.
+template <class C>
+struct Gradient {
+    C k_dy, k_x, k_0;
+};
+// dx = gamma inv_std (dy - sum_dy / n - (x - mean) inv_std^2 sum_dy_xc / n), Ioffe and Szegedy 2015, section 3, collected by powers.
+template <class C>
+Gradient<C> gradient(double mean, double inv_std, double gamma, double sum_dy, double sum_dy_xc, double n) {
+    const double slope = gamma * inv_std;
+    const double by_x = -slope * (inv_std * inv_std * (sum_dy_xc / n));
+    const double rest = mean - static_cast<double>(static_cast<C>(mean));
+    return {static_cast<C>(slope), static_cast<C>(by_x), static_cast<C>(-slope * (sum_dy / n) - by_x * rest)};
+}
+
+// decay is the weight of the old value. At 0 the old value is gone, even if it was NaN.
+inline double running(double old, double batch, double decay) { return decay == 0 ? batch : decay * old + (1 - decay) * batch; }
+
+// Variance with n - ddof in the denominator, from the population variance.
+inline double with_ddof(double var, double n, double ddof) { return ddof == 0 ? var : var * (n / (n - ddof)); }
+
+}  // namespace batchnorm::coeffs

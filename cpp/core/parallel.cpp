@@ -1,0 +1,96 @@
+#include "parallel.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace batchnorm::parallel {
+namespace {
+
+std::atomic<int> limit{0};  // 0: what OpenMP offers
+std::atomic<bool (*)()> poll{nullptr};
+// libgomp's pool does not survive fork: a parallel region in the child waits for threads that are not there. So a child runs serially.
+std::atomic<bool> forked{false};
+
+[[maybe_unused]] const int register_fork_handler = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+#endif
+    return 0;
+}();
+
+// Asks the poll at most every 50 ms, so that it costs nothing and Ctrl-C is answered well within half a second.
+class Poll {
+public:
+    bool stop() {
+        bool (*const f)() = poll.load(std::memory_order_relaxed);
+        if (f == nullptr) return false;
+        const auto now = std::chrono::steady_clock::now();
+        if (now - last_ < std::chrono::milliseconds(50)) return false;
+        last_ = now;
+        return f();
+    }
+
+private:
+    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace
+
+int threads() {
+    const int n = limit.load(std::memory_order_relaxed);
+    return n > 0 ? n : std::max(1, std::min(omp_get_max_threads(), omp_get_num_procs()));
+}
+
+void set_threads(int n) { limit.store(n, std::memory_order_relaxed); }
+
+void set_poll(bool (*f)()) { poll = f; }
+
+std::string runtime() {
+    std::string name =
+#if defined(__clang__)
+        "libomp";
+#elif defined(__GNUC__)
+        "libgomp";
+#else
+        "OpenMP";
+#endif
+    return name + " (_OPENMP " + std::to_string(_OPENMP) + ")";
+}
+
+bool for_each(std::int64_t n, bool worth_it, Body body) {
+    const int n_threads = worth_it && !forked.load(std::memory_order_relaxed) && !omp_in_parallel()
+                              ? static_cast<int>(std::min<std::int64_t>(threads(), n))
+                              : 1;
+    if (n_threads <= 1) {
+        if (n == 1) {
+            body(0);
+            return true;
+        }
+        Poll asked;
+        for (std::int64_t i = 0; i < n; ++i) {
+            body(i);
+            if (asked.stop()) return i + 1 == n;
+        }
+        return true;
+    }
+    std::atomic<bool> stopped{false};
+#pragma omp parallel num_threads(n_threads)
+    {
+        const std::int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
+        Poll asked;
+        for (std::int64_t i = n * t / team; i < n * (t + 1) / team && !stopped.load(std::memory_order_relaxed); ++i) {
+            body(i);
+            if (t == 0 && asked.stop()) stopped = true;
+        }
+    }
+    return !stopped;
+}
+
+}  // namespace batchnorm::parallel

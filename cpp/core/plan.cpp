@@ -1,0 +1,145 @@
+#include "plan.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace batchnorm {
+namespace {
+
+using std::int64_t;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// A tile's sums run over at most this many values of a channel (ncs): 1024 per lane, so that rounding in double stays near 1e-15
+// relative, while the work per tile hides what a call costs.
+constexpr int64_t kTileValues = 16384;
+
+// Elements of a tile of rows (nsc), and the fewest rows: sums of 2 doubles per channel are written per tile.
+constexpr int64_t kTileElements = 65536;
+constexpr int64_t kMinTileRows = 128;
+
+// Below this many elements, waking threads costs more than they save.
+constexpr int64_t kParallelElements = 32768;
+
+// Channels are grouped until their data reaches this size: long contiguous stretches, still well inside L2.
+constexpr int64_t kGroupBytes = 256 * 1024;
+
+// A channel larger than this is no work item by itself: an interrupt must not wait for it, nor other threads.
+constexpr int64_t kLargestChannelBytes = 16 << 20;
+
+// Elementwise items.
+constexpr int64_t kMapBytes = 256 * 1024;
+
+struct Caches {
+    int64_t l2, l3;
+    static const Caches& machine() {
+        static const Caches sizes = [] {
+            Caches s{1 << 20, 32 << 20};
+#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
+            if (const long n = sysconf(_SC_LEVEL2_CACHE_SIZE); n > 0) s.l2 = n;
+            if (const long n = sysconf(_SC_LEVEL3_CACHE_SIZE); n > 0) s.l3 = n;
+#endif
+            return s;
+        }();
+        return sizes;
+    }
+};
+
+// Rows folded into one so that few channels fill whole blocks: fold * channels is a multiple of 16 and at least 64.
+int64_t fold_for(int64_t channels) {
+    if (channels >= 64) return 1;
+    const int64_t step = kernels::kLanes / std::gcd(channels, kernels::kLanes);
+    return round_up(ceil_div(64, channels), step);
+}
+
+void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
+    if (p.inner >= kTileValues) {
+        p.tiles_inner = ceil_div(p.inner, kTileValues);
+        p.tile_inner = round_up(ceil_div(p.inner, p.tiles_inner), kernels::kLanes);
+        p.tiles_inner = ceil_div(p.inner, p.tile_inner);
+        p.tile_outer = 1;
+    } else {
+        p.tile_inner = p.inner;
+        p.tile_outer = std::min(p.outer, kTileValues / p.inner);
+    }
+    p.tiles_outer = ceil_div(p.outer, p.tile_outer);
+
+    const int64_t group = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(channel_bytes, 1), 1, kernels::kMaxGroup);
+    p.channel_block = std::min(group, std::max<int64_t>(1, p.channels / 16));
+    p.by_channel = !p.parallel || (p.blocks() >= 8 && channel_bytes <= kLargestChannelBytes);
+
+    p.map_inner = std::min(p.inner, std::max<int64_t>(kMapBytes / std::max<int64_t>(run_bytes / p.inner, 1), kernels::kLanes));
+    p.map_channels = std::clamp<int64_t>(kMapBytes / std::max<int64_t>(run_bytes, 1), 1, p.channels);
+    p.map_outer = std::clamp<int64_t>(kMapBytes / std::max<int64_t>(run_bytes * p.channels, 1), 1, p.outer);
+}
+
+void plan_nsc(Plan& p, int64_t element_bytes) {
+    p.fold = fold_for(p.channels);
+    p.channel_block = std::min(p.channels, kMaxChannelBlock);
+    // With enough blocks of channels to share out, rows need not be cut finely; the sums of a tile cost memory.
+    const int64_t rows = p.blocks() >= 16 ? 1024 : std::max(kMinTileRows, kTileElements / p.channels);
+    int64_t tiles = ceil_div(p.outer, rows);
+    // Multiples of 16 share out evenly.
+    if (p.blocks() < 16 && p.outer >= 16 * 32) tiles = round_up(tiles, 16);
+    tiles = std::min<int64_t>(tiles, 4096);
+    p.tile_outer = round_up(ceil_div(p.outer, tiles), p.fold);
+    p.tiles_outer = ceil_div(p.outer, p.tile_outer);
+    p.by_channel = !p.parallel;
+
+    p.map_channels = p.channel_block;
+    const int64_t row_bytes = p.channel_block * element_bytes;
+    p.map_outer = std::min(p.outer, round_up(std::max<int64_t>(kMapBytes / row_bytes, 1), p.fold));
+}
+
+}  // namespace
+
+Plan make_plan(const Geometry& g, int reads, int writes) {
+    Plan p;
+    p.direction = g.direction;
+    p.outer = g.outer;
+    p.channels = g.channels;
+    p.inner = g.inner;
+    if (g.direction == kernels::nsc) {
+        p.outer = g.count();
+        p.inner = 1;
+        p.row_split = g.inner;
+    }
+    const int64_t bytes = element_size(g.dtype);
+    p.parallel = g.elements() >= kParallelElements;
+    p.stream = writes > 0 && g.elements() * bytes * (reads + writes) > Caches::machine().l3;
+    if (g.direction == kernels::nsc) {
+        plan_nsc(p, bytes * (reads + writes));
+    } else {
+        plan_ncs(p, g.count() * bytes * reads, g.inner * bytes * (reads + writes));
+    }
+    return p;
+}
+
+kernels::Where Plan::block_of_channels(int64_t block) const {
+    const int64_t first = block * channel_block;
+    return {{0, outer, first, std::min(first + channel_block, channels), 0, inner}, row_split, fold};
+}
+
+kernels::Where Plan::tile(int64_t index, int64_t block) const {
+    kernels::Where w = block_of_channels(block);
+    const int64_t o = index / tiles_inner * tile_outer, i = index % tiles_inner * tile_inner;
+    w.box.outer_begin = o;
+    w.box.outer_end = std::min(o + tile_outer, outer);
+    w.box.inner_begin = i;
+    w.box.inner_end = std::min(i + tile_inner, inner);
+    return w;
+}
+
+int64_t Plan::map_items() const { return ceil_div(outer, map_outer) * ceil_div(channels, map_channels) * ceil_div(inner, map_inner); }
+
+kernels::Where Plan::map_item(int64_t index) const {
+    const int64_t n_inner = ceil_div(inner, map_inner), n_channels = ceil_div(channels, map_channels);
+    const int64_t i = index % n_inner * map_inner, c = index / n_inner % n_channels * map_channels,
+                  o = index / n_inner / n_channels * map_outer;
+    return {{o, std::min(o + map_outer, outer), c, std::min(c + map_channels, channels), i, std::min(i + map_inner, inner)}, row_split, fold};
+}
+
+}  // namespace batchnorm

@@ -1,0 +1,51 @@
+// From a call's geometry to its work items: which boxes are summed, in what grid, which channels go together, and whether stores
+// bypass the caches. Sees shapes, element sizes and cache sizes, never a thread count or data: the grid, and with it every bit of
+// the result, follows from the shape alone.
+#pragma once
+
+#include "types.h"
+
+namespace batchnorm {
+
+// The most channels of one work item in direction nsc.
+inline constexpr std::int64_t kMaxChannelBlock = 2048;
+
+struct Plan {
+    kernels::Direction direction = kernels::ncs;
+    std::int64_t outer = 0, channels = 0, inner = 0;  // nsc: outer counts rows, inner is 1
+    std::int64_t row_split = 1, fold = 1;
+
+    // Sums: a channel's values are cut into tiles_outer x tiles_inner tiles (the last ones may be shorter), each summed by itself, the
+    // results added in index order.
+    std::int64_t tile_outer = 1, tile_inner = 1, tiles_outer = 1, tiles_inner = 1;
+
+    // Channels of one work item.
+    std::int64_t channel_block = 1;
+
+    // One item does everything for its channels: all tiles, then the elementwise pass, which finds the data in cache. Otherwise all
+    // tiles of all channels come first, then the elementwise pass over the map grid.
+    bool by_channel = true;
+
+    // Elementwise pass on its own: items of map_outer x map_channels x map_inner, in memory order.
+    std::int64_t map_outer = 1, map_channels = 1, map_inner = 1;
+
+    bool parallel = false;  // enough work to wake other threads
+    bool stream = false;    // the output will not stay in any cache
+
+    std::int64_t tiles() const { return tiles_outer * tiles_inner; }
+    std::int64_t blocks() const { return (channels + channel_block - 1) / channel_block; }
+    // Length of a per-channel array as the kernels read it.
+    std::int64_t padded_width() const {
+        return (channels * fold + kernels::kLanes - 1) / kernels::kLanes * kernels::kLanes;
+    }
+
+    kernels::Where tile(std::int64_t index, std::int64_t block) const;
+    kernels::Where block_of_channels(std::int64_t block) const;  // all values of one block's channels
+    std::int64_t map_items() const;
+    kernels::Where map_item(std::int64_t index) const;
+};
+
+// `reads` and `writes`: how many tensors of this geometry the call reads and writes.
+Plan make_plan(const Geometry& g, int reads, int writes);
+
+}  // namespace batchnorm

@@ -1,0 +1,49 @@
+// Internal vocabulary between check, plan and the drivers: a call's tensors after checking, all in one memory direction.
+#pragma once
+
+#include <cstdint>
+
+#include "batchnorm/batchnorm.hpp"
+#include "kernels/kernels.h"
+
+namespace batchnorm {
+
+static_assert(static_cast<int>(Dtype::float32) == kernels::float32 && static_cast<int>(Dtype::float64) == kernels::float64 &&
+              static_cast<int>(Dtype::float16) == kernels::float16 && static_cast<int>(Dtype::bfloat16) == kernels::bfloat16);
+
+inline kernels::Dtype to_kernel(Dtype t) { return static_cast<kernels::Dtype>(t); }
+
+inline std::int64_t element_size(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype::float32 ? 4 : 2; }
+
+// What the tensors of one call have in common. outer and inner are as in the views; a plan flattens them to rows for nsc.
+struct Geometry {
+    kernels::Direction direction = kernels::ncs;
+    std::int64_t outer = 0, channels = 0, inner = 0;
+    Dtype dtype = Dtype::float32;
+
+    std::int64_t count() const { return outer * inner; }  // values per channel
+    std::int64_t elements() const { return count() * channels; }
+};
+
+// A checked view as the kernels address it. For nsc with inner > 1, a row's address is outer_stride and inner_stride apart.
+inline kernels::Operand to_operand(const ConstTensor& v) {
+    return {const_cast<void*>(v.data), v.outer_stride, v.channel_stride, v.inner_stride};
+}
+inline kernels::Operand to_operand(const Tensor& v) { return {v.data, v.outer_stride, v.channel_stride, v.inner_stride}; }
+
+inline double at(const ConstChannels& v, std::int64_t c) {
+    return v.is_double ? static_cast<const double*>(v.data)[c * v.stride] : static_cast<const float*>(v.data)[c * v.stride];
+}
+inline double at(const Channels& v, std::int64_t c) {
+    return v.is_double ? static_cast<const double*>(v.data)[c * v.stride] : static_cast<const float*>(v.data)[c * v.stride];
+}
+inline void set(const Channels& v, std::int64_t c, double value) {
+    if (v.is_double) {
+        static_cast<double*>(v.data)[c * v.stride] = value;
+    } else {
+        static_cast<float*>(v.data)[c * v.stride] = static_cast<float>(value);
+    }
+}
+inline double value_or(const ConstChannels& v, std::int64_t c, double otherwise) { return v ? at(v, c) : otherwise; }
+
+}  // namespace batchnorm

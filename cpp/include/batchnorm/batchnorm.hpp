@@ -1,0 +1,216 @@
+// batchnorm: batch normalization on the CPU. The public C++ interface; standard headers only.
+//
+// Every tensor with one channel axis is a View of (outer, channels, inner): NCHW is (N, C, H*W), NHWC is (N*H*W, C, 1), a matrix of
+// rows is (N, C, 1). Either inner or channels must be contiguous (stride 1). With n = outer * inner values per channel and the
+// population variance (Ioffe and Szegedy 2015, arXiv:1502.03167, algorithm 1):
+//
+//     y = act((x - mean) / sqrt(var + eps) * gamma + beta)
+//
+// Statistics are computed and returned in double. Results depend on the inputs only: same bits for any number of threads,
+// instruction set or alignment. Bad arguments throw std::invalid_argument, whose message names the argument, before anything is
+// written. All functions may be called from several threads at once.
+#pragma once
+
+#include <cstdint>
+#include <new>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <vector>
+
+#if defined(BATCHNORM_SHARED) && defined(__GNUC__)
+#define BATCHNORM_API __attribute__((visibility("default")))
+#else
+#define BATCHNORM_API
+#endif
+
+namespace batchnorm {
+
+// Storage formats without arithmetic of their own: IEEE binary16, and the upper half of a binary32.
+struct float16 {
+    std::uint16_t bits;
+};
+struct bfloat16 {
+    std::uint16_t bits;
+};
+
+enum class Dtype { float32, float64, float16, bfloat16 };
+
+template <class T>
+inline constexpr bool is_storage = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, float16> ||
+                                   std::is_same_v<T, bfloat16>;
+
+template <class T>
+    requires is_storage<T>
+inline constexpr Dtype dtype_of = std::is_same_v<T, float>    ? Dtype::float32
+                                  : std::is_same_v<T, double> ? Dtype::float64
+                                  : std::is_same_v<T, float16> ? Dtype::float16
+                                                               : Dtype::bfloat16;
+
+// A tensor as (outer, channels, inner) with strides in elements (they may be negative). Does not own the data.
+template <class T>
+    requires is_storage<std::remove_const_t<T>>
+struct View {
+    T* data = nullptr;
+    std::int64_t outer = 0, channels = 0, inner = 1;
+    std::int64_t outer_stride = 0, channel_stride = 1, inner_stride = 1;
+
+    // Contiguous (outer, channels, inner), as in NCHW with inner = H*W.
+    static View ncs(T* data, std::int64_t outer, std::int64_t channels, std::int64_t inner) {
+        return {data, outer, channels, inner, channels * inner, inner, 1};
+    }
+    // Contiguous rows of channels, as in NHWC with rows = N*H*W, or a matrix.
+    static View nsc(T* data, std::int64_t rows, std::int64_t channels) { return {data, rows, channels, 1, channels, 1, 1}; }
+};
+
+// A view whose storage type is a value, so that one function serves all; made from a View.
+template <bool writable>
+struct AnyView {
+    using Data = std::conditional_t<writable, void*, const void*>;
+    Data data = nullptr;
+    Dtype dtype = Dtype::float32;
+    std::int64_t outer = 0, channels = 0, inner = 1;
+    std::int64_t outer_stride = 0, channel_stride = 1, inner_stride = 1;
+
+    AnyView() = default;
+    template <class T>
+        requires(!writable || !std::is_const_v<T>)
+    AnyView(const View<T>& v)  // NOLINT: implicit on purpose
+        : data(v.data),
+          dtype(dtype_of<std::remove_const_t<T>>),
+          outer(v.outer),
+          channels(v.channels),
+          inner(v.inner),
+          outer_stride(v.outer_stride),
+          channel_stride(v.channel_stride),
+          inner_stride(v.inner_stride) {}
+    template <bool other>
+        requires(other && !writable)
+    AnyView(const AnyView<other>& v)  // NOLINT: implicit on purpose
+        : data(v.data),
+          dtype(v.dtype),
+          outer(v.outer),
+          channels(v.channels),
+          inner(v.inner),
+          outer_stride(v.outer_stride),
+          channel_stride(v.channel_stride),
+          inner_stride(v.inner_stride) {}
+    explicit operator bool() const { return data != nullptr; }
+};
+using ConstTensor = AnyView<false>;
+using Tensor = AnyView<true>;
+
+// One value per channel, float or double, with a stride in elements. Default-constructed means absent.
+template <bool writable>
+struct AnyChannels {
+    using Data = std::conditional_t<writable, void*, const void*>;
+    Data data = nullptr;
+    bool is_double = false;
+    std::int64_t size = 0, stride = 1;
+
+    AnyChannels() = default;
+    AnyChannels(Data d, bool dbl, std::int64_t n, std::int64_t s) : data(d), is_double(dbl), size(n), stride(s) {}
+    template <class V>
+        requires(std::is_same_v<std::remove_const_t<V>, float> || std::is_same_v<std::remove_const_t<V>, double>) &&
+                (!writable || !std::is_const_v<V>)
+    AnyChannels(std::span<V> values)  // NOLINT: implicit on purpose
+        : data(values.data()), is_double(std::is_same_v<std::remove_const_t<V>, double>), size(static_cast<std::int64_t>(values.size())) {}
+    template <class V>
+        requires(std::is_same_v<V, float> || std::is_same_v<V, double>)
+    AnyChannels(std::vector<V>& values) : AnyChannels(std::span<V>(values)) {}  // NOLINT: implicit on purpose
+    template <class V>
+        requires(std::is_same_v<V, float> || std::is_same_v<V, double>) && (!writable)
+    AnyChannels(const std::vector<V>& values) : AnyChannels(std::span<const V>(values)) {}  // NOLINT: implicit on purpose
+    explicit operator bool() const { return data != nullptr; }
+};
+using ConstChannels = AnyChannels<false>;
+using Channels = AnyChannels<true>;
+
+enum class Activation { none, relu };
+
+// How the statistics of the forward pass came about: from the batch itself (gradients flow through them) or given.
+enum class Stats { batch, fixed };
+
+// Normalise with given statistics. y may be x itself (in place); no other overlap.
+struct BatchNormArgs {
+    ConstTensor x;
+    Tensor y;                 // x's shape and dtype
+    ConstChannels mean, var;  // finite; var >= 0
+    ConstChannels gamma, beta;  // absent: 1 and 0
+    double eps = 1e-5;          // finite, >= 0
+    Activation activation = Activation::none;
+    bool disjoint = false;  // the caller knows that y does not partly overlap x although their address ranges do
+};
+BATCHNORM_API void batch_norm(const BatchNormArgs& args);
+
+// Normalise with the batch's own statistics, which are returned, and update running statistics in place:
+//     running = decay * running + (1 - decay) * batch,  with var * n / (n - running_ddof) for the variance.
+// One value per channel is an error. An empty batch (n = 0) gives NaN statistics and updates nothing.
+struct BatchNormTrainArgs {
+    ConstTensor x;
+    Tensor y;
+    ConstChannels gamma, beta;
+    Channels running_mean, running_var;  // both or neither
+    double decay = 0.9;                  // weight of the old value, in [0, 1]
+    int running_ddof = 1;                // 0 or 1
+    double eps = 1e-5;
+    Activation activation = Activation::none;
+    std::span<double> mean, inv_std;  // out, C each: what backward needs, unrounded
+    bool disjoint = false;
+};
+BATCHNORM_API void batch_norm_train(const BatchNormTrainArgs& args);
+
+// Gradients. With x_hat = (x - mean) * inv_std and dy masked by the activation first:
+//     dbeta = sum dy, dgamma = sum dy * x_hat,
+//     Stats::batch  dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)
+//     Stats::fixed  dx = gamma * inv_std * dy
+// Outputs that are absent are not computed. dx may be dy itself.
+struct BatchNormBackwardArgs {
+    ConstTensor dy, x;
+    ConstChannels mean, inv_std;  // as the forward returned them; NaN is passed on
+    ConstChannels gamma, beta;    // beta is read only with an activation
+    Stats stats = Stats::batch;
+    Activation activation = Activation::none;
+    Tensor dx;
+    Channels dgamma, dbeta;
+    bool disjoint = false;
+};
+BATCHNORM_API void batch_norm_backward(const BatchNormBackwardArgs& args);
+
+// Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n = 0 gives NaN; 0 < n <= ddof is an error.
+BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0);
+
+// The running-statistics step of batch_norm_train by itself; `var` is the population variance of `count` values.
+struct UpdateRunningArgs {
+    Channels running_mean, running_var;
+    ConstChannels mean, var;
+    double decay = 0.9;
+    std::int64_t count = 0;
+    int ddof = 1;
+};
+BATCHNORM_API void update_running(const UpdateRunningArgs& args);
+
+// Threads that a call may use; at least 1. The default is what OpenMP offers (OMP_NUM_THREADS, CPU affinity).
+BATCHNORM_API int num_threads();
+BATCHNORM_API void set_num_threads(int n);
+
+// Instruction-set levels: "baseline", "avx2", "avx512". A level that this machine or build lacks throws.
+BATCHNORM_API std::string isa();
+BATCHNORM_API void set_isa(std::string_view name);
+BATCHNORM_API std::vector<std::string> isa_levels();      // those this machine can run, best last
+BATCHNORM_API std::vector<std::string> isa_built();       // those in this build
+BATCHNORM_API std::string isa_reason();                   // why isa() is in use
+BATCHNORM_API std::string openmp_runtime();               // e.g. "libgomp (OpenMP 4.5)"
+BATCHNORM_API std::string compiler();                     // e.g. "g++ 12.2.0"
+BATCHNORM_API std::string version();
+
+// Called now and then, between tiles, on the thread that entered the library during long calls; true abandons the call with
+// Interrupted. Outputs are then partly written, statistics and running statistics not at all.
+BATCHNORM_API void set_interrupt_poll(bool (*poll)());
+struct Interrupted : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+}  // namespace batchnorm

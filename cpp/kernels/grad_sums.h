@@ -1,0 +1,142 @@
+// Kernel `grad_sums`: the two sums backward needs, sum of dy and sum of dy * (x - mean) per channel over one box, in double. With
+// ReLU, dy counts only where the forward value, recomputed by the same expression, is positive.
+#pragma once
+
+#include "apply.h"
+
+namespace batchnorm::BATCHNORM_ISA {
+namespace {
+
+using kernels::GradSumsArgs;
+
+template <class V>
+struct GradSums {
+    V dy, dy_xc;
+    BATCHNORM_INLINE void add(V g, V xc) {
+        dy = dy + g;
+        dy_xc = dy_xc + g * xc;
+    }
+};
+
+// dy as it reaches the normalisation: masked by the activation. center, scale, offset are not read without one.
+template <bool with_relu, class V, class PerChannel>
+BATCHNORM_INLINE V through_activation(V dy, V x, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t e) {
+    if constexpr (with_relu) {
+        return where_positive(affine(x, center.at(e), scale.at(e), offset.at(e)), dy);
+    } else {
+        return dy;
+    }
+}
+
+template <bool with_relu, class T>
+BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
+    const Box& b = a.where.box;
+    const Runs<const T> dy(a.dy, b), x(a.x, b);
+    const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
+    using PerChannel = Broadcast<Compute<T>>;
+    alignas(64) double lanes[kernels::kMaxGroup][2][kLanes];
+    for (int64_t c0 = 0; c0 < channels; c0 += kernels::kMaxGroup) {
+        const int64_t group = channels - c0 < kernels::kMaxGroup ? channels - c0 : kernels::kMaxGroup;
+        memset(lanes, 0, (size_t)group * sizeof lanes[0]);
+        for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
+            for (int64_t c = 0; c < group; ++c) {
+                GradSums<F64> sums{Ops<F64>::load(lanes[c][0]), Ops<F64>::load(lanes[c][1])};
+                const F64 mean = Ops<F64>::broadcast(a.mean[c0 + c]);
+                const T* const dy_run = dy.at(n, c0 + c);
+                const T* const x_run = x.at(n, c0 + c);
+                if constexpr (with_relu) {
+                    const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
+                    for_blocks(
+                        0, run,
+                        [&](int64_t e) {
+                            const Block<T> v = load(x_run + e);
+                            sums.add(to_double(through_activation<true>(load(dy_run + e), v, center, scale, offset, e)),
+                                     to_double(v) - mean);
+                        },
+                        [&](int64_t e, int64_t m) {
+                            const Block<T> v = load_part(x_run + e, m);
+                            sums.add(to_double(through_activation<true>(load_part(dy_run + e, m), v, center, scale, offset, e)),
+                                     keep_first(to_double(v) - mean, m));
+                        });
+                } else {
+                    for_blocks(
+                        0, run, [&](int64_t e) { sums.add(load_double(dy_run + e), load_double(x_run + e) - mean); },
+                        [&](int64_t e, int64_t m) {
+                            sums.add(to_double(load_part(dy_run + e, m)), keep_first(to_double(load_part(x_run + e, m)) - mean, m));
+                        });
+                }
+                Ops<F64>::store(lanes[c][0], sums.dy);
+                Ops<F64>::store(lanes[c][1], sums.dy_xc);
+            }
+        }
+        for (int64_t c = 0; c < group; ++c) {
+            a.sum_dy[c0 + c] = sum_lanes(lanes[c][0]);
+            a.sum_dy_xc[c0 + c] = sum_lanes(lanes[c][1]);
+        }
+    }
+}
+
+template <bool with_relu, int R, class T>
+BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], int64_t width, const GradSumsArgs& a) {
+    using PerChannel = PerElement<Compute<T>>;
+    const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
+    const auto rows = [&](int64_t e, auto load_double_at, auto load_at) {
+        const F64 mean = Ops<F64>::load(a.mean + e);
+        GradSums<F64> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_xc + e)};
+#pragma GCC unroll 8
+        for (int j = 0; j < R; ++j) {
+            if constexpr (with_relu) {
+                const Block<T> v = load_at(x[j] + e);
+                sums.add(to_double(through_activation<true>(load_at(dy[j] + e), v, center, scale, offset, e)), to_double(v) - mean);
+            } else {
+                sums.add(load_double_at(dy[j] + e), load_double_at(x[j] + e) - mean);
+            }
+        }
+        Ops<F64>::store(a.sum_dy + e, sums.dy);
+        Ops<F64>::store(a.sum_dy_xc + e, sums.dy_xc);
+    };
+    // Lanes past the width meet dy = 0 (load_part), and the padding of the sums is never read.
+    for_blocks(
+        0, width,
+        [&](int64_t e) { rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }); },
+        [&](int64_t e, int64_t m) {
+            rows(e, [m](const T* p) { return to_double(load_part(p, m)); }, [m](const T* p) { return load_part(p, m); });
+        });
+}
+
+template <bool with_relu, class T>
+BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
+    const Box& b = a.where.box;
+    const FoldedRows<T> dy(a.dy, a.where), x(a.x, a.where);
+    const int64_t fold = a.where.fold, width = fold * x.channels;
+    memset(a.sum_dy, 0, (size_t)round_up(width) * sizeof(double));
+    memset(a.sum_dy_xc, 0, (size_t)round_up(width) * sizeof(double));
+    T dy_buffer[4][kMaxFoldedWidth], x_buffer[4][kMaxFoldedWidth];
+    int64_t r = b.outer_begin;
+    for (; r + 4 * fold <= b.outer_end; r += 4 * fold) {
+        const T* const dy_rows[4] = {dy.at(r, fold, dy_buffer[0]), dy.at(r + fold, fold, dy_buffer[1]),
+                                     dy.at(r + 2 * fold, fold, dy_buffer[2]), dy.at(r + 3 * fold, fold, dy_buffer[3])};
+        const T* const x_rows[4] = {x.at(r, fold, x_buffer[0]), x.at(r + fold, fold, x_buffer[1]), x.at(r + 2 * fold, fold, x_buffer[2]),
+                                    x.at(r + 3 * fold, fold, x_buffer[3])};
+        grad_sums_rows<with_relu>(dy_rows, x_rows, width, a);
+    }
+    for (; r < b.outer_end; r += fold) {
+        const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
+        const T* const dy_rows[1] = {dy.at(r, n_rows, dy_buffer[0])};
+        const T* const x_rows[1] = {x.at(r, n_rows, x_buffer[0])};
+        grad_sums_rows<with_relu>(dy_rows, x_rows, n_rows * x.channels, a);
+    }
+}
+
+template <class T>
+void grad_sums_ncs(const GradSumsArgs& a) noexcept {
+    a.relu ? grad_sums_ncs_as<true, T>(a) : grad_sums_ncs_as<false, T>(a);
+}
+
+template <class T>
+void grad_sums_nsc(const GradSumsArgs& a) noexcept {
+    a.relu ? grad_sums_nsc_as<true, T>(a) : grad_sums_nsc_as<false, T>(a);
+}
+
+}  // namespace
+}  // namespace batchnorm::BATCHNORM_ISA

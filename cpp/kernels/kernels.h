@@ -1,0 +1,116 @@
+// The four kernels' contract: the argument structs, the table of function pointers an ISA level fills, and what every kernel
+// promises. Included by the ISA translation units and by core/; it knows nothing of NumPy, threads, errors or plans, and
+// includes nothing beyond <stddef.h> and <stdint.h>.
+//
+// Every kernel works on one Box of an (outer, channels, inner) tensor, in one of two memory directions:
+//   ncs  inner is contiguous (stride 1): long runs of one channel. The box cuts all three dimensions.
+//   nsc  channels are contiguous (stride 1): every row holds all channels. Rows are the flattened (outer, inner) index
+//        r = outer_index * row_split + inner_index; the box's outer range counts rows and its inner range is (0, 1).
+// Kernels are noexcept, allocate nothing, start no threads, and never read or write an element outside the box. They accept
+// any alignment that suits the element type and any n, 0 included. An output may be the same array as an input (same data,
+// same strides), never a partly overlapping one. NaN and Inf propagate within their channel. Results depend on the values
+// alone: lanes are assigned by index, sums run in one order on every ISA, and nothing is contracted to fma.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace batchnorm::kernels {
+
+enum Dtype : int { float32, float64, float16, bfloat16 };
+inline constexpr int kDtypes = 4;
+
+enum Direction : int { ncs, nsc };
+inline constexpr int kDirections = 2;
+
+// Elements per block. Every ISA runs the same 16 lanes (1, 2 or 4 native vectors of float), so a sum has the same terms in the
+// same order everywhere. Per-channel arrays that a kernel reads as rows (direction nsc) are padded to a multiple of this.
+inline constexpr int64_t kLanes = 16;
+
+// The most channels whose sums one ncs box may hold: their lanes (2 * 16 doubles each, 8 KiB in all) stay in L1.
+inline constexpr int64_t kMaxGroup = 32;
+
+struct Operand {
+    void* data;  // element (0, 0, 0) of the whole tensor
+    int64_t outer_stride, channel_stride, inner_stride;  // in elements
+};
+
+struct Box {
+    int64_t outer_begin, outer_end, channel_begin, channel_end, inner_begin, inner_end;
+};
+
+// What all four share. `fold` (nsc only): with few channels, `fold` consecutive rows are treated as one row of
+// fold * channels values, so that vectors stay full; box.outer_begin is then a multiple of fold and per-channel arrays hold
+// the channels fold times over. 1 otherwise.
+struct Where {
+    Box box;
+    int64_t row_split;
+    int64_t fold;
+};
+
+// Per-channel arrays below start at box.channel_begin. `Compute` is double for float64 storage and float otherwise.
+
+// sum[c] = sum of (x - shift[c]), sum_sq[c] = sum of (x - shift[c])^2 over the box, in double; overwritten.
+struct MomentsArgs {
+    Where where;
+    Operand x;
+    const double* shift;
+    double* sum;
+    double* sum_sq;
+};
+
+// y = (x - center) * scale + offset, three roundings in Compute, then max(y, 0) if relu (NaN stays NaN), then one rounding to
+// storage. `center`, `scale`, `offset` are Compute arrays.
+struct Affine {
+    const void* center;
+    const void* scale;
+    const void* offset;
+};
+
+struct ApplyArgs {
+    Where where;
+    Operand x, y;
+    Affine affine;
+    bool relu;
+    bool stream;  // non-temporal stores: for outputs that no cache will hold
+};
+
+// g = relu ? (apply(x) > 0 ? dy : 0) : dy;  sum_dy[c] = sum of g, sum_dy_xc[c] = sum of g * (x - mean[c]), in double.
+struct GradSumsArgs {
+    Where where;
+    Operand dy, x;
+    const double* mean;
+    Affine affine;  // read only if relu
+    double* sum_dy;
+    double* sum_dy_xc;
+    bool relu;
+};
+
+// dx = g * k_dy + (x - center) * k_x + k_0 with g as above; with fixed statistics dx = g * k_dy and x is read only if relu.
+struct GradApplyArgs {
+    Where where;
+    Operand dy, x, dx;
+    Affine affine;  // center always; scale and offset only if relu
+    const void* k_dy;
+    const void* k_x;
+    const void* k_0;
+    bool relu;
+    bool fixed;
+    bool stream;
+};
+
+using MomentsFn = void (*)(const MomentsArgs&) noexcept;
+using ApplyFn = void (*)(const ApplyArgs&) noexcept;
+using GradSumsFn = void (*)(const GradSumsArgs&) noexcept;
+using GradApplyFn = void (*)(const GradApplyArgs&) noexcept;
+
+struct KernelTable {
+    const char* isa;
+    int vector_bytes;
+    MomentsFn moments[kDirections][kDtypes];
+    ApplyFn apply[kDirections][kDtypes];
+    GradSumsFn grad_sums[kDirections][kDtypes];
+    GradApplyFn grad_apply[kDirections][kDtypes];
+};
+
+}  // namespace batchnorm::kernels

@@ -1,0 +1,467 @@
+// Blocks of 16 lanes in float (F32) and double (F64), and their loads and stores for each storage type. The only file that
+// knows an instruction set: everything above it is generic. Included by isa_body.h alone, inside one translation unit per ISA;
+// BATCHNORM_ISA names the namespace, BATCHNORM_VECTOR_BYTES the native width.
+//
+// A block is a balanced tree of native vectors (Pair), so that a float block and a double block have equal lanes, arithmetic is
+// written once, and no loop or array stands between the compiler and the registers.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define BATCHNORM_INLINE inline __attribute__((always_inline))
+
+namespace batchnorm::BATCHNORM_ISA {
+namespace {
+
+inline constexpr int kVectorBytes = BATCHNORM_VECTOR_BYTES;
+
+typedef float VF __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
+typedef double VD __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
+typedef uint32_t VU __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
+typedef int64_t VL __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
+typedef uint16_t VH __attribute__((vector_size(BATCHNORM_VECTOR_BYTES / 2)));
+
+// Storage types. The two 16-bit formats are their bits; conversions below are the only arithmetic on them.
+struct Float16 {
+    uint16_t bits;
+};
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+// ---- trees of vectors -------------------------------------------------------------------------------------------------
+
+template <class V>
+struct Pair {
+    V lo, hi;
+};
+
+template <class V>
+struct LanesOf;
+template <>
+struct LanesOf<VF> {
+    static constexpr int value = kVectorBytes / 4;
+};
+template <>
+struct LanesOf<VD> {
+    static constexpr int value = kVectorBytes / 8;
+};
+template <class V>
+struct LanesOf<Pair<V>> {
+    static constexpr int value = 2 * LanesOf<V>::value;
+};
+
+template <class V, int lanes, bool done = (LanesOf<V>::value == lanes)>
+struct Tree {
+    using type = typename Tree<Pair<V>, lanes>::type;
+};
+template <class V, int lanes>
+struct Tree<V, lanes, true> {
+    using type = V;
+};
+
+using F32 = Tree<VF, kernels::kLanes>::type;
+using F64 = Tree<VD, kernels::kLanes>::type;
+
+template <class V>
+BATCHNORM_INLINE Pair<V> operator+(Pair<V> a, Pair<V> b) {
+    return {a.lo + b.lo, a.hi + b.hi};
+}
+template <class V>
+BATCHNORM_INLINE Pair<V> operator-(Pair<V> a, Pair<V> b) {
+    return {a.lo - b.lo, a.hi - b.hi};
+}
+template <class V>
+BATCHNORM_INLINE Pair<V> operator*(Pair<V> a, Pair<V> b) {
+    return {a.lo * b.lo, a.hi * b.hi};
+}
+
+// ---- plain loads and stores of Compute values, broadcast -----------------------------------------------------------------
+
+template <class V>
+struct Leaf;
+template <>
+struct Leaf<VF> {
+    using scalar = float;
+};
+template <>
+struct Leaf<VD> {
+    using scalar = double;
+};
+
+template <class V>
+struct Ops {
+    using scalar = typename Leaf<V>::scalar;
+    static BATCHNORM_INLINE V load(const scalar* p) {
+        V v;
+        memcpy(&v, p, sizeof v);
+        return v;
+    }
+    static BATCHNORM_INLINE void store(scalar* p, V v) { memcpy(p, &v, sizeof v); }
+    static BATCHNORM_INLINE V broadcast(scalar s) { return V{} + s; }
+};
+template <class V>
+struct Ops<Pair<V>> {
+    using scalar = typename Ops<V>::scalar;
+    static constexpr int half = LanesOf<V>::value;
+    static BATCHNORM_INLINE Pair<V> load(const scalar* p) { return {Ops<V>::load(p), Ops<V>::load(p + half)}; }
+    static BATCHNORM_INLINE void store(scalar* p, Pair<V> v) {
+        Ops<V>::store(p, v.lo);
+        Ops<V>::store(p + half, v.hi);
+    }
+    static BATCHNORM_INLINE Pair<V> broadcast(scalar s) {
+        V v = Ops<V>::broadcast(s);
+        return {v, v};
+    }
+};
+
+// ---- leaf operations that want an instruction ------------------------------------------------------------------------------
+
+#if BATCHNORM_VECTOR_BYTES == 64
+
+BATCHNORM_INLINE Pair<VD> widen(VF v) {
+    return {(VD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)), (VD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))};
+}
+// Straight from memory: saves the shuffle that a register needs.
+BATCHNORM_INLINE Pair<VD> load_wide(const float* p) {
+    return {(VD)_mm512_cvtps_pd(_mm256_loadu_ps(p)), (VD)_mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+}
+// x < 0 ? 0 : x, so that NaN stays NaN: max returns its second operand when they do not compare.
+BATCHNORM_INLINE VF relu(VF v) { return (VF)_mm512_max_ps(_mm512_setzero_ps(), (__m512)v); }
+BATCHNORM_INLINE VD relu(VD v) { return (VD)_mm512_max_pd(_mm512_setzero_pd(), (__m512d)v); }
+BATCHNORM_INLINE VF where_positive(VF y, VF v) {
+    return (VF)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)y, _mm512_setzero_ps(), _CMP_GT_OQ), (__m512)v);
+}
+BATCHNORM_INLINE VD where_positive(VD y, VD v) {
+    return (VD)_mm512_maskz_mov_pd(_mm512_cmp_pd_mask((__m512d)y, _mm512_setzero_pd(), _CMP_GT_OQ), (__m512d)v);
+}
+BATCHNORM_INLINE void stream(float* p, VF v) { _mm512_stream_ps(p, (__m512)v); }
+BATCHNORM_INLINE void stream(double* p, VD v) { _mm512_stream_pd(p, (__m512d)v); }
+BATCHNORM_INLINE void stream(void* p, VH v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
+BATCHNORM_INLINE VF half_to_float(VH v) { return (VF)_mm512_cvtph_ps((__m256i)v); }
+BATCHNORM_INLINE VH float_to_half(VF v) { return (VH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+#elif BATCHNORM_VECTOR_BYTES == 32
+
+BATCHNORM_INLINE Pair<VD> widen(VF v) {
+    return {(VD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)), (VD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
+}
+BATCHNORM_INLINE Pair<VD> load_wide(const float* p) {
+    return {(VD)_mm256_cvtps_pd(_mm_loadu_ps(p)), (VD)_mm256_cvtps_pd(_mm_loadu_ps(p + 4))};
+}
+BATCHNORM_INLINE VF relu(VF v) { return (VF)_mm256_max_ps(_mm256_setzero_ps(), (__m256)v); }
+BATCHNORM_INLINE VD relu(VD v) { return (VD)_mm256_max_pd(_mm256_setzero_pd(), (__m256d)v); }
+BATCHNORM_INLINE VF where_positive(VF y, VF v) {
+    return (VF)_mm256_and_ps(_mm256_cmp_ps((__m256)y, _mm256_setzero_ps(), _CMP_GT_OQ), (__m256)v);
+}
+BATCHNORM_INLINE VD where_positive(VD y, VD v) {
+    return (VD)_mm256_and_pd(_mm256_cmp_pd((__m256d)y, _mm256_setzero_pd(), _CMP_GT_OQ), (__m256d)v);
+}
+BATCHNORM_INLINE void stream(float* p, VF v) { _mm256_stream_ps(p, (__m256)v); }
+BATCHNORM_INLINE void stream(double* p, VD v) { _mm256_stream_pd(p, (__m256d)v); }
+BATCHNORM_INLINE void stream(void* p, VH v) { _mm_stream_si128((__m128i*)p, (__m128i)v); }
+BATCHNORM_INLINE VF half_to_float(VH v) { return (VF)_mm256_cvtph_ps((__m128i)v); }
+BATCHNORM_INLINE VH float_to_half(VF v) { return (VH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+#elif defined(__x86_64__)  // SSE2, which every x86-64 has
+
+BATCHNORM_INLINE Pair<VD> widen(VF v) { return {(VD)_mm_cvtps_pd((__m128)v), (VD)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v))}; }
+BATCHNORM_INLINE Pair<VD> load_wide(const float* p) { return widen(Ops<VF>::load(p)); }
+BATCHNORM_INLINE VF relu(VF v) { return (VF)_mm_max_ps(_mm_setzero_ps(), (__m128)v); }
+BATCHNORM_INLINE VD relu(VD v) { return (VD)_mm_max_pd(_mm_setzero_pd(), (__m128d)v); }
+BATCHNORM_INLINE VF where_positive(VF y, VF v) { return (VF)_mm_and_ps(_mm_cmpgt_ps((__m128)y, _mm_setzero_ps()), (__m128)v); }
+BATCHNORM_INLINE VD where_positive(VD y, VD v) { return (VD)_mm_and_pd(_mm_cmpgt_pd((__m128d)y, _mm_setzero_pd()), (__m128d)v); }
+BATCHNORM_INLINE void stream(float* p, VF v) { _mm_stream_ps(p, (__m128)v); }
+BATCHNORM_INLINE void stream(double* p, VD v) { _mm_stream_pd(p, (__m128d)v); }
+BATCHNORM_INLINE void stream(void* p, VH v) { memcpy(p, &v, sizeof v); }
+
+#else  // any machine with 16-byte vectors, by the compiler's own vector types (aarch64: NEON)
+
+BATCHNORM_INLINE Pair<VD> widen(VF v) { return {VD{v[0], v[1]}, VD{v[2], v[3]}}; }
+BATCHNORM_INLINE Pair<VD> load_wide(const float* p) { return widen(Ops<VF>::load(p)); }
+BATCHNORM_INLINE VF relu(VF v) { return v < 0 ? VF{} : v; }
+BATCHNORM_INLINE VD relu(VD v) { return v < 0 ? VD{} : v; }
+BATCHNORM_INLINE VF where_positive(VF y, VF v) { return y > 0 ? v : VF{}; }
+BATCHNORM_INLINE VD where_positive(VD y, VD v) { return y > 0 ? v : VD{}; }
+BATCHNORM_INLINE void stream(float* p, VF v) { memcpy(p, &v, sizeof v); }
+BATCHNORM_INLINE void stream(double* p, VD v) { memcpy(p, &v, sizeof v); }
+BATCHNORM_INLINE void stream(void* p, VH v) { memcpy(p, &v, sizeof v); }
+
+#endif
+
+#if BATCHNORM_VECTOR_BYTES == 16
+// IEEE binary16 without an instruction for it; the same bits as vcvtph2ps and vcvtps2ph with round-to-nearest-even, quiet NaN
+// payloads included. Out of line: 16 copies in every loop would make most of the library's size.
+__attribute__((noinline)) float half_to_float(uint16_t h) {
+    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+    uint32_t bits;
+    if (magnitude >= 0x7c00u) {  // Inf, or NaN made quiet
+        bits = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 | (magnitude > 0x7c00u ? 0x400000u : 0u);
+    } else if (magnitude >= 0x400u) {
+        bits = sign | ((magnitude << 13) + (112u << 23));  // rebias the exponent from 15 to 127
+    } else {  // subnormal or zero: magnitude * 2^-24 is exact in float
+        const float value = (float)magnitude * 0x1p-24f;
+        memcpy(&bits, &value, 4);
+        bits |= sign;
+    }
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+__attribute__((noinline)) uint16_t float_to_half(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+    if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);  // 65520 and above round to Inf
+    if (magnitude < 0x38800000u) {  // below 2^-14: adding 2^-1 aligns the last place of float to 2^-24
+        float value;
+        memcpy(&value, &magnitude, 4);
+        value += 0.5f;
+        uint32_t sum;
+        memcpy(&sum, &value, 4);
+        return (uint16_t)(sign | (sum - 0x3f000000u));
+    }
+    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+    return (uint16_t)(sign | (rounded - (112u << 23)) >> 13);
+}
+BATCHNORM_INLINE VF half_to_float(VH v) {
+    return VF{half_to_float(v[0]), half_to_float(v[1]), half_to_float(v[2]), half_to_float(v[3])};
+}
+BATCHNORM_INLINE VH float_to_half(VF v) {
+    return VH{float_to_half(v[0]), float_to_half(v[1]), float_to_half(v[2]), float_to_half(v[3])};
+}
+#endif
+
+BATCHNORM_INLINE VF brain_to_float(VH v) {
+    const VU bits = __builtin_convertvector(v, VU) << 16;
+    VF f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+// Round to nearest even by adding half of the last kept place, less one if that place is even; NaN becomes quiet.
+BATCHNORM_INLINE VH float_to_brain(VF v) {
+    VU bits;
+    memcpy(&bits, &v, sizeof bits);
+    const VU magnitude = bits & 0x7fffffffu;
+    const VU rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    const VU nan = bits >> 16 | 0x40u;
+    const VU is_nan = (VU)(magnitude > 0x7f800000u);
+    return __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), VH);
+}
+
+template <class V>
+BATCHNORM_INLINE Pair<V> relu(Pair<V> v) {
+    return {relu(v.lo), relu(v.hi)};
+}
+template <class V>
+BATCHNORM_INLINE Pair<V> where_positive(Pair<V> y, Pair<V> v) {
+    return {where_positive(y.lo, v.lo), where_positive(y.hi, v.hi)};
+}
+template <class V>
+BATCHNORM_INLINE auto widen(Pair<V> v) -> Pair<decltype(widen(v.lo))> {
+    return {widen(v.lo), widen(v.hi)};
+}
+
+// ---- storage types ---------------------------------------------------------------------------------------------------------
+
+// Block of Compute values from 16 (load) or n < 16 (load_part, the rest 0) stored elements, and back.
+template <class V, class T>
+struct Memory;  // one leaf vector of V's lanes
+
+template <>
+struct Memory<VF, float> {
+    static BATCHNORM_INLINE VF load(const float* p) { return Ops<VF>::load(p); }
+    static BATCHNORM_INLINE void store(float* p, VF v) { Ops<VF>::store(p, v); }
+    static BATCHNORM_INLINE void store_stream(float* p, VF v) { stream(p, v); }
+};
+template <>
+struct Memory<VD, double> {
+    static BATCHNORM_INLINE VD load(const double* p) { return Ops<VD>::load(p); }
+    static BATCHNORM_INLINE void store(double* p, VD v) { Ops<VD>::store(p, v); }
+    static BATCHNORM_INLINE void store_stream(double* p, VD v) { stream(p, v); }
+};
+template <>
+struct Memory<VF, Float16> {
+    static BATCHNORM_INLINE VF load(const Float16* p) {
+        VH h;
+        memcpy(&h, p, sizeof h);
+        return half_to_float(h);
+    }
+    static BATCHNORM_INLINE void store(Float16* p, VF v) {
+        const VH h = float_to_half(v);
+        memcpy(p, &h, sizeof h);
+    }
+    static BATCHNORM_INLINE void store_stream(Float16* p, VF v) { stream(p, float_to_half(v)); }
+};
+template <>
+struct Memory<VF, Bfloat16> {
+    static BATCHNORM_INLINE VF load(const Bfloat16* p) {
+        VH h;
+        memcpy(&h, p, sizeof h);
+        return brain_to_float(h);
+    }
+    static BATCHNORM_INLINE void store(Bfloat16* p, VF v) {
+        const VH h = float_to_brain(v);
+        memcpy(p, &h, sizeof h);
+    }
+    static BATCHNORM_INLINE void store_stream(Bfloat16* p, VF v) { stream(p, float_to_brain(v)); }
+};
+template <class V, class T>
+struct Memory<Pair<V>, T> {
+    static constexpr int half = LanesOf<V>::value;
+    static BATCHNORM_INLINE Pair<V> load(const T* p) { return {Memory<V, T>::load(p), Memory<V, T>::load(p + half)}; }
+    static BATCHNORM_INLINE void store(T* p, Pair<V> v) {
+        Memory<V, T>::store(p, v.lo);
+        Memory<V, T>::store(p + half, v.hi);
+    }
+    static BATCHNORM_INLINE void store_stream(T* p, Pair<V> v) {
+        Memory<V, T>::store_stream(p, v.lo);
+        Memory<V, T>::store_stream(p + half, v.hi);
+    }
+};
+
+template <class T>
+struct ComputeOf {
+    using type = float;
+};
+template <>
+struct ComputeOf<double> {
+    using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+template <class C>
+struct BlockOf;
+template <>
+struct BlockOf<float> {
+    using type = F32;
+};
+template <>
+struct BlockOf<double> {
+    using type = F64;
+};
+template <class T>
+using Block = typename BlockOf<Compute<T>>::type;
+
+template <class T>
+BATCHNORM_INLINE Block<T> load(const T* p) {
+    return Memory<Block<T>, T>::load(p);
+}
+template <class T>
+BATCHNORM_INLINE void store(T* p, Block<T> v) {
+    Memory<Block<T>, T>::store(p, v);
+}
+
+// Tails go through a block on the stack, so nothing past the end is touched; n in 1..15. Masked instructions where the machine
+// has them.
+template <class T>
+BATCHNORM_INLINE Block<T> load_part(const T* p, int64_t n) {
+    T buffer[kernels::kLanes] = {};
+    memcpy(buffer, p, (size_t)n * sizeof(T));
+    return load(buffer);
+}
+template <class T>
+BATCHNORM_INLINE void store_part(T* p, int64_t n, Block<T> v) {
+    T buffer[kernels::kLanes];
+    store(buffer, v);
+    memcpy(p, buffer, (size_t)n * sizeof(T));
+}
+#if BATCHNORM_VECTOR_BYTES == 64
+BATCHNORM_INLINE F32 load_part(const float* p, int64_t n) { return (F32)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+BATCHNORM_INLINE void store_part(float* p, int64_t n, F32 v) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v); }
+BATCHNORM_INLINE F64 load_part(const double* p, int64_t n) {
+    const unsigned mask = (1u << n) - 1;
+    return {(VD)_mm512_maskz_loadu_pd((__mmask8)mask, p), (VD)_mm512_maskz_loadu_pd((__mmask8)(mask >> 8), p + 8)};
+}
+BATCHNORM_INLINE void store_part(double* p, int64_t n, F64 v) {
+    const unsigned mask = (1u << n) - 1;
+    _mm512_mask_storeu_pd(p, (__mmask8)mask, (__m512d)v.lo);
+    _mm512_mask_storeu_pd(p + 8, (__mmask8)(mask >> 8), (__m512d)v.hi);
+}
+BATCHNORM_INLINE VH load_part_bits(const void* p, int64_t n) { return (VH)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p); }
+BATCHNORM_INLINE void store_part_bits(void* p, int64_t n, VH h) { _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)h); }
+BATCHNORM_INLINE F32 load_part(const Float16* p, int64_t n) { return half_to_float(load_part_bits(p, n)); }
+BATCHNORM_INLINE void store_part(Float16* p, int64_t n, F32 v) { store_part_bits(p, n, float_to_half(v)); }
+BATCHNORM_INLINE F32 load_part(const Bfloat16* p, int64_t n) { return brain_to_float(load_part_bits(p, n)); }
+BATCHNORM_INLINE void store_part(Bfloat16* p, int64_t n, F32 v) { store_part_bits(p, n, float_to_brain(v)); }
+#endif
+
+// The same 16 (or n) elements as doubles, for sums.
+BATCHNORM_INLINE F64 to_double(F64 v) { return v; }
+BATCHNORM_INLINE F64 to_double(F32 v) { return widen(v); }
+template <class V>
+struct LoadWide {
+    static BATCHNORM_INLINE V load(const float* p) {
+        return {LoadWide<decltype(V::lo)>::load(p), LoadWide<decltype(V::lo)>::load(p + LanesOf<V>::value / 2)};
+    }
+};
+template <>
+struct LoadWide<Pair<VD>> {
+    static BATCHNORM_INLINE Pair<VD> load(const float* p) { return load_wide(p); }
+};
+template <class T>
+BATCHNORM_INLINE F64 load_double(const T* p) {
+    return to_double(load(p));
+}
+BATCHNORM_INLINE F64 load_double(const float* p) { return LoadWide<F64>::load(p); }
+
+// Lanes n and above become 0; n in 1..15.
+template <class V>
+struct KeepFirst;
+template <>
+struct KeepFirst<VD> {
+    static BATCHNORM_INLINE VD run(VD v, int64_t n) {
+        VL index;
+        for (int i = 0; i < LanesOf<VD>::value; ++i) index[i] = i;
+        VL bits;
+        memcpy(&bits, &v, sizeof bits);
+        bits &= index < n;
+        memcpy(&v, &bits, sizeof v);
+        return v;
+    }
+};
+template <class V>
+struct KeepFirst<Pair<V>> {
+    static BATCHNORM_INLINE Pair<V> run(Pair<V> v, int64_t n) {
+        return {KeepFirst<V>::run(v.lo, n), KeepFirst<V>::run(v.hi, n - LanesOf<V>::value)};
+    }
+};
+BATCHNORM_INLINE F64 keep_first(F64 v, int64_t n) { return KeepFirst<F64>::run(v, n); }
+
+// Sum of the 16 lanes, always by halves: (i, i+8), (i, i+4), (i, i+2), (i, i+1).
+BATCHNORM_INLINE double sum_lanes(const double* lanes) {
+    double a[kernels::kLanes / 2];
+    for (int i = 0; i < 8; ++i) a[i] = lanes[i] + lanes[i + 8];
+    for (int i = 0; i < 4; ++i) a[i] += a[i + 4];
+    return (a[0] + a[2]) + (a[1] + a[3]);
+}
+
+// Elements to step before p is aligned for `store_stream` of whole blocks; -1 if no number of elements gets there.
+template <class T>
+BATCHNORM_INLINE int64_t elements_to_alignment(const T* p) {
+    constexpr uintptr_t alignment = kernels::kLanes * sizeof(T) < 64 ? kernels::kLanes * sizeof(T) : 64;
+    const uintptr_t over = (uintptr_t)p % alignment;
+    if (over % sizeof(T) != 0) return -1;
+    return over == 0 ? 0 : (int64_t)((alignment - over) / sizeof(T));
+}
+
+// Makes streamed stores visible before whoever waits for this kernel goes on.
+BATCHNORM_INLINE void stream_fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace
+}  // namespace batchnorm::BATCHNORM_ISA

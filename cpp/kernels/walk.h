@@ -1,0 +1,108 @@
+// How kernels walk a box: addresses of runs (ncs) and of rows (nsc), and the per-channel values an element meets. Used by the
+// four kernels; knows no operation.
+#pragma once
+
+#include "vec.h"
+
+namespace batchnorm::BATCHNORM_ISA {
+namespace {
+
+using kernels::Box;
+using kernels::Operand;
+using kernels::Where;
+using kernels::kLanes;
+
+BATCHNORM_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Direction ncs: the run of channel c (counted from the box's first) at outer index n.
+template <class T>
+struct Runs {
+    T* base;
+    int64_t outer_stride, channel_stride;
+
+    BATCHNORM_INLINE Runs(const Operand& o, const Box& b)
+        : base((T*)o.data + b.channel_begin * o.channel_stride + b.inner_begin),
+          outer_stride(o.outer_stride),
+          channel_stride(o.channel_stride) {}
+    BATCHNORM_INLINE T* at(int64_t n, int64_t c) const { return base + n * outer_stride + c * channel_stride; }
+};
+
+// Direction nsc: row r, its first element being the box's first channel.
+template <class T>
+struct Rows {
+    T* base;
+    int64_t outer_stride, inner_stride, split;
+
+    BATCHNORM_INLINE Rows(const Operand& o, const Where& w)
+        : base((T*)o.data + w.box.channel_begin),
+          outer_stride(o.outer_stride),
+          inner_stride(o.inner_stride),
+          split(w.row_split) {}
+    BATCHNORM_INLINE T* at(int64_t r) const {
+        return split == 1 ? base + r * outer_stride : base + r / split * outer_stride + r % split * inner_stride;
+    }
+    // Consecutive rows follow one another in memory without a gap.
+    BATCHNORM_INLINE bool dense(int64_t channels) const { return split == 1 && outer_stride == channels; }
+};
+
+// The widest folded row: fewer than 64 channels, at most 16 times (plan.cpp chooses the fold).
+inline constexpr int64_t kMaxFoldedWidth = 1024;
+
+// Direction nsc, for reading: `fold` rows as one. Rows that do not lie side by side are gathered into a buffer first, so that
+// the lanes, and with them the bits of every sum, are those of a dense array.
+template <class T>
+struct FoldedRows {
+    Rows<const T> rows;
+    int64_t channels;
+    bool gather;
+
+    BATCHNORM_INLINE FoldedRows(const Operand& o, const Where& w)
+        : rows(o, w), channels(w.box.channel_end - w.box.channel_begin), gather(w.fold > 1 && !rows.dense(channels)) {}
+    BATCHNORM_INLINE const T* at(int64_t first_row, int64_t n_rows, T* buffer) const {
+        if (!gather) return rows.at(first_row);
+        for (int64_t j = 0; j < n_rows; ++j) {
+            memcpy(buffer + j * channels, rows.at(first_row + j), (size_t)channels * sizeof(T));
+        }
+        return buffer;
+    }
+};
+
+// Per-channel Compute values as an element meets them: one value for a whole run, or one per element of a row.
+template <class C>
+struct Broadcast {
+    typename BlockOf<C>::type value;
+    BATCHNORM_INLINE Broadcast(const void* values, int64_t c) : value(Ops<typename BlockOf<C>::type>::broadcast(((const C*)values)[c])) {}
+    BATCHNORM_INLINE typename BlockOf<C>::type at(int64_t) const { return value; }
+};
+template <class C>
+struct PerElement {
+    const C* values;
+    BATCHNORM_INLINE PerElement(const void* v) : values((const C*)v) {}
+    BATCHNORM_INLINE typename BlockOf<C>::type at(int64_t e) const { return Ops<typename BlockOf<C>::type>::load(values + e); }
+};
+
+// Calls one(first element, how many) so that a run of n elements is covered by a head up to alignment (streamed stores only),
+// full blocks, and a tail. `full` and `part` are the same expression on 16 and on fewer elements.
+template <class Full, class Part>
+BATCHNORM_INLINE void for_blocks(int64_t head, int64_t n, Full full, Part part) {
+    int64_t e = 0;
+    if (head > 0) {
+        e = head < n ? head : n;
+        part(0, e);
+    }
+    for (; e + kLanes <= n; e += kLanes) full(e);
+    if (e < n) part(e, n - e);
+}
+
+// A run-time flag as a constant: calls f(Flag<true>{}) or f(Flag<false>{}).
+template <bool b>
+struct Flag {
+    static constexpr bool value = b;
+};
+template <class F>
+BATCHNORM_INLINE void with_flag(bool flag, F f) {
+    flag ? f(Flag<true>{}) : f(Flag<false>{});
+}
+
+}  // namespace
+}  // namespace batchnorm::BATCHNORM_ISA

@@ -1,0 +1,513 @@
+"""Every check of a Python argument, and every message about one.
+
+The functions call the extension first; it takes arguments that are exactly right and gives None for anything else, untouched.
+Only then is this module asked. `inference`, `training`, `backward` and `statistics` either raise the error that explains, or return
+the arguments in a form the extension takes: names resolved, numbers made plain, and arrays that are only read copied where their
+memory does not allow a direct view. Arrays that are written are never copied.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _core
+
+Array = NDArray[Any]
+
+ACTIVATIONS = ("relu",)
+GRADIENTS = ("dx", "dgamma", "dbeta")
+
+# data_format: (rank it needs or None, channel axis)
+DATA_FORMATS: dict[str, tuple[int | None, int]] = {
+    "NC": (2, 1),
+    "NCL": (3, 1),
+    "NLC": (3, -1),
+    "NCHW": (4, 1),
+    "NHWC": (4, -1),
+    "NCDHW": (5, 1),
+    "NDHWC": (5, -1),
+    "channels_first": (None, 1),
+    "channels_last": (None, -1),
+}
+
+
+class _DefaultAxis(int):
+    """The axis 1 that nobody asked for: an int, but told from a caller's own 1 by identity."""
+
+
+DEFAULT_AXIS = _DefaultAxis(1)
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def _kind(value: object) -> str:
+    """What a value is, for a message: its type, and for short plain values the value."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    if isinstance(value, str | int | float | complex | bool):
+        text = repr(value)
+        return f"{text if len(text) <= 40 else text[:40] + '...'} ({name})"
+    return f"of type {name}"
+
+
+def reject_keywords(function: str, unknown: Mapping[str, object], known: Iterable[str]) -> NoReturn:
+    """Raise the TypeError for keyword arguments that `function` does not have."""
+    name = next(iter(unknown))
+    value = unknown[name]
+    if name == "momentum":
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            new, old = f"decay={1 - float(value):g}", f"decay={float(value):g}"
+        else:
+            new, old = "decay=1 - momentum", "decay=momentum"
+        raise TypeError(
+            f"{function}() has no argument 'momentum', which means opposite things: where it weighs the new value "
+            f"(PyTorch, cuDNN, TensorFlow's fused op) pass {new}; where it weighs the old value (Keras, Flax, ONNX, "
+            f"MXNet, Paddle) pass {old}"
+        )
+    close = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
+    raise TypeError(f"{function}() has no argument {name!r}{hint}")
+
+
+def _real(value: object, name: str, expected: str) -> float:
+    """A plain float of a Python or NumPy real number; not of a bool, string or array."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real | np.floating):
+        raise TypeError(f"{name} is {_kind(value)}, expected {expected}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large for a float, expected {expected}") from None
+
+
+def check_eps(eps: object) -> float:
+    """`eps` as a float: finite and >= 0."""
+    value = _real(eps, "eps", "a finite number >= 0")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"eps is {value}, expected a finite number >= 0")
+    return value
+
+
+def check_decay(decay: object) -> float:
+    """`decay` (the weight of the old value) as a float in [0, 1]."""
+    value = _real(decay, "decay", "a number in [0, 1], the weight of the old value")
+    if not 0 <= value <= 1:
+        raise ValueError(f"decay is {value}, expected a number in [0, 1], the weight of the old value")
+    return value
+
+
+def check_int(value: object, name: str, expected: str) -> int:
+    """`value` as an int that fits 64 bits; bool is not an int here."""
+    if isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is {_kind(value)}, expected {expected}")
+    try:
+        result = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} is {_kind(value)}, expected {expected}") from None
+    if not -(2**63) <= result < 2**63:
+        raise ValueError(f"{name} is {result:.6g}, expected {expected}")
+    return result
+
+
+def check_ddof(ddof: object, name: str) -> int:
+    """`ddof` of a running variance: 0 or 1."""
+    value = check_int(ddof, name, "0 or 1")
+    if value not in (0, 1):
+        raise ValueError(f"{name} is {value}, expected 0 (divide by n) or 1 (divide by n - 1)")
+    return value
+
+
+def check_flag(value: object, name: str) -> bool:
+    """A plain bool. Anything else that is merely truthy would choose a mode nobody asked for."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} is {_kind(value)}, expected True or False")
+    return value
+
+
+def check_activation(activation: object) -> str | None:
+    """An activation's name or None."""
+    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+        return None if activation is None else str(activation)
+    expected = f"None or one of {', '.join(map(repr, ACTIVATIONS))}"
+    error = ValueError if isinstance(activation, str) else TypeError
+    raise error(f"activation is {_kind(activation)}, expected {expected}")
+
+
+def resolve_axis_argument(axis: object, data_format: object) -> int:
+    """The channel axis, from `axis` or its alias `data_format`; both together are an error."""
+    if data_format is None:
+        return check_int(axis, "axis", "an int, the axis of x that holds the channels")
+    if axis is not DEFAULT_AXIS:
+        raise TypeError(f"axis is {axis!r} and data_format is {data_format!r}; they say the same thing, give one of them")
+    if not isinstance(data_format, str):
+        raise TypeError(f"data_format is {_kind(data_format)}, expected a str, one of {', '.join(DATA_FORMATS)}")
+    if data_format not in DATA_FORMATS:
+        raise ValueError(f"data_format is {data_format!r}, expected one of {', '.join(DATA_FORMATS)}")
+    return DATA_FORMATS[data_format][1]
+
+
+def _axis_of(x: Array, axis: object, data_format: object) -> int:
+    """The channel axis, checked against x's rank."""
+    resolved = resolve_axis_argument(axis, data_format)
+    if isinstance(data_format, str):
+        rank = DATA_FORMATS[data_format][0]
+        if rank is not None and x.ndim != rank:
+            raise ValueError(f"data_format is {data_format!r}, which needs {rank} dimensions, but x has shape {x.shape}")
+    if not -x.ndim <= resolved < x.ndim:
+        raise ValueError(f"axis is {resolved}, expected -{x.ndim} <= axis < {x.ndim} for x of shape {x.shape}")
+    return resolved
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether this is ml_dtypes.bfloat16; tells the extension its type number when it is."""
+    if dtype.name != "bfloat16" or dtype.itemsize != 2 or dtype.type.__module__ != "ml_dtypes":
+        return False
+    _core.set_bfloat16_type_num(dtype.num)
+    return True
+
+
+def _ndarray(value: object, name: str, expected: str) -> Array:
+    """A plain ndarray; subclasses that only add behaviour (memmap, matrix) as plain views."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is {_kind(value)}, expected {expected}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored, expected {expected}")
+    return value.view(np.ndarray) if type(value) is not np.ndarray else value
+
+
+def _tensor(value: object, name: str) -> Array:
+    expected = "a numpy.ndarray of float32, float64, float16 or bfloat16"
+    x = _ndarray(value, name, expected)
+    dtype = x.dtype
+    if dtype not in (np.float32, np.float64, np.float16) and not _is_bfloat16(dtype):
+        if dtype.newbyteorder("=") in (np.float32, np.float64, np.float16):
+            raise TypeError(
+                f"{name} has dtype {dtype.str} of foreign byte order, expected the machine's own; "
+                f"use {name}.astype({dtype.newbyteorder('=').name!r})"
+            )
+        hint = f"; use {name}.astype(numpy.float32)" if dtype.kind in "iub" else ""
+        raise TypeError(f"{name} has dtype {dtype}, expected float32, float64, float16 or bfloat16{hint}")
+    if not dtype.isnative:
+        raise TypeError(
+            f"{name} has dtype {dtype.str} of foreign byte order, expected the machine's own; "
+            f"use {name}.astype({dtype.newbyteorder('=').name!r})"
+        )
+    if x.ndim < 2:
+        raise ValueError(f"{name} has shape {x.shape}, expected at least 2 dimensions, one of them the channels")
+    return x
+
+
+def _input(value: object, axis: object, data_format: object) -> tuple[Array, int]:
+    """x and its channel axis."""
+    x = _tensor(value, "x")
+    channel_axis = _axis_of(x, axis, data_format)
+    if x.shape[channel_axis] == 0:
+        raise ValueError(f"x has shape {x.shape} with 0 channels on axis {channel_axis}, expected at least 1")
+    return x, channel_axis
+
+
+def _vector(value: object, name: str) -> Array:
+    expected = "a one-dimensional float32 or float64 array, one value per channel"
+    v = _ndarray(value, name, expected)
+    if v.dtype not in (np.float32, np.float64) or not v.dtype.isnative:
+        raise TypeError(f"{name} has dtype {v.dtype.str if not v.dtype.isnative else v.dtype}, expected float32 or float64")
+    if v.ndim != 1:
+        raise ValueError(f"{name} has shape {v.shape}, expected {expected}")
+    return v
+
+
+def _per_channel(value: object, name: str, x: Array, axis: int, *, finite: bool = True) -> Array:
+    """A per-channel array that is only read: float32 or float64, shape (C,)."""
+    channels = x.shape[axis]
+    if value is None:
+        raise TypeError(f"{name} is None, expected a float32 or float64 array of shape ({channels},)")
+    v = _vector(value, name)
+    if v.shape != (channels,):
+        raise ValueError(f"{name} has shape {v.shape}, expected ({channels},) to match channel axis {axis} of x {x.shape}")
+    if finite and not np.isfinite(v).all():
+        channel = int(np.flatnonzero(~np.isfinite(v))[0])
+        raise ValueError(f"{name} is {v[channel]} at channel {channel}, expected finite values")
+    return v if v.flags.aligned and v.strides[0] % v.itemsize == 0 else v.copy()
+
+
+def _affine(gamma: object, beta: object, x: Array, axis: int) -> tuple[Array | None, Array | None]:
+    return (
+        None if gamma is None else _per_channel(gamma, "gamma", x, axis),
+        None if beta is None else _per_channel(beta, "beta", x, axis),
+    )
+
+
+def _written_vector(value: object, name: str) -> Array:
+    """A vector that is updated in place, so nothing about it may need a copy."""
+    expected = "a writable float32 or float64 array, updated in place"
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} is {_kind(value)}, expected {expected}")
+    v = _vector(value, name)
+    if not v.flags.writeable:
+        raise ValueError(f"{name} is read-only, expected {expected}; pass {name}.copy() and keep it")
+    if v.size > 1 and v.strides[0] == 0:
+        raise ValueError(f"{name} has stride 0, so that its channels are one element, expected separate elements; use {name}.copy()")
+    if not v.flags.aligned or v.strides[0] % v.itemsize:
+        raise ValueError(f"{name} is not aligned to its element size, expected an aligned array; use {name}.copy()")
+    return v
+
+
+def _running_pair(running_mean: object, running_var: object) -> tuple[Array, Array]:
+    mean, var = _written_vector(running_mean, "running_mean"), _written_vector(running_var, "running_var")
+    if np.shares_memory(mean, var):
+        raise ValueError("running_mean and running_var share memory, expected two separate arrays")
+    return mean, var
+
+
+def _share(a: Array, b: Array) -> bool:
+    """Whether two arrays have an element in common; undecided within bounds counts as yes."""
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=100_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape are the same elements in the same order."""
+    return a.ctypes.data == b.ctypes.data and all(
+        s == t or n <= 1 for n, s, t in zip(a.shape, a.strides, b.strides, strict=True)
+    )
+
+
+def _output(
+    value: object, name: str, x: Array, in_place_of: Mapping[str, Array], apart_from: Mapping[str, Array | None]
+) -> Array:
+    """An output array: x's shape and dtype, writable; may be one of `in_place_of`, overlaps nothing else."""
+    expected = f"a writable {x.dtype} array of shape {x.shape}"
+    y = _ndarray(value, name, expected)
+    if y.dtype != x.dtype or not y.dtype.isnative:
+        raise TypeError(f"{name} has dtype {y.dtype if y.dtype.isnative else y.dtype.str}, expected {x.dtype} as x has")
+    if y.shape != x.shape:
+        raise ValueError(f"{name} has shape {y.shape}, expected {x.shape} as x has")
+    if not y.flags.writeable:
+        raise ValueError(f"{name} is read-only, expected {expected}")
+    if any(n > 1 and s == 0 for n, s in zip(y.shape, y.strides, strict=True)):
+        raise ValueError(f"{name} has stride 0, so that several of its elements are one, expected {expected}")
+    if not y.flags.aligned or any(s % y.itemsize for s in y.strides):
+        raise ValueError(f"{name} is not aligned to its element size, expected an aligned array")
+    for other_name, other in in_place_of.items():
+        if not _same_memory(y, other) and _share(y, other):
+            raise ValueError(f"{name} overlaps {other_name} without being the same array, expected {other_name} itself or a separate array")
+    for other_name, vector in apart_from.items():
+        if vector is not None and _share(y, vector):
+            raise ValueError(f"{name} overlaps {other_name}, expected separate arrays")
+    return y
+
+
+def _in_one_direction(read: list[Array], out: Array | None, axis: int) -> list[Array]:
+    """The arrays that are read (x first), copied into one memory order where they have no common view as they are.
+
+    The order is that of ``out``, which is never copied, or else of x.
+    """
+    written = [] if out is None else [out]
+    if _core.has_view(read + written, axis):
+        return read
+    leader = read[0] if out is None else out
+    copies = []
+    for a in read:
+        copy = np.empty_like(leader)
+        np.copyto(copy, a)
+        copies.append(copy)
+    if out is not None and not _core.has_view(copies + written, axis):
+        raise ValueError(
+            f"out has strides {out.strides} for shape {out.shape}, expected memory in which the channels (axis {axis}) or the other axes "
+            f"are contiguous; use numpy.empty_like(x), or leave out= away"
+        )
+    return copies
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+def inference(
+    x: object, mean: object, var: object, gamma: object, beta: object, eps: object, axis: object, data_format: object,
+    activation: object, out: object,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `_core.batch_norm` after `x`'s checks, or the error that explains."""
+    x, channel_axis = _input(x, axis, data_format)
+    m = _per_channel(mean, "mean", x, channel_axis)
+    v = _per_channel(var, "var", x, channel_axis)
+    if (v < 0).any():
+        channel = int(np.flatnonzero(v < 0)[0])
+        raise ValueError(f"var is {v[channel]} at channel {channel}, expected values >= 0")
+    g, b = _affine(gamma, beta, x, channel_axis)
+    eps, activation = check_eps(eps), check_activation(activation)
+    y = None
+    if out is not None:
+        y = _output(out, "out", x, {"x": x}, {"mean": m, "var": v, "gamma": g, "beta": b})
+    (x,) = _in_one_direction([x], y, channel_axis)
+    return x, m, v, g, b, eps, channel_axis, activation, y, True, True
+
+
+def training(
+    x: object, gamma: object, beta: object, running_mean: object, running_var: object, decay: object, running_ddof: object,
+    eps: object, axis: object, data_format: object, activation: object, out: object,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `_core.batch_norm_train`, or the error that explains."""
+    x, channel_axis = _input(x, axis, data_format)
+    channels = x.shape[channel_axis]
+    g, b = _affine(gamma, beta, x, channel_axis)
+    if (running_mean is None) != (running_var is None):
+        missing, given = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
+        raise ValueError(f"{missing} is None but {given} is given, expected both or neither")
+    rm = rv = None
+    if running_mean is not None:
+        rm, rv = _running_pair(running_mean, running_var)
+        for vector, name in ((rm, "running_mean"), (rv, "running_var")):
+            if vector.shape != (channels,):
+                raise ValueError(
+                    f"{name} has shape {vector.shape}, expected ({channels},) to match channel axis {channel_axis} of x {x.shape}"
+                )
+            for other, other_name in ((x, "x"), (g, "gamma"), (b, "beta")):
+                if other is not None and _share(vector, other):
+                    raise ValueError(f"{name} shares memory with {other_name}, expected separate arrays")
+    decay, ddof = check_decay(decay), check_ddof(running_ddof, "running_ddof")
+    eps, activation = check_eps(eps), check_activation(activation)
+    if x.size == channels:
+        raise ValueError(
+            f"x has shape {x.shape} with one value per channel (axis {channel_axis}), from which no variance can be had, expected at "
+            f"least 2; use a larger batch, normalise with running statistics (batch_norm, or the layer's eval mode), or normalise "
+            f"another axis"
+        )
+    y = None
+    if out is not None:
+        y = _output(
+            out, "out", x, {"x": x}, {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv}
+        )
+    (x,) = _in_one_direction([x], y, channel_axis)
+    return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, y, True, True
+
+
+def check_stats(stats: object) -> bool:
+    """Whether the statistics were given ("fixed") rather than the batch's own ("batch")."""
+    if not isinstance(stats, str):
+        raise TypeError(f"stats is {_kind(stats)}, expected 'batch' or 'fixed'")
+    if stats not in ("batch", "fixed"):
+        raise ValueError(f"stats is {stats!r}, expected 'batch' (batch_norm_train's own) or 'fixed' (given statistics)")
+    return stats == "fixed"
+
+
+def check_needs(needs: object) -> tuple[bool, bool, bool]:
+    """Which of dx, dgamma, dbeta are asked for."""
+    expected = "a tuple of 'dx', 'dgamma', 'dbeta'"
+    if isinstance(needs, str):
+        raise TypeError(f"needs is {needs!r} (str), expected {expected}, for example ({needs!r},)")
+    if not isinstance(needs, tuple | list | set | frozenset):
+        raise TypeError(f"needs is {_kind(needs)}, expected {expected}")
+    for name in needs:
+        if not isinstance(name, str) or name not in GRADIENTS:
+            raise ValueError(f"needs contains {name!r}, expected {expected}")
+    return "dx" in needs, "dgamma" in needs, "dbeta" in needs
+
+
+def backward(
+    dy: object, x: object, mean: object, inv_std: object, gamma: object, beta: object, axis: object, data_format: object,
+    stats: object, activation: object, needs: object, out: object,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `_core.batch_norm_backward`, or the error that explains."""
+    x, channel_axis = _input(x, axis, data_format)
+    dy = _tensor(dy, "dy")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy has dtype {dy.dtype}, expected {x.dtype} as x has")
+    if dy.shape != x.shape:
+        raise ValueError(f"dy has shape {dy.shape}, expected {x.shape} as x has")
+    for value, name in ((mean, "mean"), (inv_std, "inv_std")):
+        if value is None:
+            raise TypeError(f"{name} is None, expected the {name} that the forward pass returned")
+    m = _per_channel(mean, "mean", x, channel_axis, finite=False)
+    s = _per_channel(inv_std, "inv_std", x, channel_axis, finite=False)
+    g, b = _affine(gamma, beta, x, channel_axis)
+    fixed, activation = check_stats(stats), check_activation(activation)
+    need_dx, need_dgamma, need_dbeta = check_needs(needs)
+    if not fixed and x.size == x.shape[channel_axis]:
+        raise ValueError(
+            f"x has shape {x.shape} with one value per channel (axis {channel_axis}), expected at least 2 with stats='batch'; "
+            f"after a forward with given statistics use stats='fixed'"
+        )
+    dx = None
+    if out is not None:
+        if not need_dx:
+            raise ValueError("out is given but needs does not contain 'dx', which it would receive; drop one of them")
+        dx = _output(
+            out, "out", x, {"dy": dy, "x": x}, {"mean": m, "inv_std": s, "gamma": g, "beta": b}
+        )
+    x, dy = _in_one_direction([x, dy], dx, channel_axis)
+    return (
+        dy, x, m, s, g, b, channel_axis, fixed, activation, need_dx, need_dgamma, need_dbeta, dx, True, True,
+    )  # fmt: skip
+
+
+def statistics(x: object, axis: object, data_format: object, ddof: object) -> tuple[Any, ...]:
+    """Arguments of `_core.moments`, or the error that explains."""
+    x, channel_axis = _input(x, axis, data_format)
+    delta = check_int(ddof, "ddof", "an int >= 0")
+    count = x.size // x.shape[channel_axis]
+    if delta < 0:
+        raise ValueError(f"ddof is {delta}, expected an int >= 0")
+    if 0 < count <= delta:
+        raise ValueError(f"ddof is {delta}, expected less than the {count} values per channel of x {x.shape}")
+    (x,) = _in_one_direction([x], None, channel_axis)
+    return x, channel_axis, delta, True
+
+
+def running_update(
+    running_mean: object, running_var: object, mean: object, var: object, decay: object, count: object, ddof: object
+) -> tuple[Any, ...]:
+    """Arguments of `_core.update_running`, or the error that explains."""
+    rm, rv = _running_pair(running_mean, running_var)
+    if rv.shape != rm.shape:
+        raise ValueError(f"running_var has shape {rv.shape}, expected {rm.shape} as running_mean has")
+    vectors = []
+    for value, name in ((mean, "mean"), (var, "var")):
+        if value is None:
+            raise TypeError(f"{name} is None, expected a float32 or float64 array of shape {rm.shape}")
+        v = _vector(value, name)
+        if v.shape != rm.shape:
+            raise ValueError(f"{name} has shape {v.shape}, expected {rm.shape} as running_mean has")
+        for running, running_name in ((rm, "running_mean"), (rv, "running_var")):
+            if _share(v, running):
+                raise ValueError(f"{name} shares memory with {running_name}, expected separate arrays")
+        vectors.append(v if v.flags.aligned and v.strides[0] % v.itemsize == 0 else v.copy())
+    weight = check_decay(decay)
+    delta = check_ddof(ddof, "ddof")
+    n = check_int(count, "count", "an int, the number of values per channel")
+    if n <= delta:
+        raise ValueError(f"count is {n}, expected more than ddof = {delta}")
+    return rm, rv, vectors[0], vectors[1], weight, n, delta
+
+
+def thread_count(n: object) -> int:
+    """A number of threads: an int from 1 to 65536."""
+    value = check_int(n, "num_threads", "an int from 1 to 65536")
+    if not 1 <= value <= 65536:
+        raise ValueError(f"num_threads is {value}, expected an int from 1 to 65536")
+    return value
+
+
+def isa_name(name: object) -> str:
+    """The name of an ISA level of this build that this CPU can run."""
+    if not isinstance(name, str):
+        raise TypeError(f"isa is {_kind(name)}, expected a str, one of {', '.join(_core.isa_levels())}")
+    if name not in _core.isa_levels():
+        reason = ", which this CPU cannot run" if name in _core.isa_built() else ""
+        raise ValueError(f"isa is {name!r}{reason}, expected one of {', '.join(map(repr, _core.isa_levels()))}")
+    return name

@@ -1,0 +1,405 @@
+"""The operations as functions: state comes in as arguments and goes out as results, or in place where the docstring says so."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Never
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _args, _core
+
+__all__ = [
+    "Gradients",
+    "MeanVar",
+    "TrainResult",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_train",
+    "moments",
+    "update_running",
+]
+
+Array = NDArray[Any]
+
+_new = tuple.__new__
+
+
+class MeanVar(NamedTuple):
+    """Mean and variance per channel, float64."""
+
+    mean: NDArray[np.float64]
+    var: NDArray[np.float64]
+
+
+class TrainResult(NamedTuple):
+    """Result of :func:`batch_norm_train`: the output, and the float64 statistics that backward needs."""
+
+    y: Array
+    mean: NDArray[np.float64]
+    inv_std: NDArray[np.float64]
+
+
+class Gradients(NamedTuple):
+    """Result of :func:`batch_norm_backward`; what was not asked for is None."""
+
+    dx: Array | None
+    dgamma: Array | None
+    dbeta: Array | None
+
+
+def batch_norm(
+    x: Array,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    axis: int = _args.DEFAULT_AXIS,
+    data_format: str | None = None,
+    activation: str | None = None,
+    out: Array | None = None,
+    **unknown: Never,
+) -> Array:
+    """Normalise ``x`` with given statistics: inference.
+
+    Parameters
+    ----------
+    x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
+        Any strides. Not changed, unless it is also ``out``.
+    mean, var : array of float32 or float64, shape (C,)
+        Statistics per channel, for example running statistics. Finite; ``var >= 0``.
+    gamma, beta : array of float32 or float64, shape (C,), optional
+        Scale and shift per channel; absent means 1 and 0. Finite.
+    eps : float
+        Added to the variance inside the square root; finite, >= 0.
+    axis : int
+        The axis of ``x`` that holds the C channels.
+    data_format : str, optional
+        Alias of ``axis``: NC, NCL, NLC, NCHW, NHWC, NCDHW, NDHWC, channels_first or channels_last. Not together with ``axis``.
+    activation : None or "relu"
+        Applied to the result in the same pass.
+    out : array like x, optional
+        Receives the result; may be ``x`` itself (in place), no other overlap.
+
+    Returns
+    -------
+    array of x's dtype, shape and memory order
+        ``out`` if it was given.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind or dtype, an unknown keyword (``momentum`` among them), ``axis`` and ``data_format`` together.
+    ValueError
+        A wrong shape or value, NaN or Inf in a per-channel array, ``out`` that overlaps ``x`` without being ``x``.
+
+    Notes
+    -----
+    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta)`` [1]_, computed as ``(x - c) * a + b`` with per-channel numbers from
+    float64; the part of the mean that float32 cannot hold goes into ``b``. Arithmetic on elements is float64 for float64 input and
+    float32 otherwise.
+
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> x = np.ones((8, 64, 32, 32), np.float32)
+    >>> mean, var = np.zeros(64, np.float32), np.ones(64, np.float32)
+    >>> batchnorm.batch_norm(x, mean, var).shape
+    (8, 64, 32, 32)
+    """
+    if data_format is None and not unknown:
+        y = _core.batch_norm(x, mean, var, gamma, beta, eps, axis, activation, out, False, False)
+        if y is not None:
+            return y
+    if unknown:
+        _args.reject_keywords("batch_norm", unknown, ("eps", "axis", "data_format", "activation", "out"))
+    y = _core.batch_norm(*_args.inference(x, mean, var, gamma, beta, eps, axis, data_format, activation, out))
+    assert y is not None
+    return y
+
+
+def batch_norm_train(
+    x: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    decay: float = 0.9,
+    running_ddof: int = 1,
+    eps: float = 1e-5,
+    axis: int = _args.DEFAULT_AXIS,
+    data_format: str | None = None,
+    activation: str | None = None,
+    out: Array | None = None,
+    **unknown: Never,
+) -> TrainResult:
+    """Normalise ``x`` with its own batch statistics, and update running statistics in place.
+
+    Parameters
+    ----------
+    x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
+        Any strides. Not changed, unless it is also ``out``.
+    gamma, beta : array of float32 or float64, shape (C,), optional
+        Scale and shift per channel; absent means 1 and 0. Finite.
+    running_mean, running_var : writable array of float32 or float64, shape (C,), optional
+        Both or neither. Updated in place once the call has succeeded.
+    decay : float in [0, 1]
+        Weight of the OLD running value (1 - ``momentum`` of PyTorch, ``momentum`` of Keras).
+    running_ddof : 0 or 1
+        The running variance receives ``var * n / (n - running_ddof)``: 1 as PyTorch and the paper, 0 as Keras, Flax and ONNX.
+    eps : float
+        Added to the variance inside the square root; finite, >= 0.
+    axis, data_format, activation, out
+        As in :func:`batch_norm`.
+
+    Returns
+    -------
+    TrainResult
+        ``y`` like x (dtype, shape, memory order), and ``mean`` and ``inv_std = 1 / sqrt(var + eps)``, float64 of shape (C,), for
+        :func:`batch_norm_backward`. An empty batch gives an empty ``y``, NaN statistics and no update.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm`; also one value per channel, only one running array, running arrays that are read-only, overlap or have
+        the wrong shape. Nothing is changed then.
+
+    Notes
+    -----
+    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta)`` with mean and population variance of the n values of each channel [1]_;
+    ``running = decay * running + (1 - decay) * batch``. Sums run in float64 about a value of the channel, so mean and variance keep
+    their digits for any ``|mean| / std`` up to 1e6, and the result has the same bits for any number of threads.
+
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> x = np.random.default_rng(0).normal(size=(8, 64, 32, 32)).astype(np.float32)
+    >>> running_mean, running_var = np.zeros(64, np.float32), np.ones(64, np.float32)
+    >>> y, mean, inv_std = batchnorm.batch_norm_train(x, running_mean=running_mean, running_var=running_var)
+    >>> y.shape, y.dtype, mean.shape, mean.dtype
+    ((8, 64, 32, 32), dtype('float32'), (64,), dtype('float64'))
+    """
+    if data_format is None and not unknown:
+        result = _core.batch_norm_train(
+            x, gamma, beta, running_mean, running_var, decay, running_ddof, eps, axis, activation, out, False, False
+        )
+        if result is not None:
+            return _new(TrainResult, result)
+    if unknown:
+        known = ("gamma", "beta", "running_mean", "running_var", "decay", "running_ddof", "eps", "axis", "data_format", "activation", "out")
+        _args.reject_keywords("batch_norm_train", unknown, known)
+    arguments = _args.training(
+        x, gamma, beta, running_mean, running_var, decay, running_ddof, eps, axis, data_format, activation, out
+    )
+    result = _core.batch_norm_train(*arguments)
+    assert result is not None
+    return _new(TrainResult, result)
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    inv_std: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    *,
+    axis: int = _args.DEFAULT_AXIS,
+    data_format: str | None = None,
+    stats: str = "batch",
+    activation: str | None = None,
+    needs: tuple[str, ...] = ("dx", "dgamma", "dbeta"),
+    out: Array | None = None,
+    **unknown: Never,
+) -> Gradients:
+    """Gradients of batch normalization with respect to ``x``, ``gamma`` and ``beta``.
+
+    Parameters
+    ----------
+    dy : array like x
+        Gradient with respect to the output ``y``; x's shape and dtype.
+    x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
+        The forward pass's input.
+    mean, inv_std : array of float32 or float64, shape (C,)
+        As :func:`batch_norm_train` returned them; or the given statistics, with ``inv_std = 1 / sqrt(var + eps)``. Keep them in
+        float64: a float32 mean is wrong by 1e-2 standard deviations where ``|mean| / std`` is 1e6.
+    gamma, beta : array of float32 or float64, shape (C,), optional
+        The forward pass's scale and shift; ``beta`` matters only with an activation.
+    axis, data_format
+        As in :func:`batch_norm`.
+    stats : "batch" or "fixed"
+        "batch": the statistics came from ``x`` itself and gradients flow through them. "fixed": they were given (inference, frozen
+        statistics).
+    activation : None or "relu"
+        The forward pass's activation; where it was off is recomputed from ``x``, nothing needs to be kept.
+    needs : tuple of "dx", "dgamma", "dbeta"
+        What to compute; the rest is None and costs nothing.
+    out : array like x, optional
+        Receives ``dx``; may be ``dy`` itself (in place).
+
+    Returns
+    -------
+    Gradients
+        ``dx`` like x; ``dgamma`` and ``dbeta`` of shape (C,) in gamma's and beta's dtype, or, without them, float64 for float64 ``x``
+        and float32 otherwise. An empty batch gives zero ``dgamma`` and ``dbeta``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm`; also ``dy`` of another shape or dtype, unknown names in ``needs``, ``out`` without "dx" in ``needs``.
+
+    Notes
+    -----
+    With ``x_hat = (x - mean) * inv_std`` and n values per channel: ``dbeta = sum(dy)``, ``dgamma = sum(dy * x_hat)``, and
+    ``dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)`` [1]_, or ``gamma * inv_std * dy`` with fixed statistics. Sums run
+    in float64.
+
+    .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> x = np.random.default_rng(0).normal(size=(8, 64, 32, 32)).astype(np.float32)
+    >>> y, mean, inv_std = batchnorm.batch_norm_train(x)
+    >>> dx, dgamma, dbeta = batchnorm.batch_norm_backward(y, x, mean, inv_std)
+    >>> dx.shape, dgamma.shape, dbeta.shape
+    ((8, 64, 32, 32), (64,), (64,))
+    """
+    if data_format is None and not unknown and needs == _ALL_GRADIENTS and (stats == "batch" or stats == "fixed"):
+        result = _core.batch_norm_backward(
+            dy, x, mean, inv_std, gamma, beta, axis, stats == "fixed", activation, True, True, True, out, False, False
+        )
+        if result is not None:
+            return _new(Gradients, result)
+    if unknown:
+        known = ("gamma", "beta", "axis", "data_format", "stats", "activation", "needs", "out")
+        _args.reject_keywords("batch_norm_backward", unknown, known)
+    arguments = _args.backward(
+        dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, needs, out
+    )
+    result = _core.batch_norm_backward(*arguments)
+    assert result is not None
+    return _new(Gradients, result)
+
+
+_ALL_GRADIENTS = ("dx", "dgamma", "dbeta")
+
+
+def moments(
+    x: Array,
+    *,
+    axis: int = _args.DEFAULT_AXIS,
+    data_format: str | None = None,
+    ddof: int = 0,
+    keepdims: bool = False,
+    **unknown: Never,
+) -> MeanVar:
+    """Mean and variance of each channel of ``x``.
+
+    Parameters
+    ----------
+    x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
+        Any strides.
+    axis, data_format
+        The channel axis, as in :func:`batch_norm`; all other axes are reduced.
+    ddof : int
+        The variance divides by ``n - ddof``.
+    keepdims : bool
+        Keep the reduced axes with length 1, so that the results broadcast against ``x``.
+
+    Returns
+    -------
+    MeanVar
+        ``mean`` and ``var``, float64 of shape (C,), or of x's rank with ``keepdims``. NaN if ``x`` holds no values.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm`; also ``ddof`` that is not less than the number of values per channel.
+
+    Notes
+    -----
+    ``mean = K + sum(x - K) / n`` and ``var = (sum((x - K)^2) - sum(x - K)^2 / n) / (n - ddof)`` in float64, with K the channel's first
+    value; if that turns out far from the mean, once more with K the mean [1]_. Never E[x^2] - E[x]^2.
+
+    .. [1] T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983).
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    >>> mean, var = batchnorm.moments(x)
+    >>> mean.shape, mean.tolist()
+    ((3,), [7.5, 11.5, 15.5])
+    """
+    result = None
+    if data_format is None and not unknown:
+        result = _core.moments(x, axis, ddof, False)
+    if result is None or keepdims is not False:
+        if unknown:
+            _args.reject_keywords("moments", unknown, ("axis", "data_format", "ddof", "keepdims"))
+        keep = _args.check_flag(keepdims, "keepdims")
+        arguments = _args.statistics(x, axis, data_format, ddof)
+        result = _core.moments(*arguments)
+        assert result is not None
+        if keep:
+            shape = [1] * x.ndim
+            shape[arguments[1]] = -1
+            return MeanVar(result[0].reshape(shape), result[1].reshape(shape))
+    return _new(MeanVar, result)
+
+
+def update_running(
+    running_mean: Array,
+    running_var: Array,
+    mean: Array,
+    var: Array,
+    *,
+    decay: float,
+    count: int,
+    ddof: int = 1,
+    **unknown: Never,
+) -> None:
+    """Move running statistics towards those of a batch, in place.
+
+    Parameters
+    ----------
+    running_mean, running_var : writable array of float32 or float64, shape (C,)
+        Updated in place; they must not share memory.
+    mean, var : array of float32 or float64, shape (C,)
+        The batch's mean and population variance (``ddof=0``), as :func:`moments` gives them.
+    decay : float in [0, 1]
+        Weight of the OLD running value.
+    count : int
+        Number of values per channel that ``mean`` and ``var`` came from.
+    ddof : 0 or 1
+        The running variance receives ``var * count / (count - ddof)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong kinds, dtypes, shapes or values; nothing is changed then.
+
+    Notes
+    -----
+    ``running = decay * running + (1 - decay) * batch`` in float64, rounded once to the array's dtype. With ``decay=0`` the old value
+    does not count at all, even if it is NaN.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> running_mean, running_var = np.zeros(3), np.ones(3)
+    >>> batchnorm.update_running(running_mean, running_var, np.ones(3), np.full(3, 2.0), decay=0.9, count=5)
+    >>> running_mean.shape, float(running_var[0])
+    ((3,), 1.15)
+    """
+    if unknown:
+        _args.reject_keywords("update_running", unknown, ("decay", "count", "ddof"))
+    _core.update_running(*_args.running_update(running_mean, running_var, mean, var, decay, count, ddof))
