@@ -1,9 +1,10 @@
 """Every check of a Python argument, and every message about one.
 
-The functions call the extension first; it takes arguments that are exactly right and gives None for anything else, untouched.
-Only then is this module asked. `inference`, `training`, `backward` and `statistics` either raise the error that explains, or return
-the arguments in a form the extension takes: names resolved, numbers made plain, and arrays that are only read copied where their
-memory does not allow a direct view. Arrays that are written are never copied.
+The functions call the extension first; it takes arguments that are exactly right and gives None for
+anything else, untouched. Only then is this module asked. `inference`, `training`, `backward` and
+`statistics` either raise the error that explains, or return the arguments in a form the extension takes:
+names resolved, numbers made plain, and arrays that are only read copied where their memory does not allow a
+direct view. Arrays that are written are never copied.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class _DefaultAxis(int):
 DEFAULT_AXIS = _DefaultAxis(1)
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
+# ---- options -----------------------------------------------------------------------------------------------
 
 
 def _kind(value: object) -> str:
@@ -70,9 +71,9 @@ def reject_keywords(function: str, unknown: Mapping[str, object], known: Iterabl
         else:
             new, old = "decay=1 - momentum", "decay=momentum"
         raise TypeError(
-            f"{function}() has no argument 'momentum', which means opposite things: where it weighs the new value "
-            f"(PyTorch, cuDNN, TensorFlow's fused op) pass {new}; where it weighs the old value (Keras, Flax, ONNX, "
-            f"MXNet, Paddle) pass {old}"
+            f"{function}() has no argument 'momentum', which means opposite things: where it weighs the new "
+            f"value (PyTorch, cuDNN, TensorFlow's fused op) pass {new}; where it weighs the old value (Keras, "
+            f"Flax, ONNX, MXNet, Paddle) pass {old}"
         )
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
@@ -145,11 +146,15 @@ def check_activation(activation: object) -> str | None:
 def resolve_axis_argument(axis: object, data_format: object) -> int:
     """The channel axis, from `axis` or its alias `data_format`; both together are an error."""
     if data_format is None:
-        return check_int(axis, "axis", "an int, the axis of x that holds the channels")
+        return int(check_int(axis, "axis", "an int, the axis of x that holds the channels"))
     if axis is not DEFAULT_AXIS:
-        raise TypeError(f"axis is {axis!r} and data_format is {data_format!r}; they say the same thing, give one of them")
+        raise TypeError(
+            f"axis is {axis!r} and data_format is {data_format!r}; they say the same thing, give one of them"
+        )
     if not isinstance(data_format, str):
-        raise TypeError(f"data_format is {_kind(data_format)}, expected a str, one of {', '.join(DATA_FORMATS)}")
+        raise TypeError(
+            f"data_format is {_kind(data_format)}, expected a str, one of {', '.join(DATA_FORMATS)}"
+        )
     if data_format not in DATA_FORMATS:
         raise ValueError(f"data_format is {data_format!r}, expected one of {', '.join(DATA_FORMATS)}")
     return DATA_FORMATS[data_format][1]
@@ -161,13 +166,17 @@ def _axis_of(x: Array, axis: object, data_format: object) -> int:
     if isinstance(data_format, str):
         rank = DATA_FORMATS[data_format][0]
         if rank is not None and x.ndim != rank:
-            raise ValueError(f"data_format is {data_format!r}, which needs {rank} dimensions, but x has shape {x.shape}")
+            raise ValueError(
+                f"data_format is {data_format!r}, which needs {rank} dimensions, but x has shape {x.shape}"
+            )
     if not -x.ndim <= resolved < x.ndim:
-        raise ValueError(f"axis is {resolved}, expected -{x.ndim} <= axis < {x.ndim} for x of shape {x.shape}")
+        raise ValueError(
+            f"axis is {resolved}, expected -{x.ndim} <= axis < {x.ndim} for x of shape {x.shape}"
+        )
     return resolved
 
 
-# ---- arrays ----------------------------------------------------------------------------------------------------------
+# ---- arrays ------------------------------------------------------------------------------------------------
 
 
 def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -205,7 +214,9 @@ def _tensor(value: object, name: str) -> Array:
             f"use {name}.astype({dtype.newbyteorder('=').name!r})"
         )
     if x.ndim < 2:
-        raise ValueError(f"{name} has shape {x.shape}, expected at least 2 dimensions, one of them the channels")
+        raise ValueError(
+            f"{name} has shape {x.shape}, expected at least 2 dimensions, one of them the channels"
+        )
     return x
 
 
@@ -222,7 +233,8 @@ def _vector(value: object, name: str) -> Array:
     expected = "a one-dimensional float32 or float64 array, one value per channel"
     v = _ndarray(value, name, expected)
     if v.dtype not in (np.float32, np.float64) or not v.dtype.isnative:
-        raise TypeError(f"{name} has dtype {v.dtype.str if not v.dtype.isnative else v.dtype}, expected float32 or float64")
+        shown = v.dtype if v.dtype.isnative else v.dtype.str
+        raise TypeError(f"{name} has dtype {shown}, expected float32 or float64")
     if v.ndim != 1:
         raise ValueError(f"{name} has shape {v.shape}, expected {expected}")
     return v
@@ -235,7 +247,9 @@ def _per_channel(value: object, name: str, x: Array, axis: int, *, finite: bool 
         raise TypeError(f"{name} is None, expected a float32 or float64 array of shape ({channels},)")
     v = _vector(value, name)
     if v.shape != (channels,):
-        raise ValueError(f"{name} has shape {v.shape}, expected ({channels},) to match channel axis {axis} of x {x.shape}")
+        raise ValueError(
+            f"{name} has shape {v.shape}, expected ({channels},) to match channel axis {axis} of x {x.shape}"
+        )
     if finite and not np.isfinite(v).all():
         channel = int(np.flatnonzero(~np.isfinite(v))[0])
         raise ValueError(f"{name} is {v[channel]} at channel {channel}, expected finite values")
@@ -258,9 +272,14 @@ def _written_vector(value: object, name: str) -> Array:
     if not v.flags.writeable:
         raise ValueError(f"{name} is read-only, expected {expected}; pass {name}.copy() and keep it")
     if v.size > 1 and v.strides[0] == 0:
-        raise ValueError(f"{name} has stride 0, so that its channels are one element, expected separate elements; use {name}.copy()")
+        raise ValueError(
+            f"{name} has stride 0, so that its channels are one element, expected separate elements; "
+            f"use {name}.copy()"
+        )
     if not v.flags.aligned or v.strides[0] % v.itemsize:
-        raise ValueError(f"{name} is not aligned to its element size, expected an aligned array; use {name}.copy()")
+        raise ValueError(
+            f"{name} is not aligned to its element size, expected an aligned array; use {name}.copy()"
+        )
     return v
 
 
@@ -276,7 +295,7 @@ def _share(a: Array, b: Array) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -289,13 +308,19 @@ def _same_memory(a: Array, b: Array) -> bool:
 
 
 def _output(
-    value: object, name: str, x: Array, in_place_of: Mapping[str, Array], apart_from: Mapping[str, Array | None]
+    value: object,
+    name: str,
+    x: Array,
+    in_place_of: Mapping[str, Array],
+    apart_from: Mapping[str, Array | None],
 ) -> Array:
     """An output array: x's shape and dtype, writable; may be one of `in_place_of`, overlaps nothing else."""
     expected = f"a writable {x.dtype} array of shape {x.shape}"
     y = _ndarray(value, name, expected)
     if y.dtype != x.dtype or not y.dtype.isnative:
-        raise TypeError(f"{name} has dtype {y.dtype if y.dtype.isnative else y.dtype.str}, expected {x.dtype} as x has")
+        raise TypeError(
+            f"{name} has dtype {y.dtype if y.dtype.isnative else y.dtype.str}, expected {x.dtype} as x has"
+        )
     if y.shape != x.shape:
         raise ValueError(f"{name} has shape {y.shape}, expected {x.shape} as x has")
     if not y.flags.writeable:
@@ -306,7 +331,10 @@ def _output(
         raise ValueError(f"{name} is not aligned to its element size, expected an aligned array")
     for other_name, other in in_place_of.items():
         if not _same_memory(y, other) and _share(y, other):
-            raise ValueError(f"{name} overlaps {other_name} without being the same array, expected {other_name} itself or a separate array")
+            raise ValueError(
+                f"{name} overlaps {other_name} without being the same array, expected {other_name} itself or "
+                f"a separate array"
+            )
     for other_name, vector in apart_from.items():
         if vector is not None and _share(y, vector):
             raise ValueError(f"{name} overlaps {other_name}, expected separate arrays")
@@ -314,7 +342,8 @@ def _output(
 
 
 def _in_one_direction(read: list[Array], out: Array | None, axis: int) -> list[Array]:
-    """The arrays that are read (x first), copied into one memory order where they have no common view as they are.
+    """The arrays that are read (x first), copied into one memory order where they have no common view as
+    they are.
 
     The order is that of ``out``, which is never copied, or else of x.
     """
@@ -329,19 +358,27 @@ def _in_one_direction(read: list[Array], out: Array | None, axis: int) -> list[A
         copies.append(copy)
     if out is not None and not _core.has_view(copies + written, axis):
         raise ValueError(
-            f"out has strides {out.strides} for shape {out.shape}, expected memory in which the channels (axis {axis}) or the other axes "
-            f"are contiguous; use numpy.empty_like(x), or leave out= away"
+            f"out has strides {out.strides} for shape {out.shape}, expected memory in which the channels "
+            f"(axis {axis}) or the other axes are contiguous; use numpy.empty_like(x), or leave out= away"
         )
     return copies
 
 
-# ---- calls -----------------------------------------------------------------------------------------------------------
+# ---- calls -------------------------------------------------------------------------------------------------
 
 
 def inference(
-    x: object, mean: object, var: object, gamma: object, beta: object, eps: object, axis: object, data_format: object,
-    activation: object, out: object,
-) -> tuple[Any, ...]:  # fmt: skip
+    x: object,
+    mean: object,
+    var: object,
+    gamma: object,
+    beta: object,
+    eps: object,
+    axis: object,
+    data_format: object,
+    activation: object,
+    out: object,
+) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm` after `x`'s checks, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
     m = _per_channel(mean, "mean", x, channel_axis)
@@ -359,15 +396,27 @@ def inference(
 
 
 def training(
-    x: object, gamma: object, beta: object, running_mean: object, running_var: object, decay: object, running_ddof: object,
-    eps: object, axis: object, data_format: object, activation: object, out: object,
-) -> tuple[Any, ...]:  # fmt: skip
+    x: object,
+    gamma: object,
+    beta: object,
+    running_mean: object,
+    running_var: object,
+    decay: object,
+    running_ddof: object,
+    eps: object,
+    axis: object,
+    data_format: object,
+    activation: object,
+    out: object,
+) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm_train`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
     channels = x.shape[channel_axis]
     g, b = _affine(gamma, beta, x, channel_axis)
     if (running_mean is None) != (running_var is None):
-        missing, given = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
+        missing, given = (
+            ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
+        )
         raise ValueError(f"{missing} is None but {given} is given, expected both or neither")
     rm = rv = None
     if running_mean is not None:
@@ -375,7 +424,8 @@ def training(
         for vector, name in ((rm, "running_mean"), (rv, "running_var")):
             if vector.shape != (channels,):
                 raise ValueError(
-                    f"{name} has shape {vector.shape}, expected ({channels},) to match channel axis {channel_axis} of x {x.shape}"
+                    f"{name} has shape {vector.shape}, expected ({channels},) to match channel axis "
+                    f"{channel_axis} of x {x.shape}"
                 )
             for other, other_name in ((x, "x"), (g, "gamma"), (b, "beta")):
                 if other is not None and _share(vector, other):
@@ -384,15 +434,13 @@ def training(
     eps, activation = check_eps(eps), check_activation(activation)
     if x.size == channels:
         raise ValueError(
-            f"x has shape {x.shape} with one value per channel (axis {channel_axis}), from which no variance can be had, expected at "
-            f"least 2; use a larger batch, normalise with running statistics (batch_norm, or the layer's eval mode), or normalise "
-            f"another axis"
+            f"x has shape {x.shape} with one value per channel (axis {channel_axis}), from which no variance "
+            f"can be had, expected at least 2; use a larger batch, normalise with running statistics "
+            f"(batch_norm, or the layer's eval mode), or normalise another axis"
         )
     y = None
     if out is not None:
-        y = _output(
-            out, "out", x, {"x": x}, {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv}
-        )
+        y = _output(out, "out", x, {"x": x}, {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv})
     (x,) = _in_one_direction([x], y, channel_axis)
     return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, y, True, True
 
@@ -402,7 +450,9 @@ def check_stats(stats: object) -> bool:
     if not isinstance(stats, str):
         raise TypeError(f"stats is {_kind(stats)}, expected 'batch' or 'fixed'")
     if stats not in ("batch", "fixed"):
-        raise ValueError(f"stats is {stats!r}, expected 'batch' (batch_norm_train's own) or 'fixed' (given statistics)")
+        raise ValueError(
+            f"stats is {stats!r}, expected 'batch' (batch_norm_train's own) or 'fixed' (given statistics)"
+        )
     return stats == "fixed"
 
 
@@ -420,9 +470,19 @@ def check_needs(needs: object) -> tuple[bool, bool, bool]:
 
 
 def backward(
-    dy: object, x: object, mean: object, inv_std: object, gamma: object, beta: object, axis: object, data_format: object,
-    stats: object, activation: object, needs: object, out: object,
-) -> tuple[Any, ...]:  # fmt: skip
+    dy: object,
+    x: object,
+    mean: object,
+    inv_std: object,
+    gamma: object,
+    beta: object,
+    axis: object,
+    data_format: object,
+    stats: object,
+    activation: object,
+    needs: object,
+    out: object,
+) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm_backward`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
     dy = _tensor(dy, "dy")
@@ -440,16 +500,16 @@ def backward(
     need_dx, need_dgamma, need_dbeta = check_needs(needs)
     if not fixed and x.size == x.shape[channel_axis]:
         raise ValueError(
-            f"x has shape {x.shape} with one value per channel (axis {channel_axis}), expected at least 2 with stats='batch'; "
-            f"after a forward with given statistics use stats='fixed'"
+            f"x has shape {x.shape} with one value per channel (axis {channel_axis}), expected at least 2 "
+            f"with stats='batch'; after a forward with given statistics use stats='fixed'"
         )
     dx = None
     if out is not None:
         if not need_dx:
-            raise ValueError("out is given but needs does not contain 'dx', which it would receive; drop one of them")
-        dx = _output(
-            out, "out", x, {"dy": dy, "x": x}, {"mean": m, "inv_std": s, "gamma": g, "beta": b}
-        )
+            raise ValueError(
+                "out is given but needs does not contain 'dx', which it would receive; drop one of them"
+            )
+        dx = _output(out, "out", x, {"dy": dy, "x": x}, {"mean": m, "inv_std": s, "gamma": g, "beta": b})
     x, dy = _in_one_direction([x, dy], dx, channel_axis)
     return (
         dy, x, m, s, g, b, channel_axis, fixed, activation, need_dx, need_dgamma, need_dbeta, dx, True, True,
@@ -470,7 +530,13 @@ def statistics(x: object, axis: object, data_format: object, ddof: object) -> tu
 
 
 def running_update(
-    running_mean: object, running_var: object, mean: object, var: object, decay: object, count: object, ddof: object
+    running_mean: object,
+    running_var: object,
+    mean: object,
+    var: object,
+    decay: object,
+    count: object,
+    ddof: object,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.update_running`, or the error that explains."""
     rm, rv = _running_pair(running_mean, running_var)
@@ -509,5 +575,7 @@ def isa_name(name: object) -> str:
         raise TypeError(f"isa is {_kind(name)}, expected a str, one of {', '.join(_core.isa_levels())}")
     if name not in _core.isa_levels():
         reason = ", which this CPU cannot run" if name in _core.isa_built() else ""
-        raise ValueError(f"isa is {name!r}{reason}, expected one of {', '.join(map(repr, _core.isa_levels()))}")
+        raise ValueError(
+            f"isa is {name!r}{reason}, expected one of {', '.join(map(repr, _core.isa_levels()))}"
+        )
     return name

@@ -5,21 +5,63 @@ from typing import Any
 from numpy.typing import NDArray
 
 def batch_norm(
-    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: Any, axis: Any, activation: Any, out: Any,
-    disjoint: bool, prepared: bool, /,
+    x: Any,
+    mean: Any,
+    var: Any,
+    gamma: Any,
+    beta: Any,
+    eps: Any,
+    axis: Any,
+    activation: Any,
+    out: Any,
+    disjoint: bool,
+    prepared: bool,
+    /,
 ) -> NDArray[Any] | None: ...
 def batch_norm_train(
-    x: Any, gamma: Any, beta: Any, running_mean: Any, running_var: Any, decay: Any, running_ddof: Any, eps: Any,
-    axis: Any, activation: Any, out: Any, disjoint: bool, prepared: bool, /,
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    running_mean: Any,
+    running_var: Any,
+    decay: Any,
+    running_ddof: Any,
+    eps: Any,
+    axis: Any,
+    activation: Any,
+    out: Any,
+    disjoint: bool,
+    prepared: bool,
+    /,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None: ...
 def batch_norm_backward(
-    dy: Any, x: Any, mean: Any, inv_std: Any, gamma: Any, beta: Any, axis: Any, fixed: bool, activation: Any,
-    need_dx: bool, need_dgamma: bool, need_dbeta: bool, out: Any, disjoint: bool, prepared: bool, /,
+    dy: Any,
+    x: Any,
+    mean: Any,
+    inv_std: Any,
+    gamma: Any,
+    beta: Any,
+    axis: Any,
+    fixed: bool,
+    activation: Any,
+    need_dx: bool,
+    need_dgamma: bool,
+    need_dbeta: bool,
+    out: Any,
+    disjoint: bool,
+    prepared: bool,
+    /,
 ) -> tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None] | None: ...
 def moments(x: Any, axis: Any, ddof: Any, prepared: bool, /) -> tuple[NDArray[Any], NDArray[Any]] | None: ...
 def update_running(
-    running_mean: NDArray[Any], running_var: NDArray[Any], mean: NDArray[Any], var: NDArray[Any], decay: float,
-    count: int, ddof: int, /,
+    running_mean: NDArray[Any],
+    running_var: NDArray[Any],
+    mean: NDArray[Any],
+    var: NDArray[Any],
+    decay: float,
+    count: int,
+    ddof: int,
+    /,
 ) -> None: ...
 def has_view(arrays: list[NDArray[Any]], axis: int, /) -> bool: ...
 def set_bfloat16_type_num(n: int, /) -> None: ...

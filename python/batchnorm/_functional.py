@@ -1,8 +1,9 @@
-"""The operations as functions: state comes in as arguments and goes out as results, or in place where the docstring says so."""
+"""The operations as functions: state comes in as arguments and goes out as results, or in place where the
+docstring says so."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Never
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,7 +61,7 @@ def batch_norm(
     data_format: str | None = None,
     activation: str | None = None,
     out: Array | None = None,
-    **unknown: Never,
+    **unknown: NoReturn,
 ) -> Array:
     """Normalise ``x`` with given statistics: inference.
 
@@ -77,7 +78,8 @@ def batch_norm(
     axis : int
         The axis of ``x`` that holds the C channels.
     data_format : str, optional
-        Alias of ``axis``: NC, NCL, NLC, NCHW, NHWC, NCDHW, NDHWC, channels_first or channels_last. Not together with ``axis``.
+        Alias of ``axis``: NC, NCL, NLC, NCHW, NHWC, NCDHW, NDHWC, channels_first or channels_last. Not
+        together with ``axis``.
     activation : None or "relu"
         Applied to the result in the same pass.
     out : array like x, optional
@@ -91,15 +93,17 @@ def batch_norm(
     Raises
     ------
     TypeError
-        An argument of the wrong kind or dtype, an unknown keyword (``momentum`` among them), ``axis`` and ``data_format`` together.
+        An argument of the wrong kind or dtype, an unknown keyword (``momentum`` among them), ``axis`` and
+        ``data_format`` together.
     ValueError
-        A wrong shape or value, NaN or Inf in a per-channel array, ``out`` that overlaps ``x`` without being ``x``.
+        A wrong shape or value, NaN or Inf in a per-channel array, ``out`` that overlaps ``x`` without being
+        ``x``.
 
     Notes
     -----
-    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta)`` [1]_, computed as ``(x - c) * a + b`` with per-channel numbers from
-    float64; the part of the mean that float32 cannot hold goes into ``b``. Arithmetic on elements is float64 for float64 input and
-    float32 otherwise.
+    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta)`` [1]_, computed as ``(x - c) * a + b`` with
+    per-channel numbers from float64; the part of the mean that float32 cannot hold goes into ``b``.
+    Arithmetic on elements is float64 for float64 input and float32 otherwise.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2.
 
@@ -136,7 +140,7 @@ def batch_norm_train(
     data_format: str | None = None,
     activation: str | None = None,
     out: Array | None = None,
-    **unknown: Never,
+    **unknown: NoReturn,
 ) -> TrainResult:
     """Normalise ``x`` with its own batch statistics, and update running statistics in place.
 
@@ -151,7 +155,8 @@ def batch_norm_train(
     decay : float in [0, 1]
         Weight of the OLD running value (1 - ``momentum`` of PyTorch, ``momentum`` of Keras).
     running_ddof : 0 or 1
-        The running variance receives ``var * n / (n - running_ddof)``: 1 as PyTorch and the paper, 0 as Keras, Flax and ONNX.
+        The running variance receives ``var * n / (n - running_ddof)``: 1 as PyTorch and the paper, 0 as
+        Keras, Flax and ONNX.
     eps : float
         Added to the variance inside the square root; finite, >= 0.
     axis, data_format, activation, out
@@ -160,20 +165,22 @@ def batch_norm_train(
     Returns
     -------
     TrainResult
-        ``y`` like x (dtype, shape, memory order), and ``mean`` and ``inv_std = 1 / sqrt(var + eps)``, float64 of shape (C,), for
-        :func:`batch_norm_backward`. An empty batch gives an empty ``y``, NaN statistics and no update.
+        ``y`` like x (dtype, shape, memory order), and ``mean`` and ``inv_std = 1 / sqrt(var + eps)``,
+        float64 of shape (C,), for :func:`batch_norm_backward`. An empty batch gives an empty ``y``, NaN
+        statistics and no update.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`batch_norm`; also one value per channel, only one running array, running arrays that are read-only, overlap or have
-        the wrong shape. Nothing is changed then.
+        As :func:`batch_norm`; also one value per channel, only one running array, running arrays that are
+        read-only, overlap or have the wrong shape. Nothing is changed then.
 
     Notes
     -----
-    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta)`` with mean and population variance of the n values of each channel [1]_;
-    ``running = decay * running + (1 - decay) * batch``. Sums run in float64 about a value of the channel, so mean and variance keep
-    their digits for any ``|mean| / std`` up to 1e6, and the result has the same bits for any number of threads.
+    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta)`` with mean and population variance of the n
+    values of each channel [1]_; ``running = decay * running + (1 - decay) * batch``. Sums run in float64
+    about a value of the channel, so mean and variance keep their digits for any ``|mean| / std`` up to 1e6,
+    and the result has the same bits for any number of threads.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 1.
 
@@ -188,15 +195,50 @@ def batch_norm_train(
     """
     if data_format is None and not unknown:
         result = _core.batch_norm_train(
-            x, gamma, beta, running_mean, running_var, decay, running_ddof, eps, axis, activation, out, False, False
+            x,
+            gamma,
+            beta,
+            running_mean,
+            running_var,
+            decay,
+            running_ddof,
+            eps,
+            axis,
+            activation,
+            out,
+            False,
+            False,
         )
         if result is not None:
             return _new(TrainResult, result)
     if unknown:
-        known = ("gamma", "beta", "running_mean", "running_var", "decay", "running_ddof", "eps", "axis", "data_format", "activation", "out")
+        known = (
+            "gamma",
+            "beta",
+            "running_mean",
+            "running_var",
+            "decay",
+            "running_ddof",
+            "eps",
+            "axis",
+            "data_format",
+            "activation",
+            "out",
+        )
         _args.reject_keywords("batch_norm_train", unknown, known)
     arguments = _args.training(
-        x, gamma, beta, running_mean, running_var, decay, running_ddof, eps, axis, data_format, activation, out
+        x,
+        gamma,
+        beta,
+        running_mean,
+        running_var,
+        decay,
+        running_ddof,
+        eps,
+        axis,
+        data_format,
+        activation,
+        out,
     )
     result = _core.batch_norm_train(*arguments)
     assert result is not None
@@ -217,7 +259,7 @@ def batch_norm_backward(
     activation: str | None = None,
     needs: tuple[str, ...] = ("dx", "dgamma", "dbeta"),
     out: Array | None = None,
-    **unknown: Never,
+    **unknown: NoReturn,
 ) -> Gradients:
     """Gradients of batch normalization with respect to ``x``, ``gamma`` and ``beta``.
 
@@ -228,15 +270,16 @@ def batch_norm_backward(
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
         The forward pass's input.
     mean, inv_std : array of float32 or float64, shape (C,)
-        As :func:`batch_norm_train` returned them; or the given statistics, with ``inv_std = 1 / sqrt(var + eps)``. Keep them in
-        float64: a float32 mean is wrong by 1e-2 standard deviations where ``|mean| / std`` is 1e6.
+        As :func:`batch_norm_train` returned them; or the given statistics, with ``inv_std = 1 / sqrt(var +
+        eps)``. Keep them in float64: a float32 mean is wrong by 1e-2 standard deviations where ``|mean| /
+        std`` is 1e6.
     gamma, beta : array of float32 or float64, shape (C,), optional
         The forward pass's scale and shift; ``beta`` matters only with an activation.
     axis, data_format
         As in :func:`batch_norm`.
     stats : "batch" or "fixed"
-        "batch": the statistics came from ``x`` itself and gradients flow through them. "fixed": they were given (inference, frozen
-        statistics).
+        "batch": the statistics came from ``x`` itself and gradients flow through them. "fixed": they were
+        given (inference, frozen statistics).
     activation : None or "relu"
         The forward pass's activation; where it was off is recomputed from ``x``, nothing needs to be kept.
     needs : tuple of "dx", "dgamma", "dbeta"
@@ -247,19 +290,20 @@ def batch_norm_backward(
     Returns
     -------
     Gradients
-        ``dx`` like x; ``dgamma`` and ``dbeta`` of shape (C,) in gamma's and beta's dtype, or, without them, float64 for float64 ``x``
-        and float32 otherwise. An empty batch gives zero ``dgamma`` and ``dbeta``.
+        ``dx`` like x; ``dgamma`` and ``dbeta`` of shape (C,) in gamma's and beta's dtype, or, without them,
+        float64 for float64 ``x`` and float32 otherwise. An empty batch gives zero ``dgamma`` and ``dbeta``.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`batch_norm`; also ``dy`` of another shape or dtype, unknown names in ``needs``, ``out`` without "dx" in ``needs``.
+        As :func:`batch_norm`; also ``dy`` of another shape or dtype, unknown names in ``needs``, ``out``
+        without "dx" in ``needs``.
 
     Notes
     -----
-    With ``x_hat = (x - mean) * inv_std`` and n values per channel: ``dbeta = sum(dy)``, ``dgamma = sum(dy * x_hat)``, and
-    ``dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)`` [1]_, or ``gamma * inv_std * dy`` with fixed statistics. Sums run
-    in float64.
+    With ``x_hat = (x - mean) * inv_std`` and n values per channel: ``dbeta = sum(dy)``, ``dgamma = sum(dy *
+    x_hat)``, and ``dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)`` [1]_, or ``gamma *
+    inv_std * dy`` with fixed statistics. Sums run in float64.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3.
 
@@ -272,9 +316,28 @@ def batch_norm_backward(
     >>> dx.shape, dgamma.shape, dbeta.shape
     ((8, 64, 32, 32), (64,), (64,))
     """
-    if data_format is None and not unknown and needs == _ALL_GRADIENTS and (stats == "batch" or stats == "fixed"):
+    if (
+        data_format is None
+        and not unknown
+        and needs == _ALL_GRADIENTS
+        and (stats == "batch" or stats == "fixed")
+    ):
         result = _core.batch_norm_backward(
-            dy, x, mean, inv_std, gamma, beta, axis, stats == "fixed", activation, True, True, True, out, False, False
+            dy,
+            x,
+            mean,
+            inv_std,
+            gamma,
+            beta,
+            axis,
+            stats == "fixed",
+            activation,
+            True,
+            True,
+            True,
+            out,
+            False,
+            False,
         )
         if result is not None:
             return _new(Gradients, result)
@@ -299,7 +362,7 @@ def moments(
     data_format: str | None = None,
     ddof: int = 0,
     keepdims: bool = False,
-    **unknown: Never,
+    **unknown: NoReturn,
 ) -> MeanVar:
     """Mean and variance of each channel of ``x``.
 
@@ -317,7 +380,8 @@ def moments(
     Returns
     -------
     MeanVar
-        ``mean`` and ``var``, float64 of shape (C,), or of x's rank with ``keepdims``. NaN if ``x`` holds no values.
+        ``mean`` and ``var``, float64 of shape (C,), or of x's rank with ``keepdims``. NaN if ``x`` holds no
+        values.
 
     Raises
     ------
@@ -326,10 +390,12 @@ def moments(
 
     Notes
     -----
-    ``mean = K + sum(x - K) / n`` and ``var = (sum((x - K)^2) - sum(x - K)^2 / n) / (n - ddof)`` in float64, with K the channel's first
-    value; if that turns out far from the mean, once more with K the mean [1]_. Never E[x^2] - E[x]^2.
+    ``mean = K + sum(x - K) / n`` and ``var = (sum((x - K)^2) - sum(x - K)^2 / n) / (n - ddof)`` in float64,
+    with K the channel's first value; if that turns out far from the mean, once more with K the mean [1]_.
+    Never E[x^2] - E[x]^2.
 
-    .. [1] T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983).
+    .. [1] T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", The American
+       Statistician 37 (1983).
 
     Examples
     --------
@@ -365,7 +431,7 @@ def update_running(
     decay: float,
     count: int,
     ddof: int = 1,
-    **unknown: Never,
+    **unknown: NoReturn,
 ) -> None:
     """Move running statistics towards those of a batch, in place.
 
@@ -389,8 +455,8 @@ def update_running(
 
     Notes
     -----
-    ``running = decay * running + (1 - decay) * batch`` in float64, rounded once to the array's dtype. With ``decay=0`` the old value
-    does not count at all, even if it is NaN.
+    ``running = decay * running + (1 - decay) * batch`` in float64, rounded once to the array's dtype. With
+    ``decay=0`` the old value does not count at all, even if it is NaN.
 
     Examples
     --------

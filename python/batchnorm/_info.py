@@ -85,7 +85,9 @@ def get_isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Use an instruction-set level, for the whole process. No result depends on it; the environment variable BATCHNORM_ISA does the same.
+    """Use an instruction-set level, for the whole process. No result depends on it.
+
+    The environment variable BATCHNORM_ISA does the same.
 
     Parameters
     ----------
@@ -113,7 +115,7 @@ def get_include() -> str:
 
 
 def get_cmake_dir() -> str:
-    """Folder of the CMake package: ``cmake -Dbatchnorm_DIR=$(python -c "import batchnorm; print(batchnorm.get_cmake_dir())")``."""
+    """Folder of the CMake package, for ``cmake -Dbatchnorm_DIR=...``."""
     return str(Path(__file__).parent / "lib" / "cmake" / "batchnorm")
 
 
@@ -144,7 +146,7 @@ def config() -> dict[str, Any]:
 
 
 def show_config() -> None:
-    """Print version, compiler, instruction-set levels and the one in use, OpenMP runtime, threads, CUDA or not."""
+    """Print version, compiler, instruction-set levels, OpenMP runtime, threads, CUDA or not."""
     c = config()
     print(f"batchnorm {c['version']}")
     print(f"  compiler     {c['compiler']}")

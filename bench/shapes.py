@@ -1,0 +1,52 @@
+"""Named sets of layer shapes: (weight, N, C, spatial...). Weights say how often a layer occurs in the
+network."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """One layer: how often it occurs, and N, C and the spatial sizes (none for a matrix)."""
+
+    weight: int
+    batch: int
+    channels: int
+    spatial: tuple[int, ...]
+
+    def dims(self, layout: str) -> tuple[int, ...]:
+        """The array's shape in layout "nchw" or "nhwc" (whatever the rank)."""
+        if layout == "nchw":
+            return (self.batch, self.channels, *self.spatial)
+        return (self.batch, *self.spatial, self.channels)
+
+    def __str__(self) -> str:
+        return "x".join(map(str, (self.batch, self.channels, *self.spatial)))
+
+
+def _r50(batch: int) -> list[Shape]:
+    # The 53 batch-norm layers of ResNet-50 (He et al. 2015, arXiv:1512.03385, table 1), by channels and
+    # side length.
+    layers = [
+        (1, 64, 112), (6, 64, 56), (4, 256, 56), (1, 128, 56), (7, 128, 28), (5, 512, 28),
+        (1, 256, 28), (11, 256, 14), (7, 1024, 14), (1, 512, 14), (5, 512, 7), (4, 2048, 7),
+    ]  # fmt: skip
+    return [Shape(weight, batch, channels, (side, side)) for weight, channels, side in layers]
+
+
+SETS: dict[str, list[Shape]] = {
+    "r50": _r50(32),
+    "r50-1": _r50(1),
+    "small": [
+        Shape(1, 256, 6, (24, 24)),
+        Shape(1, 256, 16, (8, 8)),
+        Shape(1, 256, 120, ()),
+        Shape(1, 256, 84, ()),
+        Shape(1, 128, 64, (24, 24)),
+        Shape(1, 1024, 1024, ()),
+        Shape(1, 8192, 4096, ()),
+        Shape(1, 2, 32, (64, 64, 64)),
+        Shape(1, 16, 64, (4096,)),
+    ],
+    "tiny": [Shape(1, 2, 3, (4, 4))],
+}
