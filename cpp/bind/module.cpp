@@ -170,15 +170,15 @@ py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py:
         a.x = views[0];
         a.dy = views[1];
         a.disjoint = disjoint;
-        // A gradient has its parameter's type; without a parameter, float64 for float64 data and float32 for the rest.
-        const auto gradient = [&](bool needed, const ConstChannels& parameter, Channels& destination) -> py::object {
+        // A gradient has its parameter's type, or the other parameter's; without any, float64 for float64 data and float32 for the rest.
+        const auto gradient = [&](bool needed, const ConstChannels& parameter, const ConstChannels& other, Channels& destination) -> py::object {
             if (!needed) return py::none();
-            const bool is_double = parameter ? parameter.is_double : x_array->dtype == Dtype::float64;
+            const bool is_double = parameter ? parameter.is_double : other ? other.is_double : x_array->dtype == Dtype::float64;
             py::array g = is_double ? py::array(py::array_t<double>(a.x.channels)) : py::array(py::array_t<float>(a.x.channels));
             destination = Channels(g.mutable_data(), is_double, a.x.channels, 1);
             return g;
         };
-        py::object dgamma = gradient(need_dgamma, a.gamma, a.dgamma), dbeta = gradient(need_dbeta, a.beta, a.dbeta);
+        py::object dgamma = gradient(need_dgamma, a.gamma, a.beta, a.dgamma), dbeta = gradient(need_dbeta, a.beta, a.gamma, a.dbeta);
         without_gil(elements(views[0]), [&] { batchnorm::batch_norm_backward(a); });
         return py::make_tuple(std::move(dx), std::move(dgamma), std::move(dbeta));
     });

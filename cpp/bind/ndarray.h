@@ -73,9 +73,10 @@ bool as_channels(py::handle h, AnyChannels<writable>& out) {
     return true;
 }
 
-// The common view of arrays of one shape, the channel axis being `axis`: the other axes, in the order of the first array's memory, are
-// merged where every array allows it, and must come down to (outer, channels, inner) of one memory direction. Fails if the arrays
-// differ in shape or type or do not have such a view. An array may be given twice.
+// The common view of arrays of one shape, the channel axis being `axis`. In the order of the first array's memory, the axes before the
+// channels are `outer` and those behind them `inner`; each must be one axis in every array (rows, if there is no inner, may take two:
+// a crop of whole rows). So an array's view, and with it the order of its sums, follows from shape and memory order, not from the
+// gaps between its elements. Fails if the arrays differ in shape or type or do not have such a view. An array may be given twice.
 template <std::size_t n>
 bool as_views(const std::array<const Array*, n>& arrays, std::int64_t axis, std::array<Tensor, n>& views) {
     const Array& first = *arrays[0];
@@ -85,38 +86,10 @@ bool as_views(const std::array<const Array*, n>& arrays, std::int64_t axis, std:
     for (const Array* a : arrays) {
         if (a->ndim != ndim || a->dtype != first.dtype || !std::equal(a->shape, a->shape + ndim, first.shape)) return false;
     }
-    const std::int64_t channels = first.shape[channel_axis];
-    const std::int64_t size = first.element_size();
+    const std::int64_t channels = first.shape[channel_axis], size = first.element_size();
 
-    // Axes other than channels, the largest stride first.
-    int axes[kMaxDims];
-    int n_axes = 0;
     std::int64_t count = 1;
-    for (int i = 0; i < ndim; ++i) {
-        if (i == channel_axis) continue;
-        count *= first.shape[i];
-        if (first.shape[i] != 1) axes[n_axes++] = i;
-    }
-    std::stable_sort(axes, axes + n_axes, [&](int a, int b) { return std::abs(first.strides[a]) > std::abs(first.strides[b]); });
-
-    // Groups of axes that are one axis in every array; strides in elements.
-    struct Group {
-        std::int64_t size;
-        std::array<std::int64_t, n> stride;
-    };
-    Group groups[kMaxDims];
-    int n_groups = 0;
-    for (int k = 0; k < n_axes; ++k) {
-        const int i = axes[k];
-        bool merge = n_groups > 0 && count != 0;
-        for (std::size_t j = 0; merge && j < n; ++j) {
-            merge = groups[n_groups - 1].stride[j] == arrays[j]->strides[i] / size * first.shape[i];
-        }
-        Group& g = merge ? groups[n_groups - 1] : groups[n_groups++];
-        g.size = (merge ? g.size : 1) * first.shape[i];
-        for (std::size_t j = 0; j < n; ++j) g.stride[j] = arrays[j]->strides[i] / size;
-    }
-
+    for (int i = 0; i < ndim; ++i) count *= i == channel_axis ? 1 : first.shape[i];
     const auto fill = [&](std::size_t j, std::int64_t outer, std::int64_t inner, std::int64_t outer_stride, std::int64_t channel_stride,
                           std::int64_t inner_stride) {
         Tensor& v = views[j];
@@ -129,35 +102,54 @@ bool as_views(const std::array<const Array*, n>& arrays, std::int64_t axis, std:
         v.channel_stride = channel_stride;
         v.inner_stride = inner_stride;
     };
-    const auto channel_stride = [&](std::size_t j) { return arrays[j]->strides[channel_axis] / size; };
     if (count == 0 || channels == 0) {
         for (std::size_t j = 0; j < n; ++j) fill(j, 0, 1, 0, 1, 1);
         return true;
     }
-    if (n_groups > 2) return false;
 
-    bool ncs = n_groups > 0, nsc = true;
-    for (std::size_t j = 0; j < n; ++j) {
-        ncs = ncs && groups[n_groups - 1].stride[j] == 1;
-        nsc = nsc && (channels == 1 || channel_stride(j) == 1);
+    // Axes on one side of the channels, merged where every array allows it; strides in elements.
+    struct Group {
+        std::int64_t size;
+        std::array<std::int64_t, n> stride;
+    };
+    struct Side {
+        Group groups[kMaxDims];
+        int n_groups = 0;
+    } outer, inner;
+
+    const auto step = [&](int i) { return std::abs(first.strides[i]); };
+    int axes[kMaxDims];
+    int n_axes = 0;
+    for (int i = 0; i < ndim; ++i) {
+        if (first.shape[i] == 1) continue;
+        if (first.strides[i] == 0) return false;  // one element many times: its place in the order is anybody's guess
+        if (i != channel_axis) axes[n_axes++] = i;
     }
-    if (!ncs && !nsc) return false;
-    for (std::size_t j = 0; j < n; ++j) {
-        const std::int64_t c = channels == 1 ? 1 : channel_stride(j);
-        switch (n_groups) {
-            case 0:
-                fill(j, 1, 1, 0, c, 1);
-                break;
-            case 1:
-                if (ncs) {
-                    fill(j, 1, groups[0].size, 0, c, 1);
-                } else {
-                    fill(j, groups[0].size, 1, groups[0].stride[j], 1, 1);
-                }
-                break;
-            default:
-                fill(j, groups[0].size, groups[1].size, groups[0].stride[j], c, groups[1].stride[j]);
+    std::stable_sort(axes, axes + n_axes, [&](int a, int b) { return step(a) > step(b); });
+    // The stride of a single channel says nothing; then inner is what lies behind its axis both by index and in memory.
+    int n_outer = n_axes;
+    while (n_outer > 0 && (channels == 1 ? axes[n_outer - 1] > channel_axis : step(axes[n_outer - 1]) < step(channel_axis))) --n_outer;
+    for (int k = 0; k < n_axes; ++k) {
+        const int i = axes[k];
+        Side& side = k < n_outer ? outer : inner;
+        bool merge = side.n_groups > 0;
+        for (std::size_t j = 0; merge && j < n; ++j) {
+            merge = side.groups[side.n_groups - 1].stride[j] == arrays[j]->strides[i] / size * first.shape[i];
         }
+        Group& g = merge ? side.groups[side.n_groups - 1] : side.groups[side.n_groups++];
+        g.size = (merge ? g.size : 1) * first.shape[i];
+        for (std::size_t j = 0; j < n; ++j) g.stride[j] = arrays[j]->strides[i] / size;
+    }
+
+    const bool ncs = inner.n_groups > 0;
+    if (ncs ? inner.n_groups > 1 || outer.n_groups > 1 : outer.n_groups > 2) return false;
+    for (std::size_t j = 0; j < n; ++j) {
+        const std::int64_t c = channels == 1 ? 1 : arrays[j]->strides[channel_axis] / size;
+        if (ncs ? inner.groups[0].stride[j] != 1 : n_axes > 0 && c != 1) return false;
+        const Group one{1, {}};
+        const Group &slow = outer.n_groups > 0 ? outer.groups[0] : one, &fast = ncs ? inner.groups[0] : outer.groups[1];
+        const bool has_fast = ncs || outer.n_groups == 2;
+        fill(j, slow.size, has_fast ? fast.size : 1, slow.stride[j], c, has_fast ? fast.stride[j] : 1);
     }
     return true;
 }

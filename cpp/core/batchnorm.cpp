@@ -361,7 +361,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         with_compute(g.dtype, [&]<class C>() {
             AffineRows<C> affine(ws, plan);
             Row<double> mean(ws, plan);
-            Row<C> k_dy(ws, plan), k_x(ws, plan), k_0(ws, plan);
+            Row<C> k_dy(ws, plan), x_scale(ws, plan), k_x(ws, plan), k_0(ws, plan);
             for (int64_t c = 0; c < g.channels; ++c) {
                 mean.set(c, at(a.mean, c));
                 affine.set(c, coeffs::affine<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
@@ -376,6 +376,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                     const coeffs::Gradient<C> k =
                         coeffs::gradient<C>(mean[c], at(a.inv_std, c), value_or(a.gamma, c, 1), sum_dy[c], sum_dy_xc[c], n);
                     k_dy.set(c, k.k_dy);
+                    x_scale.set(c, k.x_scale);
                     k_x.set(c, k.k_x);
                     k_0.set(c, k.k_0);
                 }
@@ -384,7 +385,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
             const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
             const auto map = [&](const Where& where) {
                 const int64_t c = where.box.channel_begin;
-                apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(a.dx), affine.from(c), k_dy.from(c), k_x.from(c), k_0.from(c),
+                apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(a.dx), affine.from(c), k_dy.from(c), x_scale.from(c), k_x.from(c), k_0.from(c),
                               relu, fixed, plan.stream});
             };
             if (want_sums) {

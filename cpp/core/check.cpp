@@ -237,6 +237,8 @@ Geometry arguments(const BatchNormTrainArgs& a) {
         for (const auto& [v, name] : {std::pair{&a.running_mean, "running_mean"}, {&a.running_var, "running_var"}}) {
             apart(y, "y", *v, name);
             apart(range_of(a.x), "x", *v, name);
+            if (a.gamma) apart(range_of(a.gamma), "gamma", *v, name);
+            if (a.beta) apart(range_of(a.beta), "beta", *v, name);
         }
     }
     return g;
@@ -288,6 +290,9 @@ void arguments(const UpdateRunningArgs& a) {
     running(a.running_mean, a.running_var, a.running_mean.size);
     channels(a.mean, "mean", a.running_mean.size);
     channels(a.var, "var", a.running_mean.size);
+    for (std::int64_t c = 0; c < a.var.size; ++c) {
+        if (at(a.var, c) < 0) fail("var is " + std::to_string(at(a.var, c)) + " at channel " + std::to_string(c) + ", expected values >= 0");
+    }
     decay(a.decay);
     if (a.ddof != 0 && a.ddof != 1) fail("ddof is " + std::to_string(a.ddof) + ", expected 0 or 1");
     if (a.count <= a.ddof) fail("count is " + std::to_string(a.count) + ", expected more than ddof = " + std::to_string(a.ddof));

@@ -64,18 +64,20 @@ Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
     return {center, static_cast<C>(slope), static_cast<C>(rest == 0 ? beta : beta - rest * slope)};
 }
 
-// Numbers of the kernels' dx = dy * k_dy + (x - center) * k_x + k_0.
+// Numbers of the kernels' dx = dy * k_dy + ((x - center) * x_scale) * k_x + k_0.
 template <class C>
 struct Gradient {
-    C k_dy, k_x, k_0;
+    C k_dy, x_scale, k_x, k_0;
 };
 // dx = gamma inv_std (dy - sum_dy / n - (x - mean) inv_std^2 sum_dy_xc / n), Ioffe and Szegedy 2015, section 3, collected by powers.
+// x_scale is inv_std rounded down to a power of two: multiplying by it is exact, and what is left of inv_std^2 fits C.
 template <class C>
 Gradient<C> gradient(double mean, double inv_std, double gamma, double sum_dy, double sum_dy_xc, double n) {
     const double slope = gamma * inv_std;
-    const double by_x = -slope * (inv_std * inv_std * (sum_dy_xc / n));
+    const double by_x = -slope * (inv_std * (inv_std * (sum_dy_xc / n)));
     const double rest = mean - static_cast<double>(static_cast<C>(mean));
-    return {static_cast<C>(slope), static_cast<C>(by_x), static_cast<C>(-slope * (sum_dy / n) - by_x * rest)};
+    const double scale = std::isnormal(inv_std) ? std::ldexp(1.0, std::ilogb(inv_std)) : 1;
+    return {static_cast<C>(slope), static_cast<C>(scale), static_cast<C>(by_x / scale), static_cast<C>(-slope * (sum_dy / n) - by_x * rest)};
 }
 
 // decay is the weight of the old value. At 0 the old value is gone, even if it was NaN.

@@ -1,4 +1,4 @@
-// Kernel `grad_apply`: dx = g * k_dy + (x - center) * k_x + k_0 per channel, g being dy behind the activation; with fixed
+// Kernel `grad_apply`: dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 per channel, g being dy behind the activation; with fixed
 // statistics dx = g * k_dy.
 #pragma once
 
@@ -11,7 +11,7 @@ using kernels::GradApplyArgs;
 
 template <class PerChannel>
 struct GradCoefficients {
-    PerChannel center, scale, offset, k_dy, k_x, k_0;
+    PerChannel center, scale, offset, k_dy, x_scale, k_x, k_0;
 };
 
 template <bool with_relu, bool fixed, bool with_stream, class T, class PerChannel>
@@ -21,7 +21,7 @@ BATCHNORM_INLINE void grad_apply_run(const T* dy, const T* x, T* dx, int64_t n, 
         if constexpr (fixed) {
             return g * k.k_dy.at(e);
         } else {
-            return (g * k.k_dy.at(e) + (v - k.center.at(e)) * k.k_x.at(e)) + k.k_0.at(e);
+            return (g * k.k_dy.at(e) + ((v - k.center.at(e)) * k.x_scale.at(e)) * k.k_x.at(e)) + k.k_0.at(e);
         }
     };
     constexpr bool read_x = with_relu || !fixed;
@@ -49,7 +49,7 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
         for (int64_t c = 0; c < channels; ++c) {
             const GradCoefficients<PerChannel> k{PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c),
-                                                 PerChannel(a.k_dy, c),          PerChannel(a.k_x, c),          PerChannel(a.k_0, c)};
+                                                 PerChannel(a.k_dy, c), PerChannel(a.x_scale, c), PerChannel(a.k_x, c), PerChannel(a.k_0, c)};
             grad_apply_run<with_relu, fixed, with_stream>(dy.at(n, c), x.at(n, c), dx.at(n, c), run, k);
         }
     }
@@ -64,7 +64,7 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     const int64_t channels = b.channel_end - b.channel_begin;
     using PerChannel = PerElement<Compute<T>>;
     const GradCoefficients<PerChannel> k{PerChannel(a.affine.center), PerChannel(a.affine.scale), PerChannel(a.affine.offset),
-                                         PerChannel(a.k_dy),          PerChannel(a.k_x),          PerChannel(a.k_0)};
+                                         PerChannel(a.k_dy), PerChannel(a.x_scale), PerChannel(a.k_x), PerChannel(a.k_0)};
     const int64_t fold = a.where.fold > 1 && dy.dense(channels) && x.dense(channels) && dx.dense(channels) ? a.where.fold : 1;
     for (int64_t r = b.outer_begin; r < b.outer_end; r += fold) {
         const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;

@@ -86,12 +86,14 @@ struct GradSumsArgs {
     bool relu;
 };
 
-// dx = g * k_dy + (x - center) * k_x + k_0 with g as above; with fixed statistics dx = g * k_dy and x is read only if relu.
+// dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 with g as above; with fixed statistics dx = g * k_dy and x is read only if
+// relu. x_scale is a power of two that brings x - center to about 1, so that k_x has the size of dx whatever the spread of x.
 struct GradApplyArgs {
     Where where;
     Operand dy, x, dx;
     Affine affine;  // center always; scale and offset only if relu
     const void* k_dy;
+    const void* x_scale;
     const void* k_x;
     const void* k_0;
     bool relu;

@@ -6,7 +6,10 @@
 (8, 64, 32, 32)
 """
 
-from ._core import isa as _check_isa
+# isort: off
+from ._openmp import _core  # first: it decides how OpenMP waits
+
+# isort: on
 from ._functional import (
     Gradients,
     MeanVar,
@@ -55,4 +58,4 @@ __all__ = [
 ]
 
 # A BATCHNORM_ISA that names no usable level fails here, not in the middle of somebody's program.
-_check_isa()
+_core.isa()

@@ -72,8 +72,8 @@ def reject_keywords(function: str, unknown: Mapping[str, object], known: Iterabl
             new, old = "decay=1 - momentum", "decay=momentum"
         raise TypeError(
             f"{function}() has no argument 'momentum', which means opposite things: where it weighs the new "
-            f"value (PyTorch, cuDNN, TensorFlow's fused op) pass {new}; where it weighs the old value (Keras, "
-            f"Flax, ONNX, MXNet, Paddle) pass {old}"
+            f"value (PyTorch, cuDNN, TensorFlow's fused op) pass {new}; where it weighs the old value ("
+            f"Keras, Flax, ONNX, MXNet, Paddle) pass {old}"
         )
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
@@ -325,8 +325,14 @@ def _output(
         raise ValueError(f"{name} has shape {y.shape}, expected {x.shape} as x has")
     if not y.flags.writeable:
         raise ValueError(f"{name} is read-only, expected {expected}")
-    if any(n > 1 and s == 0 for n, s in zip(y.shape, y.strides, strict=True)):
-        raise ValueError(f"{name} has stride 0, so that several of its elements are one, expected {expected}")
+    extent = 0  # reached by the smaller strides
+    for stride, n in sorted((abs(s), n) for n, s in zip(y.shape, y.strides, strict=True) if n > 1):
+        if y.size and stride <= extent:
+            raise ValueError(
+                f"{name} has strides {y.strides} for shape {y.shape}, so that several of its elements are "
+                f"one, expected {expected}"
+            )
+        extent += stride * (n - 1)
     if not y.flags.aligned or any(s % y.itemsize for s in y.strides):
         raise ValueError(f"{name} is not aligned to its element size, expected an aligned array")
     for other_name, other in in_place_of.items():
@@ -341,27 +347,31 @@ def _output(
     return y
 
 
-def _in_one_direction(read: list[Array], out: Array | None, axis: int) -> list[Array]:
-    """The arrays that are read (x first), copied into one memory order where they have no common view as
-    they are.
+def _copy_like(a: Array, order: Array) -> Array:
+    """A copy of ``a`` in the memory order of ``order``, without gaps."""
+    copy = np.empty_like(order)
+    np.copyto(copy, a)
+    return copy
 
-    The order is that of ``out``, which is never copied, or else of x.
+
+def _in_one_direction(x: Array, dy: Array | None, out: Array | None, axis: int) -> tuple[Array, Array | None]:
+    """x and dy so that all arrays have a common view: copied where they do not, x leading; ``out`` never.
+
+    The order in which a channel is summed follows from x alone.
     """
-    written = [] if out is None else [out]
-    if _core.has_view(read + written, axis):
-        return read
-    leader = read[0] if out is None else out
-    copies = []
-    for a in read:
-        copy = np.empty_like(leader)
-        np.copyto(copy, a)
-        copies.append(copy)
-    if out is not None and not _core.has_view(copies + written, axis):
+    if not _core.has_view([x], axis):
+        x = _copy_like(x, x)
+    together = [x] if out is None else [x, out]
+    if not _core.has_view(together, axis):
+        assert out is not None
         raise ValueError(
-            f"out has strides {out.strides} for shape {out.shape}, expected memory in which the channels "
-            f"(axis {axis}) or the other axes are contiguous; use numpy.empty_like(x), or leave out= away"
+            f"out has strides {out.strides} for shape {out.shape}, which do not go with x's strides "
+            f"{x.strides} in one pass over memory (channel axis {axis}); use numpy.empty_like(x), or leave "
+            f"out= away"
         )
-    return copies
+    if dy is not None and not _core.has_view([x, dy, *together[1:]], axis):
+        dy = _copy_like(dy, x)
+    return x, dy
 
 
 # ---- calls -------------------------------------------------------------------------------------------------
@@ -391,7 +401,7 @@ def inference(
     y = None
     if out is not None:
         y = _output(out, "out", x, {"x": x}, {"mean": m, "var": v, "gamma": g, "beta": b})
-    (x,) = _in_one_direction([x], y, channel_axis)
+    x, _ = _in_one_direction(x, None, y, channel_axis)
     return x, m, v, g, b, eps, channel_axis, activation, y, True, True
 
 
@@ -441,7 +451,7 @@ def training(
     y = None
     if out is not None:
         y = _output(out, "out", x, {"x": x}, {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv})
-    (x,) = _in_one_direction([x], y, channel_axis)
+    x, _ = _in_one_direction(x, None, y, channel_axis)
     return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, y, True, True
 
 
@@ -464,7 +474,9 @@ def check_needs(needs: object) -> tuple[bool, bool, bool]:
     if not isinstance(needs, tuple | list | set | frozenset):
         raise TypeError(f"needs is {_kind(needs)}, expected {expected}")
     for name in needs:
-        if not isinstance(name, str) or name not in GRADIENTS:
+        if not isinstance(name, str):
+            raise TypeError(f"needs contains {_kind(name)}, expected {expected}")
+        if name not in GRADIENTS:
             raise ValueError(f"needs contains {name!r}, expected {expected}")
     return "dx" in needs, "dgamma" in needs, "dbeta" in needs
 
@@ -510,7 +522,7 @@ def backward(
                 "out is given but needs does not contain 'dx', which it would receive; drop one of them"
             )
         dx = _output(out, "out", x, {"dy": dy, "x": x}, {"mean": m, "inv_std": s, "gamma": g, "beta": b})
-    x, dy = _in_one_direction([x, dy], dx, channel_axis)
+    x, dy = _in_one_direction(x, dy, dx, channel_axis)
     return (
         dy, x, m, s, g, b, channel_axis, fixed, activation, need_dx, need_dgamma, need_dbeta, dx, True, True,
     )  # fmt: skip
@@ -525,7 +537,7 @@ def statistics(x: object, axis: object, data_format: object, ddof: object) -> tu
         raise ValueError(f"ddof is {delta}, expected an int >= 0")
     if 0 < count <= delta:
         raise ValueError(f"ddof is {delta}, expected less than the {count} values per channel of x {x.shape}")
-    (x,) = _in_one_direction([x], None, channel_axis)
+    x, _ = _in_one_direction(x, None, None, channel_axis)
     return x, channel_axis, delta, True
 
 
@@ -552,6 +564,9 @@ def running_update(
         for running, running_name in ((rm, "running_mean"), (rv, "running_var")):
             if _share(v, running):
                 raise ValueError(f"{name} shares memory with {running_name}, expected separate arrays")
+        if name == "var" and (v < 0).any():
+            channel = int(np.flatnonzero(v < 0)[0])
+            raise ValueError(f"var is {v[channel]} at channel {channel}, expected values >= 0")
         vectors.append(v if v.flags.aligned and v.strides[0] % v.itemsize == 0 else v.copy())
     weight = check_decay(decay)
     delta = check_ddof(ddof, "ddof")

@@ -319,7 +319,9 @@ def batch_norm_backward(
     if (
         data_format is None
         and not unknown
+        and type(needs) is tuple
         and needs == _ALL_GRADIENTS
+        and type(stats) is str
         and (stats == "batch" or stats == "fixed")
     ):
         result = _core.batch_norm_backward(
