@@ -37,14 +37,17 @@ void for_each(int64_t n, const Plan& plan, parallel::Body body) {
     if (!parallel::for_each(n, plan.parallel, body)) check::interrupted();
 }
 
-// A per-channel array as the kernels read it: each value `fold` times over, padded to whole blocks.
+// A per-channel array as the kernels read it: each value `fold` times over, then the first ones again, padded to whole blocks.
 template <class T>
 class Row {
 public:
     Row() = default;
     Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {}
     void set(int64_t c, T value) {
-        for (int64_t j = 0; j < fold_; ++j) data_[j * channels_ + c] = value;
+        for (int64_t i = c; i < fold_ * channels_; i += channels_) {
+            data_[i] = value;
+            if (i < kernels::kLanes) data_[fold_ * channels_ + i] = value;
+        }
     }
     T* from(int64_t c) const { return data_ == nullptr ? nullptr : data_ + c; }
     double operator[](int64_t c) const { return data_[c]; }

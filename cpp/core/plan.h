@@ -34,10 +34,9 @@ struct Plan {
 
     std::int64_t tiles() const { return tiles_outer * tiles_inner; }
     std::int64_t blocks() const { return (channels + channel_block - 1) / channel_block; }
-    // Length of a per-channel array as the kernels read it.
-    std::int64_t padded_width() const {
-        return (channels * fold + kernels::kLanes - 1) / kernels::kLanes * kernels::kLanes;
-    }
+    // Values of a folded row, and length of a per-channel array as the kernels read it: a repeated start and whole blocks.
+    std::int64_t width() const { return channels * fold; }
+    std::int64_t padded_width() const { return (width() + 2 * kernels::kLanes - 1) / kernels::kLanes * kernels::kLanes; }
 
     kernels::Where tile(std::int64_t index, std::int64_t block) const;
     kernels::Where block_of_channels(std::int64_t block) const;  // all values of one block's channels

@@ -15,27 +15,25 @@ struct GradCoefficients {
 };
 
 template <bool with_relu, bool fixed, bool with_stream, class T, class PerChannel>
-BATCHNORM_INLINE void grad_apply_run(const T* dy, const T* x, T* dx, int64_t n, const GradCoefficients<PerChannel>& k) {
-    const auto value = [&](Block<T> g, Block<T> v, int64_t e) {
-        g = through_activation<with_relu>(g, v, k.center, k.scale, k.offset, e);
+BATCHNORM_INLINE void grad_apply_run(const T* dy, const T* x, T* dx, int64_t n, int64_t period, const GradCoefficients<PerChannel>& c) {
+    const auto value = [&](Block<T> g, Block<T> v, int64_t k) {
+        g = through_activation<with_relu>(g, v, c.center, c.scale, c.offset, k);
         if constexpr (fixed) {
-            return g * k.k_dy.at(e);
+            return g * c.k_dy.at(k);
         } else {
-            return (g * k.k_dy.at(e) + ((v - k.center.at(e)) * k.x_scale.at(e)) * k.k_x.at(e)) + k.k_0.at(e);
+            return (g * c.k_dy.at(k) + ((v - c.center.at(k)) * c.x_scale.at(k)) * c.k_x.at(k)) + c.k_0.at(k);
         }
     };
     constexpr bool read_x = with_relu || !fixed;
     const auto x_at = [&](int64_t e) { return read_x ? load(x + e) : Block<T>{}; };
-    const auto x_part = [&](int64_t e, int64_t m) { return read_x ? load_part(x + e, m) : Block<T>{}; };
+    const auto part = [&](int64_t e, int64_t k, int64_t m) {
+        store_part(dx + e, m, value(load_part(dy + e, m), read_x ? load_part(x + e, m) : Block<T>{}, k));
+    };
     const int64_t head = with_stream ? elements_to_alignment(dx) : 0;
     if (with_stream && head >= 0) {
-        for_blocks(
-            head, n, [&](int64_t e) { Memory<Block<T>, T>::store_stream(dx + e, value(load(dy + e), x_at(e), e)); },
-            [&](int64_t e, int64_t m) { store_part(dx + e, m, value(load_part(dy + e, m), x_part(e, m), e)); });
+        for_blocks(head, n, period, [&](int64_t e, int64_t k) { store_stream(dx + e, value(load(dy + e), x_at(e), k)); }, part);
     } else {
-        for_blocks(
-            0, n, [&](int64_t e) { store(dx + e, value(load(dy + e), x_at(e), e)); },
-            [&](int64_t e, int64_t m) { store_part(dx + e, m, value(load_part(dy + e, m), x_part(e, m), e)); });
+        for_blocks(0, n, period, [&](int64_t e, int64_t k) { store(dx + e, value(load(dy + e), x_at(e), k)); }, part);
     }
 }
 
@@ -50,7 +48,7 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
         for (int64_t c = 0; c < channels; ++c) {
             const GradCoefficients<PerChannel> k{PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c),
                                                  PerChannel(a.k_dy, c), PerChannel(a.x_scale, c), PerChannel(a.k_x, c), PerChannel(a.k_0, c)};
-            grad_apply_run<with_relu, fixed, with_stream>(dy.at(n, c), x.at(n, c), dx.at(n, c), run, k);
+            grad_apply_run<with_relu, fixed, with_stream>(dy.at(n, c), x.at(n, c), dx.at(n, c), run, kNoPeriod, k);
         }
     }
     if (with_stream) stream_fence();
@@ -65,10 +63,13 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     using PerChannel = PerElement<Compute<T>>;
     const GradCoefficients<PerChannel> k{PerChannel(a.affine.center), PerChannel(a.affine.scale), PerChannel(a.affine.offset),
                                          PerChannel(a.k_dy), PerChannel(a.x_scale), PerChannel(a.k_x), PerChannel(a.k_0)};
-    const int64_t fold = a.where.fold > 1 && dy.dense(channels) && x.dense(channels) && dx.dense(channels) ? a.where.fold : 1;
-    for (int64_t r = b.outer_begin; r < b.outer_end; r += fold) {
-        const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
-        grad_apply_run<with_relu, fixed, with_stream>(dy.at(r), x.at(r), dx.at(r), n_rows * channels, k);
+    if (dy.dense(channels) && x.dense(channels) && dx.dense(channels)) {
+        const int64_t r = b.outer_begin, n = (b.outer_end - r) * channels;
+        grad_apply_run<with_relu, fixed, with_stream>(dy.at(r), x.at(r), dx.at(r), n, a.where.fold * channels, k);
+    } else {
+        for (int64_t r = b.outer_begin; r < b.outer_end; ++r) {
+            grad_apply_run<with_relu, fixed, with_stream>(dy.at(r), x.at(r), dx.at(r), channels, kNoPeriod, k);
+        }
     }
     if (with_stream) stream_fence();
 }

@@ -20,9 +20,9 @@ struct GradSums {
 
 // dy as it reaches the normalisation: masked by the activation. center, scale, offset are not read without one.
 template <bool with_relu, class V, class PerChannel>
-BATCHNORM_INLINE V through_activation(V dy, V x, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t e) {
+BATCHNORM_INLINE V through_activation(V dy, V x, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t k) {
     if constexpr (with_relu) {
-        return where_positive(affine(x, center.at(e), scale.at(e), offset.at(e)), dy);
+        return where_positive(affine(x, center.at(k), scale.at(k), offset.at(k)), dy);
     } else {
         return dy;
     }
@@ -47,21 +47,21 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 if constexpr (with_relu) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
                     for_blocks(
-                        0, run,
-                        [&](int64_t e) {
+                        0, run, kNoPeriod,
+                        [&](int64_t e, int64_t k) {
                             const Block<T> v = load(x_run + e);
-                            sums.add(to_double(through_activation<true>(load(dy_run + e), v, center, scale, offset, e)),
+                            sums.add(to_double(through_activation<true>(load(dy_run + e), v, center, scale, offset, k)),
                                      to_double(v) - mean);
                         },
-                        [&](int64_t e, int64_t m) {
+                        [&](int64_t e, int64_t k, int64_t m) {
                             const Block<T> v = load_part(x_run + e, m);
-                            sums.add(to_double(through_activation<true>(load_part(dy_run + e, m), v, center, scale, offset, e)),
+                            sums.add(to_double(through_activation<true>(load_part(dy_run + e, m), v, center, scale, offset, k)),
                                      keep_first(to_double(v) - mean, m));
                         });
                 } else {
                     for_blocks(
-                        0, run, [&](int64_t e) { sums.add(load_double(dy_run + e), load_double(x_run + e) - mean); },
-                        [&](int64_t e, int64_t m) {
+                        0, run, kNoPeriod, [&](int64_t e, int64_t) { sums.add(load_double(dy_run + e), load_double(x_run + e) - mean); },
+                        [&](int64_t e, int64_t, int64_t m) {
                             sums.add(to_double(load_part(dy_run + e, m)), keep_first(to_double(load_part(x_run + e, m)) - mean, m));
                         });
                 }
@@ -97,9 +97,9 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
     };
     // Lanes past the width meet dy = 0 (load_part), and the padding of the sums is never read.
     for_blocks(
-        0, width,
-        [&](int64_t e) { rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }); },
-        [&](int64_t e, int64_t m) {
+        0, width, kNoPeriod,
+        [&](int64_t e, int64_t) { rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }); },
+        [&](int64_t e, int64_t, int64_t m) {
             rows(e, [m](const T* p) { return to_double(load_part(p, m)); }, [m](const T* p) { return load_part(p, m); });
         });
 }

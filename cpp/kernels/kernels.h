@@ -41,7 +41,8 @@ struct Box {
 
 // What all four share. `fold` (nsc only): with few channels, `fold` consecutive rows are treated as one row of
 // fold * channels values, so that vectors stay full; box.outer_begin is then a multiple of fold and per-channel arrays hold
-// the channels fold times over. 1 otherwise.
+// the channels fold times over. 1 otherwise. Where a box has all channels, per-channel Compute arrays repeat their first 16 values
+// behind the fold * channels-th, so that rows without gaps can be taken as one stretch.
 struct Where {
     Box box;
     int64_t row_split;

@@ -362,6 +362,10 @@ template <class T>
 BATCHNORM_INLINE void store(T* p, Block<T> v) {
     Memory<Block<T>, T>::store(p, v);
 }
+template <class T>
+BATCHNORM_INLINE void store_stream(T* p, Block<T> v) {
+    Memory<Block<T>, T>::store_stream(p, v);
+}
 
 // Tails go through a block on the stack, so nothing past the end is touched; n in 1..15. Masked instructions where the machine
 // has them.

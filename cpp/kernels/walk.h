@@ -78,20 +78,27 @@ template <class C>
 struct PerElement {
     const C* values;
     BATCHNORM_INLINE PerElement(const void* v) : values((const C*)v) {}
-    BATCHNORM_INLINE typename BlockOf<C>::type at(int64_t e) const { return Ops<typename BlockOf<C>::type>::load(values + e); }
+    BATCHNORM_INLINE typename BlockOf<C>::type at(int64_t k) const { return Ops<typename BlockOf<C>::type>::load(values + k); }
 };
 
-// Calls one(first element, how many) so that a run of n elements is covered by a head up to alignment (streamed stores only),
-// full blocks, and a tail. `full` and `part` are the same expression on 16 and on fewer elements.
+// Covers n elements by a head up to alignment (streamed stores only), full blocks and a tail: full(e, k) for 16 elements from e, part(e,
+// k, m) for m < 16, the same expression on fewer lanes. k is where the element's per-channel values start: e modulo `period`, for
+// rows that follow one another without a gap; a single run or row has no period. A block may reach 15 values past the period, where
+// the per-channel arrays repeat their start.
+inline constexpr int64_t kNoPeriod = INT64_MAX;
 template <class Full, class Part>
-BATCHNORM_INLINE void for_blocks(int64_t head, int64_t n, Full full, Part part) {
-    int64_t e = 0;
+BATCHNORM_INLINE void for_blocks(int64_t head, int64_t n, int64_t period, Full full, Part part) {
+    int64_t e = 0, k = 0;
     if (head > 0) {
-        e = head < n ? head : n;
-        part(0, e);
+        e = k = head < n ? head : n;
+        part(0, 0, e);
     }
-    for (; e + kLanes <= n; e += kLanes) full(e);
-    if (e < n) part(e, n - e);
+    while (e + kLanes <= n) {
+        const int64_t last = n - kLanes - e < period - 1 - k ? n - kLanes : e + (period - 1 - k);
+        for (; e <= last; e += kLanes, k += kLanes) full(e, k);
+        if (k >= period) k -= period;
+    }
+    if (e < n) part(e, k, n - e);
 }
 
 // A run-time flag as a constant: calls f(Flag<true>{}) or f(Flag<false>{}).
