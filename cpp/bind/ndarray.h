@@ -142,7 +142,8 @@ bool as_views(const std::array<const Array*, n>& arrays, std::int64_t axis, std:
     }
 
     const bool ncs = inner.n_groups > 0;
-    if (ncs ? inner.n_groups > 1 || outer.n_groups > 1 : outer.n_groups > 2) return false;
+    // With one channel, two groups of rows could as well be runs: such a view has no direction of its own.
+    if (ncs ? inner.n_groups > 1 || outer.n_groups > 1 : outer.n_groups > (channels == 1 ? 1 : 2)) return false;
     for (std::size_t j = 0; j < n; ++j) {
         const std::int64_t c = channels == 1 ? 1 : arrays[j]->strides[channel_axis] / size;
         if (ncs ? inner.groups[0].stride[j] != 1 : n_axes > 0 && c != 1) return false;

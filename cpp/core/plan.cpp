@@ -80,12 +80,13 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
     p.map_outer = std::clamp<int64_t>(kMapBytes / std::max<int64_t>(run_bytes * p.channels, 1), 1, p.outer);
 }
 
-void plan_nsc(Plan& p, int64_t element_bytes) {
+void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.fold = fold_for(p.channels);
     p.channel_block = std::min(p.channels, kMaxChannelBlock);
     // With enough blocks of channels to share out, rows need not be cut finely; the sums of a tile cost memory.
     const int64_t rows = p.blocks() >= 16 ? 1024 : std::max(kMinTileRows, kTileElements / p.channels);
-    int64_t tiles = ceil_div(p.outer, rows);
+    // One lane adds all (folded) rows of a tile; for double data 128 additions keep its rounding within the contract's 1e-14.
+    int64_t tiles = ceil_div(p.outer, is_double ? std::min(rows, kMinTileRows * p.fold) : rows);
     // Multiples of 16 share out evenly.
     if (p.blocks() < 16 && p.outer >= 16 * 32) tiles = round_up(tiles, 16);
     tiles = std::min<int64_t>(tiles, 4096);
@@ -115,7 +116,7 @@ Plan make_plan(const Geometry& g, int reads, int writes) {
     p.parallel = g.elements() >= kParallelElements;
     p.stream = g.elements() * bytes * (reads + writes) > cached_bytes() && (g.direction == kernels::nsc || g.inner * bytes >= kStreamRunBytes);
     if (g.direction == kernels::nsc) {
-        plan_nsc(p, bytes * (reads + writes));
+        plan_nsc(p, bytes * (reads + writes), g.dtype == Dtype::float64);
     } else {
         plan_ncs(p, g.count() * bytes * reads, g.inner * bytes * (reads + writes));
     }

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests: every ISA level, several thread counts, and hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+
+import batchnorm
+import pytest
+from hypothesis import HealthCheck, settings
+
+# `quick` is the default, HYPOTHESIS_PROFILE=thorough the long run. Both choose the same examples every time.
+for _name, _examples in (("quick", 60), ("thorough", 5000)):
+    settings.register_profile(
+        _name, max_examples=_examples, deadline=None, derandomize=True, database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )  # fmt: skip
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+THREADS = (1, 2, 3, 7)
+
+
+@pytest.fixture(params=batchnorm.isa_levels())
+def isa(request):
+    """Each instruction set level this machine runs, in force during the test."""
+    before = batchnorm.get_isa()
+    batchnorm.set_isa(request.param)
+    yield request.param
+    batchnorm.set_isa(before)
+
+
+@pytest.fixture(params=THREADS, ids=lambda n: f"{n} threads")
+def threads(request):
+    """Each thread count, in force during the test."""
+    before = batchnorm.get_num_threads()
+    batchnorm.set_num_threads(request.param)
+    yield request.param
+    batchnorm.set_num_threads(before)
