@@ -7,9 +7,8 @@ import inspect
 import re
 from pathlib import Path
 
-import pytest
-
 import batchnorm
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [name for name in batchnorm.__all__ if name != "__version__"]
@@ -37,7 +36,8 @@ def test_docstring(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["BatchNorm", "batch_norm", "batch_norm_train", "batch_norm_backward", "moments", "update_running"]
+    "name",
+    ["BatchNorm", "batch_norm", "batch_norm_train", "batch_norm_backward", "moments", "update_running"],
 )
 def test_has_an_example(name):
     assert _run(doctest.DocTestFinder().find(getattr(batchnorm, name), name, globs={})) >= 2

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import batchnorm
 import numpy as np
 import pytest
-
-import batchnorm
 
 ELEMENTS = 12_000_000  # 48 MB of float32: beyond what any plan keeps in caches, with input and output
 
@@ -19,14 +18,18 @@ def at_offset(array: np.ndarray, offset: int) -> np.ndarray:
     return copy
 
 
-# Odd and even channel counts, folded rows (C < 64) and rows without tails; runs of odd and even length.
-@pytest.mark.parametrize("channels, axis", [(3, -1), (6, -1), (64, -1), (100, -1), (257, -1), (7, 1), (64, 1)])
+# Odd and even channel counts, folded rows (C < 64), rows without tails; runs of odd and even length.
+@pytest.mark.parametrize(
+    "channels, axis", [(3, -1), (6, -1), (64, -1), (100, -1), (257, -1), (7, 1), (64, 1)]
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_streamed_elementwise_passes(channels, axis, dtype, activation):
     rng = np.random.default_rng(channels)
     batch = 8
-    per_item = ELEMENTS * 4 // np.dtype(dtype).itemsize // channels // batch // (4 if dtype == np.float16 else 1)
+    per_item = ELEMENTS * 4 // np.dtype(dtype).itemsize // channels // batch
+    if dtype == np.float16:
+        per_item //= 4
     shape = (batch, per_item, channels) if axis == -1 else (batch, channels, per_item)
     if dtype == np.float16:
         shape = (shape[0] * 4, *shape[1:])
