@@ -113,16 +113,17 @@ py::object batch_norm(py::handle x, py::handle mean, py::handle var, py::handle 
     });
 }
 
-py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py::handle running_mean, py::handle running_var, py::handle decay,
-                            py::handle running_ddof, py::handle eps, py::handle axis, py::handle activation, py::handle out, bool disjoint,
-                            bool prepared) {
+py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py::handle running_mean, py::handle running_var,
+                            py::handle decay, py::handle running_ddof, py::handle eps, py::handle axis, py::handle activation,
+                            py::handle out, bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormTrainArgs a;
         std::int64_t channel_axis, ddof;
         const std::optional<Array> x_array = as_array(x);
-        if (!x_array || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_double(decay, a.decay) || !as_int(running_ddof, ddof) ||
-            ddof < 0 || ddof > 1 || !as_activation(activation, a.activation) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) ||
-            !as_channels(running_mean, a.running_mean) || !as_channels(running_var, a.running_var)) {
+        if (!x_array || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_double(decay, a.decay) ||
+            !as_int(running_ddof, ddof) || ddof < 0 || ddof > 1 || !as_activation(activation, a.activation) ||
+            !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_channels(running_mean, a.running_mean) ||
+            !as_channels(running_var, a.running_var)) {
             return {};
         }
         a.running_ddof = static_cast<int>(ddof);
@@ -150,8 +151,8 @@ py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py:
         a.stats = fixed ? Stats::fixed : Stats::batch;
         std::int64_t channel_axis;
         const std::optional<Array> x_array = as_array(x), dy_array = as_array(dy);
-        if (!x_array || !dy_array || !as_int(axis, channel_axis) || !as_activation(activation, a.activation) || !as_channels(mean, a.mean) ||
-            !as_channels(inv_std, a.inv_std) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta)) {
+        if (!x_array || !dy_array || !as_int(axis, channel_axis) || !as_activation(activation, a.activation) ||
+            !as_channels(mean, a.mean) || !as_channels(inv_std, a.inv_std) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta)) {
             return {};
         }
         py::object dx = py::none();
@@ -171,7 +172,8 @@ py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py:
         a.dy = views[1];
         a.disjoint = disjoint;
         // A gradient has its parameter's type, or the other parameter's; without any, float64 for float64 data and float32 for the rest.
-        const auto gradient = [&](bool needed, const ConstChannels& parameter, const ConstChannels& other, Channels& destination) -> py::object {
+        const auto gradient = [&](bool needed, const ConstChannels& parameter, const ConstChannels& other,
+                                  Channels& destination) -> py::object {
             if (!needed) return py::none();
             const bool is_double = parameter ? parameter.is_double : other ? other.is_double : x_array->dtype == Dtype::float64;
             py::array g = is_double ? py::array(py::array_t<double>(a.x.channels)) : py::array(py::array_t<float>(a.x.channels));
@@ -197,8 +199,8 @@ py::object moments(py::handle x, py::handle axis, py::handle ddof, bool prepared
     });
 }
 
-py::object update_running(py::handle running_mean, py::handle running_var, py::handle mean, py::handle var, double decay, std::int64_t count,
-                          int ddof) {
+py::object update_running(py::handle running_mean, py::handle running_var, py::handle mean, py::handle var, double decay,
+                          std::int64_t count, int ddof) {
     UpdateRunningArgs a;
     if (!as_channels(running_mean, a.running_mean) || !as_channels(running_var, a.running_var) || !as_channels(mean, a.mean) ||
         !as_channels(var, a.var)) {

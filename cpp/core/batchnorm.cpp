@@ -16,9 +16,9 @@
 namespace batchnorm {
 namespace {
 
-using std::int64_t;
 using kernels::KernelTable;
 using kernels::Where;
+using std::int64_t;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -206,7 +206,8 @@ double first_value(const ConstTensor& x, int64_t c) {
 // lay too far off.
 class Statistics {
 public:
-    Statistics(Workspace& ws, const Plan& plan, const KernelTable& table, const ConstTensor& x, std::span<double> mean, std::span<double> var)
+    Statistics(Workspace& ws, const Plan& plan, const KernelTable& table, const ConstTensor& x, std::span<double> mean,
+               std::span<double> var)
         : plan_(plan),
           args_{{}, to_operand(x), nullptr, nullptr, nullptr},
           kernel_(table.moments[plan.direction][to_kernel(x.dtype)]),
@@ -263,8 +264,8 @@ private:
 using NoMap = void (*)(const Where&);
 constexpr const NoMap* kNoMap = nullptr;
 
-void update_channels(const Channels& running_mean, const Channels& running_var, int64_t channels, auto mean, auto var, double decay, double n,
-                     double ddof) {
+void update_channels(const Channels& running_mean, const Channels& running_var, int64_t channels, auto mean, auto var, double decay,
+                     double n, double ddof) {
     for (int64_t c = 0; c < channels; ++c) {
         set(running_mean, c, coeffs::running(at(running_mean, c), mean(c), decay));
         set(running_var, c, coeffs::running(at(running_var, c), coeffs::with_ddof(var(c), n, ddof), decay));
@@ -303,12 +304,14 @@ void batch_norm(const BatchNormArgs& a) {
         Workspace ws;
         AffineRows<C> affine(ws, plan);
         for (int64_t c = 0; c < g.channels; ++c) {
-            affine.set(c, coeffs::affine<C>(at(a.mean, c), coeffs::inv_std(at(a.var, c), a.eps), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
+            affine.set(
+                c, coeffs::affine<C>(at(a.mean, c), coeffs::inv_std(at(a.var, c), a.eps), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
         }
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
         for_each(plan.map_items(), plan, [&](int64_t i) {
             const Where where = plan.map_item(i);
-            kernel({where, to_operand(a.x), to_operand(a.y), affine.from(where.box.channel_begin), a.activation == Activation::relu, plan.stream});
+            kernel({where, to_operand(a.x), to_operand(a.y), affine.from(where.box.channel_begin), a.activation == Activation::relu,
+                    plan.stream});
         });
     });
 }
@@ -335,7 +338,8 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
         };
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
         const auto map = [&](const Where& where) {
-            kernel({where, to_operand(a.x), to_operand(a.y), affine.from(where.box.channel_begin), a.activation == Activation::relu, plan.stream});
+            kernel({where, to_operand(a.x), to_operand(a.y), affine.from(where.box.channel_begin), a.activation == Activation::relu,
+                    plan.stream});
         };
         Statistics(ws, plan, table, a.x, mean, var).run(then, &map);
     });
@@ -345,8 +349,8 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
     }
     if (a.running_mean) {
         update_channels(
-            a.running_mean, a.running_var, g.channels, [&](int64_t c) { return mean[index(c)]; }, [&](int64_t c) { return var[index(c)]; }, a.decay,
-            static_cast<double>(g.count()), a.running_ddof);
+            a.running_mean, a.running_var, g.channels, [&](int64_t c) { return mean[index(c)]; }, [&](int64_t c) { return var[index(c)]; },
+            a.decay, static_cast<double>(g.count()), a.running_ddof);
     }
 }
 
@@ -388,8 +392,8 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
             const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
             const auto map = [&](const Where& where) {
                 const int64_t c = where.box.channel_begin;
-                apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(a.dx), affine.from(c), k_dy.from(c), x_scale.from(c), k_x.from(c), k_0.from(c),
-                              relu, fixed, plan.stream});
+                apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(a.dx), affine.from(c), k_dy.from(c), x_scale.from(c),
+                              k_x.from(c), k_0.from(c), relu, fixed, plan.stream});
             };
             if (want_sums) {
                 sums_then_map(plan, sums, sum_dy, sum_dy_xc, finish, a.dx ? &map : nullptr);
@@ -408,8 +412,8 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
 void update_running(const UpdateRunningArgs& a) {
     check::arguments(a);
     update_channels(
-        a.running_mean, a.running_var, a.running_mean.size, [&](int64_t c) { return at(a.mean, c); }, [&](int64_t c) { return at(a.var, c); },
-        a.decay, static_cast<double>(a.count), a.ddof);
+        a.running_mean, a.running_var, a.running_mean.size, [&](int64_t c) { return at(a.mean, c); },
+        [&](int64_t c) { return at(a.var, c); }, a.decay, static_cast<double>(a.count), a.ddof);
 }
 
 int num_threads() { return parallel::threads(); }

@@ -98,8 +98,8 @@ template <bool writable>
 void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g) {
     const std::string n = name;
     if (v.outer != g.outer || v.channels != g.channels || v.inner != g.inner) {
-        fail(n + " has (outer, channels, inner) " + dims(v.outer, v.channels, v.inner) + ", expected " + dims(g.outer, g.channels, g.inner) +
-             " as x has");
+        fail(n + " has (outer, channels, inner) " + dims(v.outer, v.channels, v.inner) + ", expected " +
+             dims(g.outer, g.channels, g.inner) + " as x has");
     }
     if (v.dtype != g.dtype) fail(n + " has another storage type than x, expected the same");
     tensor(v, name);
@@ -136,11 +136,13 @@ enum class Values { any, finite, non_negative };
 template <bool writable>
 void channels(const AnyChannels<writable>& v, const char* name, std::int64_t n_channels, Values values = Values::any) {
     const std::string n = name;
-    if (v.size != n_channels) fail(n + " has " + std::to_string(v.size) + " values, expected " + std::to_string(n_channels) + ", one per channel of x");
+    if (v.size != n_channels)
+        fail(n + " has " + std::to_string(v.size) + " values, expected " + std::to_string(n_channels) + ", one per channel of x");
     if (values == Values::any) return;
     for (std::int64_t c = 0; c < v.size; ++c) {
         const double value = at(v, c);
-        if (!std::isfinite(value)) fail(n + " is " + std::to_string(value) + " at channel " + std::to_string(c) + ", expected finite values");
+        if (!std::isfinite(value))
+            fail(n + " is " + std::to_string(value) + " at channel " + std::to_string(c) + ", expected finite values");
         if (values == Values::non_negative && value < 0) {
             fail(n + " is " + std::to_string(value) + " at channel " + std::to_string(c) + ", expected values >= 0");
         }
@@ -173,14 +175,15 @@ void running(const Channels& mean, const Channels& var, std::int64_t n_channels)
     // Interleaved vectors (two columns of one array) share an address range but no element.
     const std::int64_t size = mean.is_double ? 8 : 4;
     const std::int64_t offset = static_cast<const char*>(var.data) - static_cast<const char*>(mean.data);
-    const bool interleaved = mean.is_double == var.is_double && mean.stride == var.stride && offset % size == 0 &&
-                             (offset / size) % mean.stride != 0;
+    const bool interleaved =
+        mean.is_double == var.is_double && mean.stride == var.stride && offset % size == 0 && (offset / size) % mean.stride != 0;
     if (!interleaved) fail("running_mean and running_var overlap, expected two separate arrays");
 }
 
 void output_statistic(std::span<double> v, const char* name, std::int64_t n_channels) {
     if (static_cast<std::int64_t>(v.size()) != n_channels) {
-        fail(std::string(name) + " has " + std::to_string(v.size()) + " values, expected " + std::to_string(n_channels) + ", one per channel of x");
+        fail(std::string(name) + " has " + std::to_string(v.size()) + " values, expected " + std::to_string(n_channels) +
+             ", one per channel of x");
     }
 }
 
@@ -214,14 +217,16 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     const Geometry g = geometry(a.x);
     optional_affine(a.gamma, a.beta, g.channels);
     if (static_cast<bool>(a.running_mean) != static_cast<bool>(a.running_var)) {
-        fail(std::string(a.running_mean ? "running_var" : "running_mean") + " is missing, expected running_mean and running_var or neither");
+        fail(std::string(a.running_mean ? "running_var" : "running_mean") +
+             " is missing, expected running_mean and running_var or neither");
     }
     eps(a.eps);
     decay(a.decay);
     if (a.running_ddof != 0 && a.running_ddof != 1) fail("running_ddof is " + std::to_string(a.running_ddof) + ", expected 0 or 1");
     if (g.count() == 1) {
-        fail("x has one value per channel, from which no variance can be had, expected at least 2; use batch_norm with running statistics, "
-             "or a larger batch");
+        fail(
+            "x has one value per channel, from which no variance can be had, expected at least 2; use batch_norm with running statistics, "
+            "or a larger batch");
     }
     same_shape(a.y, "y", g);
     distinct_elements(a.y, "y");
@@ -253,7 +258,8 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
     channels(a.inv_std, "inv_std", g.channels);
     optional_affine(a.gamma, a.beta, g.channels);
     if (a.stats == Stats::batch && g.count() == 1) {
-        fail("x has one value per channel, expected at least 2 with batch statistics; use Stats::fixed for a forward with given statistics");
+        fail(
+            "x has one value per channel, expected at least 2 with batch statistics; use Stats::fixed for a forward with given statistics");
     }
     if (a.dgamma) channels(a.dgamma, "dgamma", g.channels);
     if (a.dbeta) channels(a.dbeta, "dbeta", g.channels);
@@ -291,7 +297,8 @@ void arguments(const UpdateRunningArgs& a) {
     channels(a.mean, "mean", a.running_mean.size);
     channels(a.var, "var", a.running_mean.size);
     for (std::int64_t c = 0; c < a.var.size; ++c) {
-        if (at(a.var, c) < 0) fail("var is " + std::to_string(at(a.var, c)) + " at channel " + std::to_string(c) + ", expected values >= 0");
+        if (at(a.var, c) < 0)
+            fail("var is " + std::to_string(at(a.var, c)) + " at channel " + std::to_string(c) + ", expected values >= 0");
     }
     decay(a.decay);
     if (a.ddof != 0 && a.ddof != 1) fail("ddof is " + std::to_string(a.ddof) + ", expected 0 or 1");

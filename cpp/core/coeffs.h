@@ -77,7 +77,8 @@ Gradient<C> gradient(double mean, double inv_std, double gamma, double sum_dy, d
     const double by_x = -slope * (inv_std * (inv_std * (sum_dy_xc / n)));
     const double rest = mean - static_cast<double>(static_cast<C>(mean));
     const double scale = std::isnormal(inv_std) ? std::ldexp(1.0, std::ilogb(inv_std)) : 1;
-    return {static_cast<C>(slope), static_cast<C>(scale), static_cast<C>(by_x / scale), static_cast<C>(-slope * (sum_dy / n) - by_x * rest)};
+    return {static_cast<C>(slope), static_cast<C>(scale), static_cast<C>(by_x / scale),
+            static_cast<C>(-slope * (sum_dy / n) - by_x * rest)};
 }
 
 // decay is the weight of the old value. At 0 the old value is gone, even if it was NaN.

@@ -114,7 +114,8 @@ Plan make_plan(const Geometry& g, int reads, int writes) {
     }
     const int64_t bytes = element_size(g.dtype);
     p.parallel = g.elements() >= kParallelElements;
-    p.stream = g.elements() * bytes * (reads + writes) > cached_bytes() && (g.direction == kernels::nsc || g.inner * bytes >= kStreamRunBytes);
+    p.stream =
+        g.elements() * bytes * (reads + writes) > cached_bytes() && (g.direction == kernels::nsc || g.inner * bytes >= kStreamRunBytes);
     if (g.direction == kernels::nsc) {
         plan_nsc(p, bytes * (reads + writes), g.dtype == Dtype::float64);
     } else {
@@ -144,7 +145,8 @@ kernels::Where Plan::map_item(int64_t index) const {
     const int64_t n_inner = ceil_div(inner, map_inner), n_channels = ceil_div(channels, map_channels);
     const int64_t i = index % n_inner * map_inner, c = index / n_inner % n_channels * map_channels,
                   o = index / n_inner / n_channels * map_outer;
-    return {{o, std::min(o + map_outer, outer), c, std::min(c + map_channels, channels), i, std::min(i + map_inner, inner)}, row_split, fold};
+    return {
+        {o, std::min(o + map_outer, outer), c, std::min(c + map_channels, channels), i, std::min(i + map_inner, inner)}, row_split, fold};
 }
 
 }  // namespace batchnorm

@@ -38,8 +38,8 @@ BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a) {
     using PerChannel = Broadcast<Compute<T>>;
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
         for (int64_t c = 0; c < channels; ++c) {
-            apply_run<with_relu, with_stream>(x.at(n, c), y.at(n, c), run, kNoPeriod, PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c),
-                                              PerChannel(a.affine.offset, c));
+            apply_run<with_relu, with_stream>(x.at(n, c), y.at(n, c), run, kNoPeriod, PerChannel(a.affine.center, c),
+                                              PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c));
         }
     }
 }
@@ -55,7 +55,8 @@ BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
     if (x.dense(channels) && y.dense(channels)) {
         // All rows are one stretch of memory, whatever their length.
         const int64_t n = (b.outer_end - b.outer_begin) * channels;
-        return apply_run<with_relu, with_stream>(x.at(b.outer_begin), y.at(b.outer_begin), n, a.where.fold * channels, center, scale, offset);
+        return apply_run<with_relu, with_stream>(x.at(b.outer_begin), y.at(b.outer_begin), n, a.where.fold * channels, center, scale,
+                                                 offset);
     }
     for (int64_t r = b.outer_begin; r < b.outer_end; ++r) {
         apply_run<with_relu, with_stream>(x.at(r), y.at(r), channels, kNoPeriod, center, scale, offset);

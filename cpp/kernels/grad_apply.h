@@ -46,8 +46,13 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
     using PerChannel = Broadcast<Compute<T>>;
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
         for (int64_t c = 0; c < channels; ++c) {
-            const GradCoefficients<PerChannel> k{PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c),
-                                                 PerChannel(a.k_dy, c), PerChannel(a.x_scale, c), PerChannel(a.k_x, c), PerChannel(a.k_0, c)};
+            const GradCoefficients<PerChannel> k{PerChannel(a.affine.center, c),
+                                                 PerChannel(a.affine.scale, c),
+                                                 PerChannel(a.affine.offset, c),
+                                                 PerChannel(a.k_dy, c),
+                                                 PerChannel(a.x_scale, c),
+                                                 PerChannel(a.k_x, c),
+                                                 PerChannel(a.k_0, c)};
             grad_apply_run<with_relu, fixed, with_stream>(dy.at(n, c), x.at(n, c), dx.at(n, c), run, kNoPeriod, k);
         }
     }
@@ -61,8 +66,9 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     const Rows<T> dx(a.dx, a.where);
     const int64_t channels = b.channel_end - b.channel_begin;
     using PerChannel = PerElement<Compute<T>>;
-    const GradCoefficients<PerChannel> k{PerChannel(a.affine.center), PerChannel(a.affine.scale), PerChannel(a.affine.offset),
-                                         PerChannel(a.k_dy), PerChannel(a.x_scale), PerChannel(a.k_x), PerChannel(a.k_0)};
+    const GradCoefficients<PerChannel> k{
+        PerChannel(a.affine.center), PerChannel(a.affine.scale), PerChannel(a.affine.offset), PerChannel(a.k_dy), PerChannel(a.x_scale),
+        PerChannel(a.k_x),           PerChannel(a.k_0)};
     if (dy.dense(channels) && x.dense(channels) && dx.dense(channels)) {
         const int64_t r = b.outer_begin, n = (b.outer_end - r) * channels;
         grad_apply_run<with_relu, fixed, with_stream>(dy.at(r), x.at(r), dx.at(r), n, a.where.fold * channels, k);

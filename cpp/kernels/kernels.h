@@ -31,7 +31,7 @@ inline constexpr int64_t kLanes = 16;
 inline constexpr int64_t kMaxGroup = 32;
 
 struct Operand {
-    void* data;  // element (0, 0, 0) of the whole tensor
+    void* data;                                          // element (0, 0, 0) of the whole tensor
     int64_t outer_stride, channel_stride, inner_stride;  // in elements
 };
 

@@ -207,7 +207,7 @@ __attribute__((noinline)) float half_to_float(uint16_t h) {
         bits = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 | (magnitude > 0x7c00u ? 0x400000u : 0u);
     } else if (magnitude >= 0x400u) {
         bits = sign | ((magnitude << 13) + (112u << 23));  // rebias the exponent from 15 to 127
-    } else {  // subnormal or zero: magnitude * 2^-24 is exact in float
+    } else {                                               // subnormal or zero: magnitude * 2^-24 is exact in float
         const float value = (float)magnitude * 0x1p-24f;
         memcpy(&bits, &value, 4);
         bits |= sign;
@@ -223,7 +223,7 @@ __attribute__((noinline)) uint16_t float_to_half(float f) {
     const uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
     if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);  // 65520 and above round to Inf
-    if (magnitude < 0x38800000u) {  // below 2^-14: adding 2^-1 aligns the last place of float to 2^-24
+    if (magnitude < 0x38800000u) {                                    // below 2^-14: adding 2^-1 aligns the last place of float to 2^-24
         float value;
         memcpy(&value, &magnitude, 4);
         value += 0.5f;
@@ -234,12 +234,8 @@ __attribute__((noinline)) uint16_t float_to_half(float f) {
     const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
     return (uint16_t)(sign | (rounded - (112u << 23)) >> 13);
 }
-BATCHNORM_INLINE VF half_to_float(VH v) {
-    return VF{half_to_float(v[0]), half_to_float(v[1]), half_to_float(v[2]), half_to_float(v[3])};
-}
-BATCHNORM_INLINE VH float_to_half(VF v) {
-    return VH{float_to_half(v[0]), float_to_half(v[1]), float_to_half(v[2]), float_to_half(v[3])};
-}
+BATCHNORM_INLINE VF half_to_float(VH v) { return VF{half_to_float(v[0]), half_to_float(v[1]), half_to_float(v[2]), half_to_float(v[3])}; }
+BATCHNORM_INLINE VH float_to_half(VF v) { return VH{float_to_half(v[0]), float_to_half(v[1]), float_to_half(v[2]), float_to_half(v[3])}; }
 #endif
 
 BATCHNORM_INLINE VF brain_to_float(VH v) {

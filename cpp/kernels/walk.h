@@ -8,9 +8,9 @@ namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
 using kernels::Box;
+using kernels::kLanes;
 using kernels::Operand;
 using kernels::Where;
-using kernels::kLanes;
 
 BATCHNORM_INLINE int64_t round_up(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -34,10 +34,7 @@ struct Rows {
     int64_t outer_stride, inner_stride, split;
 
     BATCHNORM_INLINE Rows(const Operand& o, const Where& w)
-        : base((T*)o.data + w.box.channel_begin),
-          outer_stride(o.outer_stride),
-          inner_stride(o.inner_stride),
-          split(w.row_split) {}
+        : base((T*)o.data + w.box.channel_begin), outer_stride(o.outer_stride), inner_stride(o.inner_stride), split(w.row_split) {}
     BATCHNORM_INLINE T* at(int64_t r) const {
         return split == 1 ? base + r * outer_stride : base + r / split * outer_stride + r % split * inner_stride;
     }

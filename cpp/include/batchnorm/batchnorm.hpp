@@ -39,13 +39,13 @@ struct bfloat16 {
 enum class Dtype { float32, float64, float16, bfloat16 };
 
 template <class T>
-inline constexpr bool is_storage = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, float16> ||
-                                   std::is_same_v<T, bfloat16>;
+inline constexpr bool is_storage =
+    std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, float16> || std::is_same_v<T, bfloat16>;
 
 template <class T>
     requires is_storage<T>
-inline constexpr Dtype dtype_of = std::is_same_v<T, float>    ? Dtype::float32
-                                  : std::is_same_v<T, double> ? Dtype::float64
+inline constexpr Dtype dtype_of = std::is_same_v<T, float>     ? Dtype::float32
+                                  : std::is_same_v<T, double>  ? Dtype::float64
                                   : std::is_same_v<T, float16> ? Dtype::float16
                                                                : Dtype::bfloat16;
 
@@ -114,7 +114,7 @@ struct AnyChannels {
     AnyChannels(Data d, bool dbl, std::int64_t n, std::int64_t s) : data(d), is_double(dbl), size(n), stride(s) {}
     template <class V>
         requires(std::is_same_v<std::remove_const_t<V>, float> || std::is_same_v<std::remove_const_t<V>, double>) &&
-                (!writable || !std::is_const_v<V>)
+                    (!writable || !std::is_const_v<V>)
     AnyChannels(std::span<V> values)  // NOLINT: implicit on purpose
         : data(values.data()), is_double(std::is_same_v<std::remove_const_t<V>, double>), size(static_cast<std::int64_t>(values.size())) {}
     template <class V>
@@ -136,8 +136,8 @@ enum class Stats { batch, fixed };
 // Normalise with given statistics. y may be x itself (in place); no other overlap.
 struct BatchNormArgs {
     ConstTensor x;
-    Tensor y;                 // x's shape and dtype
-    ConstChannels mean, var;  // finite; var >= 0
+    Tensor y;                   // x's shape and dtype
+    ConstChannels mean, var;    // finite; var >= 0
     ConstChannels gamma, beta;  // absent: 1 and 0
     double eps = 1e-5;          // finite, >= 0
     Activation activation = Activation::none;
@@ -199,11 +199,11 @@ BATCHNORM_API void set_num_threads(int n);
 // Instruction-set levels: "baseline", "avx2", "avx512". A level that this machine or build lacks throws.
 BATCHNORM_API std::string isa();
 BATCHNORM_API void set_isa(std::string_view name);
-BATCHNORM_API std::vector<std::string> isa_levels();      // those this machine can run, best last
-BATCHNORM_API std::vector<std::string> isa_built();       // those in this build
-BATCHNORM_API std::string isa_reason();                   // why isa() is in use
-BATCHNORM_API std::string openmp_runtime();               // e.g. "libgomp (OpenMP 4.5)"
-BATCHNORM_API std::string compiler();                     // e.g. "g++ 12.2.0"
+BATCHNORM_API std::vector<std::string> isa_levels();  // those this machine can run, best last
+BATCHNORM_API std::vector<std::string> isa_built();   // those in this build
+BATCHNORM_API std::string isa_reason();               // why isa() is in use
+BATCHNORM_API std::string openmp_runtime();           // e.g. "libgomp (OpenMP 4.5)"
+BATCHNORM_API std::string compiler();                 // e.g. "g++ 12.2.0"
 BATCHNORM_API std::string version();
 
 // Called now and then, between tiles, on the thread that entered the library during long calls; true abandons the call with
