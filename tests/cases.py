@@ -33,6 +33,8 @@ DTYPES = [
 ]
 AVAILABLE_DTYPES = [dtype for dtype in (FLOAT32, FLOAT64, FLOAT16, BFLOAT16) if dtype is not None]
 
+THREADS = (1, 2, 3, 7)
+
 
 def around(*sizes):
     """Each size, one less and one more."""

@@ -8,6 +8,8 @@ import batchnorm
 import pytest
 from hypothesis import HealthCheck, settings
 
+from cases import THREADS
+
 # `quick` is the default, HYPOTHESIS_PROFILE=thorough the long run. Both choose the same examples every time.
 for _name, _examples in (("quick", 60), ("thorough", 5000)):
     settings.register_profile(
@@ -15,8 +17,6 @@ for _name, _examples in (("quick", 60), ("thorough", 5000)):
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
-
-THREADS = (1, 2, 3, 7)
 
 
 @pytest.fixture(params=batchnorm.isa_levels())
