@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <optional>
 
@@ -20,7 +21,7 @@ namespace py = pybind11;
 inline constexpr int kMaxDims = 64;
 
 // The type number NumPy gave ml_dtypes.bfloat16 in this process; -1 until Python has seen such an array.
-inline int bfloat16_type_num = -1;
+inline std::atomic<int> bfloat16_type_num{-1};
 
 // An ndarray that can be used as it is: native byte order, aligned, a storage type.
 struct Array {
