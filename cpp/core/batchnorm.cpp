@@ -142,12 +142,13 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
     const Plan plan = make_plan(g, 1, 0);
     Workspace ws;
     const double n = static_cast<double>(g.count());
-    Statistics(ws, plan, table, x, mean, var)
-        .run(
-            [&](int64_t c0, int64_t c1) {
-                for (int64_t c = c0; c < c1; ++c) var[index(c)] = coeffs::with_ddof(var[index(c)], n, static_cast<double>(ddof));
-            },
-            kNoMap);
+    // The caller's arrays are written at the end, so that an interrupt leaves them as they were.
+    const std::span<double> m(ws.take<double>(g.channels), index(g.channels)), v(ws.take<double>(g.channels), index(g.channels));
+    Statistics(ws, plan, table, x, m, v).run([](int64_t, int64_t) {}, kNoMap);
+    for (int64_t c = 0; c < g.channels; ++c) {
+        mean[index(c)] = m[index(c)];
+        var[index(c)] = coeffs::with_ddof(v[index(c)], n, static_cast<double>(ddof));
+    }
 }
 
 void batch_norm(const BatchNormArgs& a) {

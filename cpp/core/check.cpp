@@ -64,6 +64,15 @@ void tensor(const AnyView<writable>& v, const char* name) {
     }
     if (v.data == nullptr) fail(n + " has no data, expected an array of (outer, channels, inner) = " + dims(v.outer, v.channels, v.inner));
     const std::int64_t size = element_size(v.dtype);
+    std::int64_t reach = 0;
+    for (const auto& [extent, stride] : {std::pair{v.outer, v.outer_stride}, {v.channels, v.channel_stride}, {v.inner, v.inner_stride}}) {
+        std::int64_t steps;
+        if (stride == std::numeric_limits<std::int64_t>::min() || __builtin_mul_overflow(extent - 1, std::abs(stride), &steps) ||
+            __builtin_add_overflow(reach, steps, &reach) || reach > kMost) {
+            fail(n + " has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride) +
+                 ", which reach further than can be addressed");
+        }
+    }
     if (reinterpret_cast<std::uintptr_t>(v.data) % static_cast<std::uintptr_t>(size) != 0) {
         fail(n + " is not aligned to its element size of " + std::to_string(size) + " bytes");
     }
@@ -111,6 +120,7 @@ void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g)
 
 // An output must not write one element twice.
 void distinct_elements(const Tensor& v, const char* name) {
+    if (v.outer == 0 || v.inner == 0) return;
     struct {
         std::int64_t n, stride;
     } d[3] = {{v.outer, std::abs(v.outer_stride)}, {v.channels, std::abs(v.channel_stride)}, {v.inner, std::abs(v.inner_stride)}};
@@ -166,25 +176,26 @@ void decay(double value) {
     if (!(value >= 0 && value <= 1)) fail("decay is " + std::to_string(value) + ", expected a number in [0, 1]");
 }
 
-void running(const Channels& mean, const Channels& var, std::int64_t n_channels) {
-    for (const auto& [v, name] : {std::pair{&mean, "running_mean"}, {&var, "running_var"}}) {
-        channels(*v, name, n_channels);
-        if (v->size > 1 && v->stride == 0) fail(std::string(name) + " has stride 0, expected one element per channel");
-    }
-    if (!range_of(mean).overlaps(range_of(var))) return;
-    // Interleaved vectors (two columns of one array) share an address range but no element.
-    const std::int64_t size = mean.is_double ? 8 : 4;
-    const std::int64_t offset = static_cast<const char*>(var.data) - static_cast<const char*>(mean.data);
-    const bool interleaved =
-        mean.is_double == var.is_double && mean.stride == var.stride && offset % size == 0 && (offset / size) % mean.stride != 0;
-    if (!interleaved) fail("running_mean and running_var overlap, expected two separate arrays");
+void separate_elements(const Channels& v, const char* name) {
+    if (v.size > 1 && v.stride == 0) fail(std::string(name) + " has stride 0, expected one element per channel");
 }
 
-void output_statistic(std::span<double> v, const char* name, std::int64_t n_channels) {
-    if (static_cast<std::int64_t>(v.size()) != n_channels) {
-        fail(std::string(name) + " has " + std::to_string(v.size()) + " values, expected " + std::to_string(n_channels) +
-             ", one per channel of x");
-    }
+// Two vectors that are written share no element. Interleaved ones (two columns of one array) share an address range only.
+void separate(const Channels& a, const char* a_name, const Channels& b, const char* b_name) {
+    separate_elements(a, a_name);
+    separate_elements(b, b_name);
+    if (!range_of(a).overlaps(range_of(b))) return;
+    const std::int64_t size = a.is_double ? 8 : 4;
+    const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(b.data) - reinterpret_cast<std::uintptr_t>(a.data));
+    const bool interleaved =
+        a.is_double == b.is_double && a.stride == b.stride && a.stride != 0 && offset % size == 0 && (offset / size) % a.stride != 0;
+    if (!interleaved) fail(std::string(a_name) + " and " + b_name + " overlap, expected two separate arrays");
+}
+
+void running(const Channels& mean, const Channels& var, std::int64_t n_channels) {
+    channels(mean, "running_mean", n_channels);
+    channels(var, "running_var", n_channels);
+    separate(mean, "running_mean", var, "running_var");
 }
 
 // No written vector may touch a tensor that is read or written, nor another written vector.
@@ -231,9 +242,15 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     same_shape(a.y, "y", g);
     distinct_elements(a.y, "y");
     if (!a.disjoint) no_partial_overlap(a.y, "y", a.x, "x");
-    output_statistic(a.mean, "mean", g.channels);
-    output_statistic(a.inv_std, "inv_std", g.channels);
+    const Channels mean(a.mean), inv_std(a.inv_std);
+    channels(mean, "mean", g.channels);
+    channels(inv_std, "inv_std", g.channels);
+    separate(mean, "mean", inv_std, "inv_std");
     const Range y = range_of(a.y);
+    for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {
+        apart(y, "y", *v, name);
+        apart(range_of(a.x), "x", *v, name);
+    }
     for (const auto& [v, name] : {std::pair{&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
         if (*v) apart(y, "y", *v, name);
     }
@@ -261,8 +278,15 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
         fail(
             "x has one value per channel, expected at least 2 with batch statistics; use Stats::fixed for a forward with given statistics");
     }
-    if (a.dgamma) channels(a.dgamma, "dgamma", g.channels);
-    if (a.dbeta) channels(a.dbeta, "dbeta", g.channels);
+    for (const auto& [v, name] : {std::pair{&a.dgamma, "dgamma"}, {&a.dbeta, "dbeta"}}) {
+        if (!*v) continue;
+        channels(*v, name, g.channels);
+        separate_elements(*v, name);
+        apart(range_of(a.x), "x", *v, name);
+        apart(range_of(a.dy), "dy", *v, name);
+        if (a.dx) apart(range_of(a.dx), "dx", *v, name);
+    }
+    if (a.dgamma && a.dbeta) separate(a.dgamma, "dgamma", a.dbeta, "dbeta");
     if (!a.dx) return g;
     same_shape(a.dx, "dx", g);
     distinct_elements(a.dx, "dx");
@@ -279,8 +303,10 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
 
 Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof) {
     const Geometry g = geometry(x);
-    output_statistic(mean, "mean", g.channels);
-    output_statistic(var, "var", g.channels);
+    const Channels mean_out(mean), var_out(var);
+    channels(mean_out, "mean", g.channels);
+    channels(var_out, "var", g.channels);
+    separate(mean_out, "mean", var_out, "var");
     if (ddof < 0) fail("ddof is " + std::to_string(ddof) + ", expected >= 0");
     if (g.count() != 0 && g.count() <= ddof) {
         fail("ddof is " + std::to_string(ddof) + ", expected less than the " + std::to_string(g.count()) + " values per channel of x");

@@ -135,11 +135,11 @@ enum class Stats { batch, fixed };
 
 // Normalise with given statistics. y may be x itself (in place); no other overlap.
 struct BatchNormArgs {
-    ConstTensor x;
-    Tensor y;                   // x's shape and dtype
-    ConstChannels mean, var;    // finite; var >= 0
-    ConstChannels gamma, beta;  // absent: 1 and 0
-    double eps = 1e-5;          // finite, >= 0
+    ConstTensor x{};
+    Tensor y{};                     // x's shape and dtype
+    ConstChannels mean{}, var{};    // finite; var >= 0
+    ConstChannels gamma{}, beta{};  // absent: 1 and 0
+    double eps = 1e-5;              // finite, >= 0
     Activation activation = Activation::none;
     bool disjoint = false;  // the caller knows that y does not partly overlap x although their address ranges do
 };
@@ -149,15 +149,15 @@ BATCHNORM_API void batch_norm(const BatchNormArgs& args);
 //     running = decay * running + (1 - decay) * batch,  with var * n / (n - running_ddof) for the variance.
 // One value per channel is an error. An empty batch (n = 0) gives NaN statistics and updates nothing.
 struct BatchNormTrainArgs {
-    ConstTensor x;
-    Tensor y;
-    ConstChannels gamma, beta;
-    Channels running_mean, running_var;  // both or neither
-    double decay = 0.9;                  // weight of the old value, in [0, 1]
-    int running_ddof = 1;                // 0 or 1
+    ConstTensor x{};
+    Tensor y{};
+    ConstChannels gamma{}, beta{};
+    Channels running_mean{}, running_var{};  // both or neither
+    double decay = 0.9;                      // weight of the old value, in [0, 1]
+    int running_ddof = 1;                    // 0 or 1
     double eps = 1e-5;
     Activation activation = Activation::none;
-    std::span<double> mean, inv_std;  // out, C each: what backward needs, unrounded
+    std::span<double> mean{}, inv_std{};  // out, C each: what backward needs, unrounded
     bool disjoint = false;
 };
 BATCHNORM_API void batch_norm_train(const BatchNormTrainArgs& args);
@@ -168,13 +168,13 @@ BATCHNORM_API void batch_norm_train(const BatchNormTrainArgs& args);
 //     Stats::fixed  dx = gamma * inv_std * dy
 // Outputs that are absent are not computed. dx may be dy itself.
 struct BatchNormBackwardArgs {
-    ConstTensor dy, x;
-    ConstChannels mean, inv_std;  // as the forward returned them; NaN is passed on
-    ConstChannels gamma, beta;    // beta is read only with an activation
+    ConstTensor dy{}, x{};
+    ConstChannels mean{}, inv_std{};  // as the forward returned them; NaN is passed on
+    ConstChannels gamma{}, beta{};    // beta is read only with an activation
     Stats stats = Stats::batch;
     Activation activation = Activation::none;
-    Tensor dx;
-    Channels dgamma, dbeta;
+    Tensor dx{};
+    Channels dgamma{}, dbeta{};
     bool disjoint = false;
 };
 BATCHNORM_API void batch_norm_backward(const BatchNormBackwardArgs& args);
@@ -184,8 +184,8 @@ BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::sp
 
 // The running-statistics step of batch_norm_train by itself; `var` is the population variance of `count` values.
 struct UpdateRunningArgs {
-    Channels running_mean, running_var;
-    ConstChannels mean, var;
+    Channels running_mean{}, running_var{};
+    ConstChannels mean{}, var{};
     double decay = 0.9;
     std::int64_t count = 0;
     int ddof = 1;
@@ -209,7 +209,7 @@ BATCHNORM_API std::string version();
 // Called now and then, between tiles, on the thread that entered the library during long calls; true abandons the call with
 // Interrupted. Outputs are then partly written, statistics and running statistics not at all.
 BATCHNORM_API void set_interrupt_poll(bool (*poll)());
-struct Interrupted : std::runtime_error {
+struct BATCHNORM_API Interrupted : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 

@@ -1,0 +1,966 @@
+// Tests of the C++ library through its public header alone, without a framework: CHECK counts, main prints the counts and returns
+// non-zero if anything failed. `test_batchnorm --hash` instead prints one hash of the bits of many results (no check of them), to
+// be compared between machines, compilers and settings of BATCHNORM_ISA and OMP_NUM_THREADS.
+#include <algorithm>
+#include <array>
+#include <batchnorm/batchnorm.hpp>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <limits>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using namespace batchnorm;
+using std::int64_t;
+using std::size_t;
+
+// ---- checks ----
+
+int64_t passed = 0, failed = 0;
+std::string context;  // what is being tested, for the message of a failed check
+
+void check(bool ok, const std::string& what, int line) {
+    ++(ok ? passed : failed);
+    if (!ok && failed <= 50) std::printf("line %d: %s  [%s]\n", line, what.c_str(), context.c_str());
+}
+#define CHECK(condition) check((condition), #condition, __LINE__)
+
+// f must throw E with a message that begins with `start`.
+template <class E, class F>
+void throws(const std::string& start, int line, F f) {
+    try {
+        f();
+        check(false, "no exception, expected: " + start, line);
+    } catch (const E& e) {
+        check(std::string_view(e.what()).starts_with(start), "got '" + std::string(e.what()) + "', expected '" + start + "...'", line);
+    }
+}
+
+// ---- storage types ----
+
+template <class T>
+struct Format;  // bits of the fraction, and the smallest exponent
+template <>
+struct Format<float> {
+    static constexpr int fraction = 23, low = -126;
+    static constexpr const char* name = "float32";
+};
+template <>
+struct Format<double> {
+    static constexpr int fraction = 52, low = -1022;
+    static constexpr const char* name = "float64";
+};
+template <>
+struct Format<float16> {
+    static constexpr int fraction = 10, low = -14;
+    static constexpr const char* name = "float16";
+};
+template <>
+struct Format<bfloat16> {
+    static constexpr int fraction = 7, low = -126;
+    static constexpr const char* name = "bfloat16";
+};
+
+template <class T>
+double widen(T v) {
+    if constexpr (std::is_arithmetic_v<T>) {
+        return v;
+    } else {
+        using F = Format<T>;
+        constexpr int kMost = (1 << (15 - F::fraction)) - 1;
+        const int exponent = v.bits >> F::fraction & kMost;
+        const double fraction = v.bits & ((1 << F::fraction) - 1), sign = v.bits >> 15 ? -1 : 1;
+        if (exponent == kMost) return fraction == 0 ? sign * HUGE_VAL : std::numeric_limits<double>::quiet_NaN();
+        const double significand = exponent == 0 ? fraction : fraction + (1 << F::fraction);
+        return sign * std::ldexp(significand, std::max(exponent, 1) - 1 + F::low - F::fraction);
+    }
+}
+
+// Values that the format holds exactly; anything finite is rounded to nearest even.
+template <class T>
+T narrow(double v) {
+    if constexpr (std::is_arithmetic_v<T>) {
+        return static_cast<T>(v);
+    } else {
+        using F = Format<T>;
+        int exponent = 0;
+        std::frexp(v, &exponent);
+        const int step = std::max(exponent - 1, F::low) - F::fraction;  // exponent of the last place
+        const auto steps = static_cast<int64_t>(std::nearbyint(std::ldexp(std::abs(v), -step)));
+        // A carry out of the fraction lands in the exponent, as it must.
+        const int64_t bits = (static_cast<int64_t>(step + F::fraction - F::low) << F::fraction) + steps;
+        return {static_cast<std::uint16_t>(bits | (std::signbit(v) ? 0x8000 : 0))};
+    }
+}
+
+// ---- tensors ----
+
+struct Shape {
+    int64_t outer, channels, inner;
+    int64_t count() const { return outer * inner; }
+    int64_t elements() const { return count() * channels; }
+};
+
+// How a tensor of (outer, channels, inner) lies in memory.
+struct Layout {
+    const char* name;
+    bool channels_last;     // channels contiguous, else inner
+    bool rows = false;      // View::nsc: outer and inner as one
+    int64_t gap = 0;        // unused elements after each run, and after each group of runs
+    bool reversed = false;  // negative strides, but for the contiguous dimension
+};
+constexpr std::array kInnerContiguous{Layout{"ncs", false}, Layout{"ncs with gaps", false, false, 3},
+                                      Layout{"ncs reversed", false, false, 0, true},
+                                      Layout{"ncs reversed with gaps", false, false, 1, true}};
+constexpr std::array kChannelsContiguous{Layout{"nsc", true, true}, Layout{"nsc of two levels", true, false},
+                                         Layout{"nsc with gaps", true, false, 5}, Layout{"nsc reversed", true, false, 0, true},
+                                         Layout{"nsc rows with gaps", true, true, 3}};
+
+// Memory and a view of it. Values are exchanged in the logical order (outer, channels, inner).
+template <class T>
+class Array {
+public:
+    Array(const Layout& layout, const Shape& s) : shape_(s) {
+        const Shape v = layout.rows ? Shape{s.count(), s.channels, 1} : s;
+        const int64_t short_n = layout.channels_last ? v.channels : v.inner, middle_n = layout.channels_last ? v.inner : v.channels;
+        const int64_t middle = short_n + layout.gap, outer = middle_n * middle + layout.gap, sign = layout.reversed ? -1 : 1;
+        memory_.resize(static_cast<size_t>(v.outer * outer));
+        std::memset(static_cast<void*>(memory_.data()), kUntouched, memory_.size() * sizeof(T));
+        if (layout.rows && layout.gap == 0) {
+            view_ = View<T>::nsc(memory_.data(), v.outer, v.channels);
+        } else if (!layout.channels_last && layout.gap == 0 && !layout.reversed) {
+            view_ = View<T>::ncs(memory_.data(), v.outer, v.channels, v.inner);
+        } else {
+            const int64_t first = layout.reversed ? (v.outer - 1) * outer + (middle_n - 1) * middle : 0;
+            view_ = {memory_.data() + first, v.outer, v.channels, v.inner, sign * outer, sign * middle, 1};
+            if (layout.channels_last) std::swap(view_.channel_stride, view_.inner_stride);
+        }
+    }
+    Array(const Layout& layout, const Shape& s, const std::vector<T>& values) : Array(layout, s) {
+        each([&](T& element, size_t i) { element = values[i]; });
+    }
+    Array(Array&&) = default;  // moved memory stays where it is; a copy's view would point to the original
+
+    View<T> view() const { return view_; }
+    std::vector<T> values() const {
+        std::vector<T> v(static_cast<size_t>(shape_.elements()));
+        each([&](const T& element, size_t i) { v[i] = element; });
+        return v;
+    }
+    // Whether nothing but the elements of the view has been written; forgets their values.
+    bool gaps_untouched() {
+        each([](T& element, size_t) { std::memset(static_cast<void*>(&element), kUntouched, sizeof(T)); });
+        const auto* const bytes = reinterpret_cast<const unsigned char*>(memory_.data());
+        return std::all_of(bytes, bytes + memory_.size() * sizeof(T), [](unsigned char b) { return b == kUntouched; });
+    }
+
+private:
+    static constexpr unsigned char kUntouched = 0x5a;
+
+    // f(element, logical index)
+    template <class F>
+    void each(F f) const {
+        const bool rows = view_.inner != shape_.inner;  // outer and inner as one
+        const int64_t outer = rows ? shape_.inner * view_.outer_stride : view_.outer_stride,
+                      inner = rows ? view_.outer_stride : view_.inner_stride;
+        size_t i = 0;
+        for (int64_t n = 0; n < shape_.outer; ++n) {
+            for (int64_t c = 0; c < shape_.channels; ++c) {
+                for (int64_t k = 0; k < shape_.inner; ++k) f(view_.data[n * outer + c * view_.channel_stride + k * inner], i++);
+            }
+        }
+    }
+
+    Shape shape_;
+    std::vector<T> memory_;
+    View<T> view_;
+};
+
+// Numbers in [-8, 8) with all the significant bits that T has, so that every sum rounds; the same on every machine.
+class Random {
+public:
+    explicit Random(std::uint64_t seed) : state_(seed * 2 + 1) {}
+    template <class T>
+    double next() {
+        state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+        constexpr int kBits = Format<T>::fraction + 2;  // one is the sign
+        const auto integer = static_cast<int64_t>(state_ >> (64 - kBits)) - (int64_t{1} << (kBits - 1));
+        return std::ldexp(static_cast<double>(integer), 4 - kBits);
+    }
+
+private:
+    std::uint64_t state_;
+};
+
+// ---- everything the library does with one tensor ----
+
+template <class T>
+struct Inputs {
+    Shape shape;
+    std::vector<T> x, dy;                       // (outer, channels, inner)
+    std::vector<float> gamma, beta;             // empty: absent
+    std::vector<double> given_mean, given_var;  // for inference
+    Activation activation = Activation::none;
+
+    Inputs(const Shape& s, bool affine, Activation act, std::uint64_t seed = 1) : shape(s), activation(act) {
+        Random random(seed);
+        for (int64_t i = 0; i < s.elements(); ++i) {
+            x.push_back(narrow<T>(random.next<T>() + static_cast<double>(i / s.inner % s.channels % 5)));
+            dy.push_back(narrow<T>(random.next<T>()));
+        }
+        for (int64_t c = 0; c < s.channels; ++c) {
+            if (affine) gamma.push_back(static_cast<float>(random.next<float>() / 4));
+            if (affine) beta.push_back(static_cast<float>(random.next<float>()));
+            given_mean.push_back(random.next<double>());
+            given_var.push_back(random.next<double>() + 9);
+        }
+    }
+};
+
+template <class T>
+struct Results {
+    std::vector<double> mean, var, inv_std;
+    std::vector<T> y, y_given, dx, dx_fixed;
+    std::vector<float> running_mean, running_var, dgamma;
+    std::vector<double> dbeta;
+
+    template <class F>
+    void each(F f) const {
+        f(mean), f(var), f(inv_std), f(y), f(y_given), f(dx), f(dx_fixed), f(running_mean), f(running_var), f(dgamma), f(dbeta);
+    }
+    std::vector<unsigned char> bytes() const {
+        std::vector<unsigned char> all;
+        each([&](const auto& v) {
+            const auto* const p = reinterpret_cast<const unsigned char*>(v.data());
+            all.insert(all.end(), p, p + v.size() * sizeof v[0]);
+        });
+        return all;
+    }
+};
+
+template <class T>
+Results<T> run(const Inputs<T>& in, const Layout& layout, bool in_place = false) {
+    const auto c = static_cast<size_t>(in.shape.channels);
+    Results<T> r{std::vector<double>(c),      std::vector<double>(c), std::vector<double>(c), {}, {}, {}, {}, std::vector<float>(c, 0.5f),
+                 std::vector<float>(c, 2.0f), std::vector<float>(c),  std::vector<double>(c)};
+    const Array<T> x(layout, in.shape, in.x), dy(layout, in.shape, in.dy);
+    const auto absent_if_empty = [](const std::vector<float>& v) { return v.empty() ? ConstChannels() : ConstChannels(v); };
+    const ConstChannels gamma = absent_if_empty(in.gamma), beta = absent_if_empty(in.beta);
+
+    moments(x.view(), r.mean, r.var);
+
+    const auto output = [&](const std::vector<T>& source) {
+        return in_place ? Array<T>(layout, in.shape, source) : Array<T>(layout, in.shape);
+    };
+    const auto finish = [&](Array<T> out) {
+        std::vector<T> values = out.values();
+        CHECK(out.gaps_untouched());
+        return values;
+    };
+
+    BatchNormTrainArgs train;
+    Array<T> y = output(in.x);
+    train.x = in_place ? y.view() : x.view();
+    train.y = y.view();
+    train.gamma = gamma;
+    train.beta = beta;
+    train.running_mean = r.running_mean;
+    train.running_var = r.running_var;
+    train.decay = 0.75;
+    train.activation = in.activation;
+    std::vector<double> mean(c);
+    train.mean = mean;
+    train.inv_std = r.inv_std;
+    batch_norm_train(train);
+    r.y = finish(std::move(y));
+    CHECK(mean == r.mean);
+
+    BatchNormArgs given;
+    Array<T> y_given = output(in.x);
+    given.x = in_place ? y_given.view() : x.view();
+    given.y = y_given.view();
+    given.mean = in.given_mean;
+    given.var = in.given_var;
+    given.gamma = gamma;
+    given.beta = beta;
+    given.activation = in.activation;
+    batch_norm(given);
+    r.y_given = finish(std::move(y_given));
+
+    for (const Stats stats : {Stats::batch, Stats::fixed}) {
+        BatchNormBackwardArgs backward;
+        const bool batch = stats == Stats::batch;
+        Array<T> dx = output(batch ? in.dy : in.x);  // in place of either
+        backward.x = in_place && !batch ? dx.view() : x.view();
+        backward.dy = in_place && batch ? dx.view() : dy.view();
+        backward.dx = dx.view();
+        backward.mean = mean;
+        backward.inv_std = r.inv_std;
+        backward.gamma = gamma;
+        backward.beta = beta;
+        backward.stats = stats;
+        backward.activation = in.activation;
+        backward.dgamma = r.dgamma;
+        backward.dbeta = r.dbeta;
+        batch_norm_backward(backward);
+        (batch ? r.dx : r.dx_fixed) = finish(std::move(dx));
+    }
+    return r;
+}
+
+// ---- against the formulas, in plain double ----
+
+// Unit roundoff of the arithmetic, and of storage. For double, where no wider sums hide it, the rounding of both sides' sums counts.
+template <class T>
+constexpr bool kIsDouble = std::is_same_v<T, double>;
+template <class T>
+constexpr double kCompute = kIsDouble<T> ? 1e-14 : 0x1p-24;
+template <class T>
+const double kStore = kIsDouble<T> ? 0 : std::ldexp(1, -Format<T>::fraction - 1);
+
+bool near(double got, double want, double bound) { return std::abs(got - want) <= bound; }
+
+template <class T>
+void compare(const Inputs<T>& in, const Results<T>& r) {
+    const Shape& s = in.shape;
+    const double n = static_cast<double>(s.count());
+    const bool relu = in.activation == Activation::relu;
+    const double tiny = std::ldexp(1, Format<T>::low - Format<T>::fraction);  // the smallest subnormal
+    bool stats_good = true, y_good = true, given_good = true, sums_good = true, dx_good = true, fixed_good = true, running_good = true;
+    for (int64_t channel = 0; channel < s.channels; ++channel) {
+        const auto c = static_cast<size_t>(channel);
+        const auto each = [&](auto f) {
+            for (int64_t k = 0; k < s.outer; ++k) {
+                for (int64_t i = 0; i < s.inner; ++i) f(static_cast<size_t>((k * s.channels + channel) * s.inner + i));
+            }
+        };
+        double mean = 0, var = 0;
+        each([&](size_t i) { mean += widen(in.x[i]); });
+        mean /= n;
+        each([&](size_t i) { var += (widen(in.x[i]) - mean) * (widen(in.x[i]) - mean); });
+        var /= n;
+        const double inv_std = 1 / std::sqrt(var + 1e-5);
+        stats_good =
+            stats_good && near(r.mean[c], mean, 1e-12) && near(r.var[c], var, 1e-12 * var) && near(r.inv_std[c], inv_std, 1e-12 * inv_std);
+        running_good = running_good && near(r.running_mean[c], 0.75 * 0.5 + 0.25 * mean, 1e-7 * (1 + std::abs(mean))) &&
+                       near(r.running_var[c], 0.75 * 2 + 0.25 * var * n / (n - 1), 1e-7 * (2 + var * 2));
+
+        const double gamma = in.gamma.empty() ? 1 : in.gamma[c], beta = in.beta.empty() ? 0 : in.beta[c];
+        const auto activate = [&](double y) { return relu ? std::max(y, 0.0) : y; };
+        // y has five roundings of terms no larger than these, and one to storage.
+        const auto y_bound = [&](double x, double m, double inv) {
+            const double lost = kIsDouble<T> ? std::abs(m) + 1 / inv : std::abs(m) * 0x1p-24;  // of the mean, rounded
+            const double size = std::abs(gamma) * inv * (std::abs(x - m) + lost) + std::abs(beta);
+            return 5 * kCompute<T> * size + kStore<T> * 1.001 * size + tiny;
+        };
+        double sum_dy = 0, sum_dy_xhat = 0, abs_dy = 0;
+        const auto masked = [&](size_t i) {
+            return relu && !((widen(in.x[i]) - mean) * inv_std * gamma + beta > 0) ? 0.0 : widen(in.dy[i]);
+        };
+        const auto x_hat = [&](size_t i) { return (widen(in.x[i]) - mean) * inv_std; };
+        each([&](size_t i) {
+            const double x = widen(in.x[i]);
+            y_good = y_good && near(widen(r.y[i]), activate(x_hat(i) * gamma + beta), y_bound(x, mean, inv_std));
+            const double inv = 1 / std::sqrt(in.given_var[c] + 1e-5);
+            given_good = given_good && near(widen(r.y_given[i]), activate((x - in.given_mean[c]) * inv * gamma + beta),
+                                            y_bound(x, in.given_mean[c], inv));
+            sum_dy += masked(i);
+            sum_dy_xhat += masked(i) * x_hat(i);
+            abs_dy += std::abs(masked(i)) * (1 + std::abs(x_hat(i)));
+        });
+        sums_good = sums_good && near(r.dbeta[c], sum_dy, 1e-14 * abs_dy) &&
+                    near(r.dgamma[c], sum_dy_xhat, 1e-13 * abs_dy + 0x1p-24 * std::abs(sum_dy_xhat));
+        each([&](size_t i) {
+            const double slope = gamma * inv_std, by_x = x_hat(i) * sum_dy_xhat / n;
+            const double want = slope * (masked(i) - sum_dy / n - by_x), fixed = slope * masked(i);
+            const double sums = kIsDouble<T> ? abs_dy / n * (1 + std::abs(x_hat(i))) : std::abs(sum_dy / n) + std::abs(by_x);
+            const double size = std::abs(slope) * (std::abs(masked(i)) + sums);
+            dx_good = dx_good && near(widen(r.dx[i]), want, 6 * kCompute<T> * size + kStore<T> * 1.001 * std::abs(want) + tiny);
+            fixed_good = fixed_good && near(widen(r.dx_fixed[i]), fixed, (2 * kCompute<T> + kStore<T>)*1.001 * std::abs(fixed) + tiny);
+        });
+    }
+    CHECK(stats_good);
+    CHECK(running_good);
+    CHECK(y_good);
+    CHECK(given_good);
+    CHECK(sums_good);
+    CHECK(dx_good);
+    CHECK(fixed_good);
+}
+
+// Around lanes (16), folded rows (64 channels), tiles, and above what is shared between threads (32768 elements); 2,048 channels are
+// the most of one work item.
+constexpr Shape kShapes[] = {{2, 1, 1},     {2, 3, 1},     {1, 3, 2},     {7, 2, 3},    {2, 5, 15},   {3, 2, 16},
+                             {2, 17, 17},   {5, 15, 1},    {5, 16, 1},    {129, 17, 1}, {2, 63, 4},   {3, 64, 5},
+                             {2, 65, 33},   {40, 33, 1},   {4, 40, 210},  {700, 65, 1}, {2, 2, 9000}, {1, 2, 40001},
+                             {13000, 3, 1}, {17, 2050, 1}, {3, 1, 12000}, {2100, 4, 4}};
+
+std::string describe(const char* dtype, const Layout& layout, const Shape& s) {
+    return std::string(dtype) + " " + layout.name + " (" + std::to_string(s.outer) + ", " + std::to_string(s.channels) + ", " +
+           std::to_string(s.inner) + ")";
+}
+
+template <class T>
+void test_formulas() {
+    for (const Shape& s : kShapes) {
+        for (const bool affine : {false, true}) {
+            const Inputs<T> in(s, affine, affine ? Activation::relu : Activation::none);
+            for (const Layout& layout : {kInnerContiguous[0], kChannelsContiguous[0]}) {
+                context = describe(Format<T>::name, layout, s);
+                compare(in, run(in, layout));
+            }
+        }
+    }
+    // Neither dimension contiguous: every other column of a wider matrix. Slow, but served.
+    context = std::string(Format<T>::name) + " every other column";
+    const Inputs<T> in({21, 5, 1}, false, Activation::none);
+    const Results<T> dense = run(in, kChannelsContiguous[0]);
+    std::vector<T> x(210);
+    for (size_t i = 0; i < 105; ++i) x[2 * i] = in.x[i];
+    View<T> columns{x.data(), 21, 5, 1, 10, 2, 1};
+    std::vector<double> mean(5), var(5);
+    moments(columns, mean, var);
+    for (size_t c = 0; c < 5; ++c) CHECK(near(mean[c], dense.mean[c], 1e-14) && near(var[c], dense.var[c], 1e-13));
+    BatchNormArgs given;
+    given.x = given.y = columns;
+    given.mean = in.given_mean;
+    given.var = in.given_var;
+    batch_norm(given);
+    for (size_t i = 0; i < 105; ++i) CHECK(widen(x[2 * i]) == widen(dense.y_given[i]) && widen(x[2 * i + 1]) == 0);
+}
+
+// Sums of multiples of 1/8 are exact in double, and so are mean and variance if the channel's values are base + deviations whose sum
+// is 0: no tolerance at all.
+template <class T>
+void test_exact_statistics() {
+    for (const Shape& s : kShapes) {
+        if (s.count() % 2 != 0) continue;
+        Inputs<T> in(s, false, Activation::none);
+        std::vector<double> mean, var;
+        for (int64_t c = 0; c < s.channels; ++c) {
+            const double base = static_cast<double>(c % 7 * 16), deviation = static_cast<double>(1 + c % 4);
+            for (int64_t k = 0; k < s.count(); ++k) {
+                in.x[static_cast<size_t>((k / s.inner * s.channels + c) * s.inner + k % s.inner)] =
+                    narrow<T>(base + (k % 2 == 0 ? deviation : -deviation));
+            }
+            mean.push_back(base);
+            var.push_back(deviation * deviation);
+        }
+        for (const Layout& layout : {kInnerContiguous[0], kChannelsContiguous[0]}) {
+            context = describe(Format<T>::name, layout, s);
+            const Array<T> x(layout, s, in.x);
+            std::vector<double> got_mean(mean.size()), got_var(mean.size());
+            moments(x.view(), got_mean, got_var);
+            CHECK(got_mean == mean);
+            CHECK(got_var == var);
+            if (s.count() != 2) continue;
+            moments(x.view(), got_mean, got_var, 1);
+            CHECK(got_var[0] == 2 * var[0]);
+        }
+    }
+}
+
+template <class T>
+void test_constant_channel() {
+    context = Format<T>::name;
+    for (const Layout& layout : {kInnerContiguous[0], kChannelsContiguous[0]}) {
+        Inputs<T> in({6, 3, 50}, true, Activation::none);
+        std::fill(in.x.begin(), in.x.end(), narrow<T>(6.5));
+        const Results<T> r = run(in, layout);
+        CHECK(r.mean == std::vector<double>(3, 6.5));
+        CHECK(r.var == std::vector<double>(3, 0.0));
+        bool beta_exactly = true;
+        for (size_t i = 0; i < r.y.size(); ++i) beta_exactly = beta_exactly && widen(r.y[i]) == widen(narrow<T>(in.beta[i / 50 % 3]));
+        CHECK(beta_exactly);
+    }
+}
+
+// ---- the same bits, whatever the level, the threads, the strides ----
+
+constexpr Shape kBitShapes[] = {{3, 5, 7}, {2, 17, 33}, {3, 40, 300}, {2, 3, 20000}, {9, 70, 64}, {1300, 3, 9}};
+
+template <class T>
+void test_same_bits() {
+    const std::string best = isa();
+    for (const Shape& s : kBitShapes) {
+        const Inputs<T> in(s, true, s.inner % 2 == 0 ? Activation::none : Activation::relu);
+        const auto family = [&](const auto& layouts) {
+            set_isa(best);
+            set_num_threads(1);
+            const std::vector<unsigned char> want = run(in, layouts[0]).bytes();
+            for (const Layout& layout : layouts) {
+                context = describe(Format<T>::name, layout, s);
+                CHECK(run(in, layout, false).bytes() == want);
+                CHECK(run(in, layout, true).bytes() == want);
+            }
+            for (const std::string& level : isa_levels()) {
+                for (const int threads : {1, 2, 3, 7}) {
+                    context = describe(Format<T>::name, layouts[0], s) + " " + level + ", " + std::to_string(threads) + " threads";
+                    set_isa(level);
+                    set_num_threads(threads);
+                    CHECK(isa() == level && num_threads() == threads);
+                    CHECK(run(in, layouts[0]).bytes() == want);
+                }
+            }
+        };
+        family(kInnerContiguous);
+        family(kChannelsContiguous);
+    }
+    set_isa(best);
+    set_num_threads(1);
+}
+
+std::uint64_t hash_of_results() {
+    std::uint64_t hash = 14695981039346656037u;  // FNV-1a
+    const auto add = [&]<class T>(T) {
+        for (const Shape& s : kShapes) {
+            const Inputs<T> in(s, true, s.channels % 2 == 0 ? Activation::none : Activation::relu);
+            for (const Layout& layout : {kInnerContiguous[1], kChannelsContiguous[0], kChannelsContiguous[2]}) {
+                for (const unsigned char byte : run(in, layout).bytes()) hash = (hash ^ byte) * 1099511628211u;
+            }
+        }
+    };
+    add(0.0f);
+    add(0.0);
+    add(float16{});
+    add(bfloat16{});
+    return hash;
+}
+
+// ---- errors ----
+
+// Valid arguments of every operation on a tensor of (4, 3, 5), to be spoilt one by one.
+struct Valid {
+    static constexpr int64_t kOuter = 4, kChannels = 3, kInner = 5;
+    std::vector<float> x = std::vector<float>(120, 1.5f), y = x, dy = x, dx = x;  // twice the size that is used
+    std::vector<double> doubles = std::vector<double>(60);
+    std::vector<float> mean{1, 2, 3}, var{1, 2, 3}, gamma{1, 2, 3}, beta{1, 2, 3}, running_mean{1, 2, 3}, running_var{1, 2, 3},
+        dgamma{1, 2, 3}, dbeta{1, 2, 3}, two{1, 2};
+    std::vector<double> out_mean{7, 8, 9}, out_inv_std{7, 8, 9}, out_two{7, 8};
+
+    static View<float> view(std::vector<float>& v) { return View<float>::ncs(v.data(), kOuter, kChannels, kInner); }
+    BatchNormArgs inference() {
+        BatchNormArgs a;
+        a.x = view(x);
+        a.y = view(y);
+        a.mean = mean;
+        a.var = var;
+        a.gamma = gamma;
+        a.beta = beta;
+        return a;
+    }
+    BatchNormTrainArgs train() {
+        BatchNormTrainArgs a;
+        a.x = view(x);
+        a.y = view(y);
+        a.gamma = gamma;
+        a.beta = beta;
+        a.running_mean = running_mean;
+        a.running_var = running_var;
+        a.mean = out_mean;
+        a.inv_std = out_inv_std;
+        return a;
+    }
+    BatchNormBackwardArgs backward() {
+        BatchNormBackwardArgs a;
+        a.x = view(x);
+        a.dy = view(dy);
+        a.dx = view(dx);
+        a.mean = mean;
+        a.inv_std = var;
+        a.gamma = gamma;
+        a.beta = beta;
+        a.dgamma = dgamma;
+        a.dbeta = dbeta;
+        return a;
+    }
+    UpdateRunningArgs update() {
+        UpdateRunningArgs a;
+        a.running_mean = running_mean;
+        a.running_var = running_var;
+        a.mean = mean;
+        a.var = var;
+        a.count = 20;
+        return a;
+    }
+    std::vector<unsigned char> bytes() const {
+        std::vector<unsigned char> all;
+        const auto add = [&](const auto&... v) {
+            const auto one = [&](const auto& w) {
+                const auto* const p = reinterpret_cast<const unsigned char*>(w.data());
+                all.insert(all.end(), p, p + w.size() * sizeof w[0]);
+            };
+            (one(v), ...);
+        };
+        add(x, y, dy, dx, doubles, mean, var, gamma, beta, running_mean, running_var, dgamma, dbeta, two, out_mean, out_inv_std, out_two);
+        return all;
+    }
+};
+
+void call(const BatchNormArgs& a) { batch_norm(a); }
+void call(const BatchNormTrainArgs& a) { batch_norm_train(a); }
+void call(const BatchNormBackwardArgs& a) { batch_norm_backward(a); }
+void call(const UpdateRunningArgs& a) { update_running(a); }
+
+// `spoil` changes valid arguments (or values they refer to); the call must then throw this message and change nothing.
+template <class Args, class Spoil>
+void refuses(Args (Valid::*make)(), const std::string& message, int line, Spoil spoil) {
+    Valid valid;
+    Args args = (valid.*make)();
+    spoil(valid, args);
+    const std::vector<unsigned char> before = valid.bytes();
+    throws<std::invalid_argument>(message, line, [&] { call(args); });
+    check(valid.bytes() == before, "something was modified: " + message, line);
+}
+#define REFUSES(operation, message, ...) \
+    refuses(&Valid::operation, message, __LINE__, [&]([[maybe_unused]] Valid& v, [[maybe_unused]] auto& a) { __VA_ARGS__; })
+
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+void test_errors_of_tensors() {
+    context = "errors of tensors";
+    const int64_t huge = int64_t{1} << 40;
+    REFUSES(inference, "x has sizes (-4, 3, 5), expected none to be negative", a.x.outer = -4);
+    REFUSES(inference, "x has sizes (4, -3, 5), expected none to be negative", a.x.channels = -3);
+    REFUSES(inference, "x has sizes (4, 3, -5), expected none to be negative", a.x.inner = -5);
+    REFUSES(train, "x has 0 channels, expected at least 1", a.x.channels = 0);
+    REFUSES(train, "x has sizes (1099511627776, 3, 1099511627776), more elements than can be addressed", a.x.outer = a.x.inner = huge);
+    REFUSES(train, "x has sizes (1099511627776, 1099511627776, 1), more elements", (a.x.outer = a.x.channels = huge, a.x.inner = 1));
+    REFUSES(backward, "x has no data, expected an array of (outer, channels, inner) = (4, 3, 5)", a.x.data = nullptr);
+    REFUSES(inference, "x is not aligned to its element size of 4 bytes", a.x.data = static_cast<const char*>(a.x.data) + 2);
+    REFUSES(inference, "x has strides (30, 10, 2) of (outer, channels, inner), expected 1 for inner or for channels",
+            (a.x.outer_stride = 30, a.x.channel_stride = 10, a.x.inner_stride = 2));
+
+    REFUSES(inference, "y has (outer, channels, inner) (4, 3, 4), expected (4, 3, 5) as x has", a.y.inner = 4);
+    REFUSES(inference, "y has (outer, channels, inner) (0, 0, 1), expected (4, 3, 5) as x has", a.y = Tensor());
+    REFUSES(inference, "y has another storage type than x, expected the same", a.y = View<double>::ncs(v.doubles.data(), 4, 3, 5));
+    REFUSES(train, "y has another storage type than x", a.y = View<double>::ncs(v.doubles.data(), 4, 3, 5));
+    REFUSES(train, "y has no data", a.y.data = nullptr);
+    REFUSES(train, "y is not aligned", a.y.data = static_cast<char*>(a.y.data) + 1);
+    REFUSES(train, "y has strides (15, 1, 3), expected 1 for inner as x has", (a.y.channel_stride = 1, a.y.inner_stride = 3));
+    REFUSES(inference, "y has strides (15, 5, 1), expected 1 for channels as x has", (a.x.channel_stride = 1, a.x.inner_stride = 3));
+    REFUSES(inference, "y has strides that reach one element twice, expected distinct elements", a.y.outer_stride = 0);
+    REFUSES(train, "y has strides that reach one element twice", a.y.channel_stride = 4);
+    REFUSES(backward, "dx has strides that reach one element twice", a.dx.outer_stride = -14);
+    REFUSES(backward, "dy has (outer, channels, inner) (3, 3, 5), expected (4, 3, 5) as x has", a.dy.outer = 3);
+    REFUSES(backward, "dy has another storage type", a.dy.dtype = Dtype::float16);
+    REFUSES(backward, "dy has no data", a.dy.data = nullptr);
+    REFUSES(backward, "dy has strides (15, 1, 3), expected 1 for inner", (a.dy.channel_stride = 1, a.dy.inner_stride = 3));
+    REFUSES(backward, "dx has (outer, channels, inner) (4, 2, 5), expected (4, 3, 5) as x has", a.dx.channels = 2);
+    REFUSES(backward, "dx has another storage type", a.dx.dtype = Dtype::bfloat16);
+    REFUSES(backward, "dx has strides (15, 1, 3), expected 1 for inner", (a.dx.channel_stride = 1, a.dx.inner_stride = 3));
+
+    REFUSES(inference, "y partly overlaps x, expected the same array (in place) or a separate one", a.y.data = v.x.data() + 1);
+    REFUSES(inference, "y partly overlaps x", (a.y.data = v.x.data(), a.y.outer_stride = 16));
+    REFUSES(train, "y partly overlaps x", a.y.data = v.x.data() + 59);
+    REFUSES(backward, "dx partly overlaps dy", a.dx.data = v.dy.data() + 15);
+    REFUSES(backward, "dx partly overlaps x", a.dx.data = v.x.data() + 15);
+    REFUSES(inference, "y overlaps mean, expected separate arrays", a.mean = std::span(v.y).subspan(59, 3));
+    REFUSES(inference, "y overlaps var, expected separate arrays", a.var = std::span(v.y).subspan(2, 3));
+    REFUSES(inference, "y overlaps gamma", a.gamma = std::span(v.y).first(3));
+    REFUSES(train, "y overlaps beta", a.beta = std::span(v.y).first(3));
+    REFUSES(train, "y overlaps running_mean", a.running_mean = std::span(v.y).first(3));
+    REFUSES(train, "y overlaps running_var", a.running_var = std::span(v.y).first(3));
+    REFUSES(train, "x overlaps running_mean", a.running_mean = std::span(v.x).first(3));
+    REFUSES(train, "x overlaps running_var", a.running_var = std::span(v.x).first(3));
+    REFUSES(train, "gamma overlaps running_mean", a.running_mean = v.gamma);
+    REFUSES(train, "beta overlaps running_var", a.running_var = v.beta);
+    REFUSES(backward, "dx overlaps mean", a.mean = std::span(v.dx).first(3));
+    REFUSES(backward, "dx overlaps inv_std", a.inv_std = std::span(v.dx).first(3));
+    REFUSES(backward, "dx overlaps gamma", a.gamma = std::span(v.dx).first(3));
+    REFUSES(backward, "dx overlaps beta", a.beta = std::span(v.dx).first(3));
+}
+
+void test_errors_of_channels() {
+    context = "errors of per-channel arguments";
+    REFUSES(inference, "mean is missing", a.mean = {});
+    REFUSES(inference, "var is missing", a.var = {});
+    REFUSES(inference, "mean has 2 values, expected 3, one per channel of x", a.mean = v.two);
+    REFUSES(inference, "var has 2 values, expected 3", a.var = v.two);
+    REFUSES(inference, "gamma has 2 values, expected 3", a.gamma = v.two);
+    REFUSES(inference, "beta has 2 values, expected 3", a.beta = v.two);
+    REFUSES(inference, "mean is nan at channel 1, expected finite values", v.mean[1] = kNaN);
+    REFUSES(inference, "var is inf at channel 2, expected finite values", v.var[2] = HUGE_VALF);
+    REFUSES(inference, "var is -0.5", v.var[0] = -0.5f);
+    REFUSES(inference, "gamma is -inf at channel 0", v.gamma[0] = -HUGE_VALF);
+    REFUSES(train, "beta is nan at channel 2", v.beta[2] = kNaN);
+    REFUSES(train, "gamma has 2 values, expected 3", a.gamma = v.two);
+    REFUSES(train, "mean has 2 values, expected 3, one per channel of x", a.mean = v.out_two);
+    REFUSES(train, "inv_std has 0 values, expected 3, one per channel of x", a.inv_std = {});
+    REFUSES(backward, "mean is missing", a.mean = {});
+    REFUSES(backward, "inv_std is missing", a.inv_std = {});
+    REFUSES(backward, "mean has 2 values, expected 3", a.mean = v.two);
+    REFUSES(backward, "inv_std has 2 values, expected 3", a.inv_std = v.two);
+    REFUSES(backward, "gamma is nan at channel 0", v.gamma[0] = kNaN);
+    REFUSES(backward, "beta has 2 values, expected 3", a.beta = v.two);
+    REFUSES(backward, "dgamma has 2 values, expected 3", a.dgamma = v.two);
+    REFUSES(backward, "dbeta has 2 values, expected 3", a.dbeta = v.two);
+
+    REFUSES(train, "running_var is missing, expected running_mean and running_var or neither", a.running_var = {});
+    REFUSES(train, "running_mean is missing, expected running_mean and running_var or neither", a.running_mean = {});
+    REFUSES(train, "running_mean has 2 values, expected 3", a.running_mean = v.two);
+    REFUSES(train, "running_var has 2 values, expected 3", a.running_var = v.two);
+    REFUSES(train, "running_var has stride 0, expected one element per channel", a.running_var.stride = 0);
+    REFUSES(train, "running_mean and running_var overlap, expected two separate arrays", a.running_var = v.running_mean);
+    REFUSES(train, "running_mean and running_var overlap",
+            (a.running_mean = std::span(v.dx).first(3), a.running_var = std::span(v.dx).subspan(2, 3)));
+    REFUSES(update, "running_mean is missing", a.running_mean = {});
+    REFUSES(update, "running_var is missing", a.running_var = {});
+    REFUSES(update, "mean is missing", a.mean = {});
+    REFUSES(update, "var is missing", a.var = {});
+    REFUSES(update, "running_var has 2 values, expected 3", a.running_var = v.two);
+    REFUSES(update, "mean has 2 values, expected 3", a.mean = v.two);
+    REFUSES(update, "var has 2 values, expected 3", a.var = v.two);
+    REFUSES(update, "running_mean and running_var overlap", a.running_mean = v.running_var);
+    REFUSES(update, "running_mean and running_var overlap",
+            (a.running_mean.size = a.running_var.size = 1, a.running_mean.stride = a.running_var.stride = 0,
+             a.running_var.data = a.running_mean.data));
+    REFUSES(update, "var is -0.5", v.var[0] = -0.5f);
+}
+
+void test_errors_of_numbers() {
+    context = "errors of numbers";
+    for (const double eps : {-1e-5, -HUGE_VAL, HUGE_VAL, double{kNaN}}) {
+        REFUSES(inference, "eps is ", a.eps = eps);
+        REFUSES(train, "eps is ", a.eps = eps);
+    }
+    REFUSES(inference, "eps is -1.000000, expected a finite number >= 0", a.eps = -1);
+    for (const double decay : {-0.1, 1.5, double{kNaN}}) {
+        REFUSES(train, "decay is ", a.decay = decay);
+        REFUSES(update, "decay is ", a.decay = decay);
+    }
+    REFUSES(train, "decay is 2.000000, expected a number in [0, 1]", a.decay = 2);
+    REFUSES(train, "running_ddof is 2, expected 0 or 1", a.running_ddof = 2);
+    REFUSES(train, "running_ddof is -1, expected 0 or 1", a.running_ddof = -1);
+    REFUSES(train, "x has one value per channel, from which no variance can be had", (a.x.outer = a.x.inner = a.y.outer = a.y.inner = 1));
+    REFUSES(backward, "x has one value per channel, expected at least 2 with batch statistics",
+            (a.x.outer = a.x.inner = a.dy.outer = a.dy.inner = a.dx.outer = a.dx.inner = 1));
+    REFUSES(update, "ddof is 2, expected 0 or 1", a.ddof = 2);
+    REFUSES(update, "count is 1, expected more than ddof = 1", a.count = 1);
+    REFUSES(update, "count is 0, expected more than ddof = 0", (a.count = 0, a.ddof = 0));
+
+    Valid v;
+    const auto x = Valid::view(v.x);
+    const auto refuses_moments = [&](const char* message, std::span<double> mean, std::span<double> var, int64_t ddof, int line) {
+        const std::vector<unsigned char> before = v.bytes();
+        throws<std::invalid_argument>(message, line, [&] { moments(x, mean, var, ddof); });
+        check(v.bytes() == before, "something was modified", line);
+    };
+    refuses_moments("mean has 2 values, expected 3, one per channel of x", v.out_two, v.out_inv_std, 0, __LINE__);
+    refuses_moments("var has 2 values, expected 3, one per channel of x", v.out_mean, v.out_two, 0, __LINE__);
+    refuses_moments("ddof is -1, expected >= 0", v.out_mean, v.out_inv_std, -1, __LINE__);
+    refuses_moments("ddof is 20, expected less than the 20 values per channel of x", v.out_mean, v.out_inv_std, 20, __LINE__);
+
+    const int threads = num_threads();
+    throws<std::invalid_argument>("num_threads is 0, expected at least 1", __LINE__, [] { set_num_threads(0); });
+    throws<std::invalid_argument>("num_threads is -3, expected at least 1", __LINE__, [] { set_num_threads(-3); });
+    CHECK(num_threads() == threads);
+    const std::string level = isa();
+    throws<std::invalid_argument>("isa is 'sse9', expected one of 'baseline'", __LINE__, [] { set_isa("sse9"); });
+    throws<std::invalid_argument>("isa is '', expected one of 'baseline'", __LINE__, [] { set_isa(""); });
+    const std::vector<std::string> usable = isa_levels();
+    for (const std::string& name : isa_built()) {
+        if (std::find(usable.begin(), usable.end(), name) != usable.end()) continue;
+        throws<std::invalid_argument>("isa is '" + name + "', which this CPU cannot run", __LINE__, [&] { set_isa(name); });
+    }
+    CHECK(isa() == level);
+}
+
+// ---- edges ----
+
+void test_empty() {
+    context = "no values";
+    for (const Shape s : {Shape{0, 3, 5}, Shape{4, 3, 0}, Shape{0, 3, 1}}) {
+        Valid v;
+        const auto empty = View<float>::ncs(nullptr, s.outer, s.channels, s.inner);
+        moments(empty, v.out_mean, v.out_inv_std);
+        CHECK(std::isnan(v.out_mean[2]) && std::isnan(v.out_inv_std[0]));
+        BatchNormTrainArgs train = v.train();
+        train.x = train.y = empty;
+        v.out_mean = v.out_inv_std = {7, 8, 9};
+        batch_norm_train(train);
+        CHECK(std::isnan(v.out_mean[2]) && std::isnan(v.out_inv_std[0]));
+        CHECK(v.running_mean == Valid().running_mean && v.running_var == Valid().running_var);
+        BatchNormArgs given = v.inference();
+        given.x = given.y = empty;
+        batch_norm(given);
+        BatchNormBackwardArgs backward = v.backward();
+        backward.x = backward.dy = backward.dx = empty;
+        batch_norm_backward(backward);
+        CHECK(v.dgamma == std::vector<float>(3, 0.0f) && v.dbeta == std::vector<float>(3, 0.0f));
+    }
+}
+
+void test_one_value() {
+    context = "one value per channel";
+    Valid v;
+    v.x[0] = 3;
+    std::vector<double> mean(1), var(1);
+    moments(View<float>::ncs(v.x.data(), 1, 1, 1), mean, var);
+    CHECK(mean[0] == 3 && var[0] == 0);
+    BatchNormBackwardArgs a = v.backward();  // as after inference
+    a.x.outer = a.x.inner = a.dy.outer = a.dy.inner = a.dx.outer = a.dx.inner = 1;
+    a.stats = Stats::fixed;
+    batch_norm_backward(a);
+    CHECK(v.dx[5] == 1.5f * 2 * 2 && v.dbeta[1] == 1.5f);
+}
+
+void test_optional_outputs() {
+    context = "absent outputs";
+    for (const Stats stats : {Stats::batch, Stats::fixed}) {
+        Valid all;
+        for (size_t i = 0; i < all.x.size(); ++i) all.x[i] = static_cast<float>(i * i % 7), all.dy[i] = static_cast<float>(i * i % 11);
+        const auto run_with = [&](bool dx, bool dgamma, bool dbeta) {
+            Valid v = all;
+            BatchNormBackwardArgs a = v.backward();
+            a.stats = stats;
+            if (!dx) a.dx = {};
+            if (!dgamma) a.dgamma = {};
+            if (!dbeta) a.dbeta = {};
+            batch_norm_backward(a);
+            return v;
+        };
+        const Valid full = run_with(true, true, true);
+        for (int needs = 0; needs < 8; ++needs) {
+            const bool dx = needs & 1, dgamma = needs & 2, dbeta = needs & 4;
+            const Valid v = run_with(dx, dgamma, dbeta);
+            CHECK(v.dx == (dx ? full : all).dx && v.dgamma == (dgamma ? full : all).dgamma && v.dbeta == (dbeta ? full : all).dbeta);
+        }
+    }
+}
+
+void test_update_running() {
+    context = "update_running";
+    std::vector<double> mean{10, 20}, var{1, 2}, batch_mean{2, 4}, batch_var{8, 16};
+    UpdateRunningArgs a;
+    a.running_mean = mean;
+    a.running_var = var;
+    a.mean = batch_mean;
+    a.var = batch_var;
+    a.decay = 0.75;
+    a.count = 5;
+    update_running(a);
+    CHECK(mean == (std::vector<double>{8, 16}));
+    CHECK(var == (std::vector<double>{0.75 + 0.25 * 10, 1.5 + 0.25 * 20}));
+    a.ddof = 0;
+    a.decay = 0;
+    update_running(a);
+    CHECK(mean == batch_mean && var == batch_var);
+    a.decay = 1;
+    batch_mean = {0, 0};
+    update_running(a);
+    CHECK(mean == (std::vector<double>{2, 4}));
+
+    // Two columns of one array, and strides that run backwards.
+    std::vector<float> table{10, 1, 20, 2}, batch{4, 2};
+    a.running_mean = Channels(table.data(), false, 2, 2);
+    a.running_var = Channels(table.data() + 1, false, 2, 2);
+    a.mean = ConstChannels(batch.data() + 1, false, 2, -1);
+    a.var = batch;
+    a.decay = 0.5;
+    update_running(a);
+    CHECK(table == (std::vector<float>{6, 2.5, 12, 2}));
+
+    Valid v;
+    std::vector<double> columns{1, 1, 2, 2, 3, 3};
+    BatchNormTrainArgs train = v.train();
+    batch_norm_train(train);
+    Valid w;
+    train = w.train();
+    train.running_mean = Channels(columns.data() + 4, true, 3, -2);
+    train.running_var = Channels(columns.data() + 5, true, 3, -2);
+    batch_norm_train(train);
+    for (size_t c = 0; c < 3; ++c) {
+        const double old = static_cast<double>(3 - c);
+        CHECK(columns[4 - 2 * c] == 0.9 * old + (1 - 0.9) * 1.5 && columns[5 - 2 * c] == 0.9 * old);
+        CHECK(v.running_mean[c] == static_cast<float>(0.9 * static_cast<double>(c + 1) + (1 - 0.9) * 1.5));
+    }
+}
+
+// A poll that says stop abandons a long call; statistics stay as they were. It is asked every 50 ms, so the call is made longer until it
+// is interrupted: by the slowest storage type, on one thread.
+void test_interrupt() {
+    context = "interrupt";
+    const int threads = num_threads();
+    const std::string level = isa();
+    set_isa("baseline");
+    for (const int n_threads : {1, 2}) {
+        set_num_threads(n_threads);
+        set_interrupt_poll([] { return true; });
+        bool interrupted = false;
+        for (int64_t inner = 1 << 14; !interrupted && inner <= 1 << 20; inner *= 4) {
+            std::vector<float16> x(static_cast<size_t>(16 * 16 * inner), float16{0x3c01});
+            Valid v;
+            v.running_mean = v.running_var = std::vector<float>(16, 0.5f);
+            v.out_mean = v.out_inv_std = std::vector<double>(16, 7);
+            BatchNormTrainArgs a = v.train();
+            a.gamma = a.beta = {};
+            a.x = a.y = View<float16>::ncs(x.data(), 16, 16, inner);
+            try {
+                batch_norm_train(a);
+            } catch (const Interrupted& e) {
+                interrupted = true;
+                CHECK(std::string_view(e.what()) == "interrupted");
+                CHECK(v.running_mean == std::vector<float>(16, 0.5f) && v.running_var == std::vector<float>(16, 0.5f));
+                CHECK(v.out_mean == std::vector<double>(16, 7) && v.out_inv_std == std::vector<double>(16, 7));
+            }
+        }
+        CHECK(interrupted);
+        set_interrupt_poll(nullptr);
+    }
+    set_num_threads(threads);
+    set_isa(level);
+}
+
+void test_information() {
+    context = "information";
+    CHECK(isa_built().front() == "baseline" && isa_levels().front() == "baseline");
+    CHECK(!isa_reason().empty() && !openmp_runtime().empty() && !compiler().empty() && !version().empty());
+    CHECK(num_threads() >= 1);
+}
+
+template <class T>
+void test_type() {
+    test_formulas<T>();
+    test_exact_statistics<T>();
+    test_constant_channel<T>();
+    test_same_bits<T>();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc == 2 && std::string_view(argv[1]) == "--hash") {
+        try {
+            std::printf("%016llx\n", static_cast<unsigned long long>(hash_of_results()));
+            return 0;
+        } catch (const std::exception& e) {
+            std::fprintf(stderr, "%s\n", e.what());
+            return 1;
+        }
+    }
+    test_information();
+    set_num_threads(1);  // but where threads are the point
+    test_type<float>();
+    test_type<double>();
+    test_type<float16>();
+    test_type<bfloat16>();
+    test_errors_of_tensors();
+    test_errors_of_channels();
+    test_errors_of_numbers();
+    test_empty();
+    test_one_value();
+    test_optional_outputs();
+    test_update_running();
+    test_interrupt();
+    std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed), static_cast<long long>(failed));
+    return failed == 0 ? 0 : 1;
+}
