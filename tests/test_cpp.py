@@ -57,7 +57,8 @@ def built(build, prefix, shared):
     """Build and install the library with its tests. Both kinds come from one build tree: the second reuses
     the kernels' objects."""
     configure(
-        SOURCE, build, "-DBATCHNORM_TESTS=ON", f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}",
+        SOURCE, build, "-DBATCHNORM_TESTS=ON", "-DBATCHNORM_WERROR=ON",
+        f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}",
         f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DCMAKE_INSTALL_LIBDIR=lib",
     )  # fmt: skip
     run(program("cmake"), "--build", build)

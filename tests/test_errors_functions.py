@@ -288,8 +288,8 @@ case(EPS, "eps 10**400", {"eps": 10**400}, ValueError, r"\beps\b", "large", "num
 for value in (-0.1, 1.0000001, 2, -1, 99, np.nan, np.inf, -np.inf):
     got = re.escape(str(float(value)))
     case(DECAY, f"decay {value!r}", {"decay": value}, ValueError, r"\bdecay\b", got, r"\[0, 1\]")
-case("update_running", "decay missing", {"decay": Drop}, TypeError, r"\bdecay\b", "missing")
-case("update_running", "count missing", {"count": Drop}, TypeError, r"\bcount\b", "missing")
+case("update_running", "decay missing", {"decay": Drop}, TypeError, r"\bdecay\b", "None")
+case("update_running", "count missing", {"count": Drop}, TypeError, r"\bcount\b", "None")
 
 NOT_INT = {
     "None": (None, "None"),
@@ -425,7 +425,7 @@ case(
     FUNCTIONS, "momentum None", {"momentum": None}, TypeError, "momentum", "PyTorch", "Keras", r"1 - momentum"
 )
 for function, wrong, right in (
-    ("batch_norm", "epsilon", "eps"),
+    ("batch_norm", "epss", "eps"),
     ("batch_norm", "activaton", "activation"),
     ("batch_norm_train", "running_means", "running_mean"),
     ("batch_norm_train", "runing_var", "running_var"),
@@ -770,3 +770,66 @@ def test_an_empty_batch_is_checked_too(function):
     if "gamma" in values:
         with pytest.raises(ValueError, match="gamma has shape"):
             getattr(batchnorm, function)(**{**values, "gamma": np.ones(CHANNELS + 1)})
+
+
+@pytest.mark.parametrize(
+    "function, keyword, here",
+    [
+        ("batch_norm", "weight", "gamma"),
+        ("batch_norm", "bias", "beta"),
+        ("batch_norm", "epsilon", "eps"),
+        ("batch_norm", "training", "batch_norm_train"),
+        ("batch_norm_train", "moving_variance", "running_var"),
+        ("batch_norm_train", "inplace", "out=x"),
+        ("batch_norm_train", "track_running_stats", "without running arrays"),
+        ("batch_norm_backward", "device", "CPU"),
+    ],
+)
+def test_keywords_of_other_libraries_are_translated(function, keyword, here):
+    with pytest.raises(TypeError, match=rf"{function}\(\) has no argument '{keyword}'; .*{re.escape(here)}"):
+        getattr(batchnorm, function)(**arguments(function), **{keyword: True})
+
+
+def test_update_running_translates_momentum():
+    a = np.zeros(3)
+    with pytest.raises(TypeError, match=r"pass decay=0\.9; .*pass decay=0\.1"):
+        batchnorm.update_running(a, a + 1, a, a, momentum=0.1, count=5)
+
+
+class Tensor:
+    """Stands for a torch.Tensor."""
+
+
+Tensor.__module__ = "torch"
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"x": Tensor()}, r"x is of type torch\.Tensor, .*use x\.detach\(\)\.cpu\(\)\.numpy\(\)"),
+        ({"x": np.zeros((4, 3), np.longdouble)}, r"use x\.astype\(numpy\.float64\)"),
+        ({"x": np.zeros((4, 3), np.uint8)}, r"use x\.astype\(numpy\.float32\)"),
+        (
+            {"mean": np.zeros(CHANNELS, np.float16)},
+            r"mean has dtype float16.*use mean\.astype\(numpy\.float32\)",
+        ),
+        ({"mean": np.zeros((1, CHANNELS, 1, 1))}, r"mean has shape \(1, .*use mean\.reshape\(-1\)"),
+        ({"data_format": "nhwc"}, r"data_format is 'nhwc'.*did you mean 'NHWC'"),
+        ({"data_format": "channel_last"}, r"did you mean 'channels_last'"),
+        ({"eps": np.True_}, r"eps is .*numpy\.bool"),
+    ],
+    ids=str,
+)
+def test_remedies(change, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        batchnorm.batch_norm(**{**arguments("batch_norm"), **change})
+
+
+def test_a_crop_cannot_be_written_in_place():
+    whole = np.zeros((8, 4, 8, 8), np.float32)
+    crop = whole[:, :, 1:-1, 1:-1]
+    with pytest.raises(
+        ValueError, match=rf"out has strides {re.escape(str(crop.strides))}.*x of strides .1024.*assign"
+    ):
+        batchnorm.batch_norm(crop, np.zeros(4), np.ones(4), beta=np.ones(4), out=crop)
+    assert not whole.any()

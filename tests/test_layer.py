@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import os
 import pickle
+import re
 import threading
 import weakref
 
@@ -401,6 +403,61 @@ def test_another_channel_count_is_told_of_x(options, training):
         layer(np.ones((4, 7, 2, 2), np.float32), training=training)
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "hint"),
+    [
+        ((4, 7, 2, 2), {}, ""),
+        ((4, 7, 2, C), {}, "; axis -1 has 5: build the layer with axis=-1"),
+        ((4, 7, 2, C), {"data_format": "NCHW"}, "; axis -1 has 5: build the layer with axis=-1"),
+        ((4, C, 2, 7), {"axis": -1}, ""),
+        ((C, 7, 7), {}, "; a single image needs a batch axis, x[None]"),
+        ((C, 7, 7, 2), {}, ""),
+        ((C, 7, 7), {"axis": -1}, ""),
+        ((C, 7), {}, ""),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_where_the_channels_are_is_hinted(shape, options, hint, training):
+    with pytest.raises(ValueError, match=f"expected {C}, the num_features of this layer") as caught:
+        BatchNorm(C, **options)(np.ones(shape, np.float32), training=training)
+    assert str(caught.value).endswith("the num_features of this layer" + hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("running_mean", np.nan),
+        ("running_mean", -np.inf),
+        *(("running_var", v) for v in (np.nan, np.inf, -1.0)),
+    ],
+)
+def test_bad_statistics_are_named_in_eval(name, value):
+    layer = trained().eval()
+    getattr(layer, name)[3] = value
+    before = everything(layer)
+    with pytest.raises(ValueError, match=f"{name} is {value} at channel 3, expected finite") as caught:
+        layer(images())
+    assert f"a training batch held NaN, Inf or huge values, or the layer's {name} was set" in str(
+        caught.value
+    )
+    with pytest.raises(ValueError, match="x has 7 channels"):
+        layer(np.ones((4, 7), np.float32))
+    with pytest.raises(TypeError, match="x is of type list"):
+        layer([[1.0] * C])
+    assert everything(layer) == before
+    getattr(layer, name)[3] = 1
+    layer(images())
+
+
+def test_statistics_of_a_bad_batch_are_explained():
+    layer, x = BatchNorm(C), images()
+    x[0, 2] = np.nan
+    layer(x)
+    with pytest.raises(ValueError, match=r"running_mean is nan at channel 2.*assign finite statistics"):
+        layer.eval()(images())
+    layer.train()(images())  # in training they propagate
+
+
 @pytest.mark.parametrize("layer", [BatchNorm(C, data_format="NHWC"), BatchNorm(data_format="NHWC")])
 def test_data_format_fixes_the_rank(layer):
     with pytest.raises(ValueError, match="NHWC"):
@@ -608,11 +665,59 @@ def test_gradient_descent_through_parameters():
 
 
 def test_the_array_of_a_parameter_cannot_be_replaced():
-    parameter = BatchNorm(C).parameters()[0]
-    assert parameter == ("gamma", parameter.value, None)
-    for name in ("value", "grad", "name", "velocity"):
-        with pytest.raises(AttributeError, match=rf"{name} of a Parameter cannot be replaced"):
-            setattr(parameter, name, np.zeros(C))
+    layer = BatchNorm(C)
+    parameter = layer.parameters()[0]
+    name, value, grad = parameter
+    assert (name, grad) == ("gamma", None) and value is parameter.value is layer.gamma
+    assert repr(parameter) == f"Parameter('gamma', {value!r}, None)"
+    with pytest.raises(AttributeError, match=r"value of gamma cannot be replaced; .* value\[:\] = "):
+        parameter.value = value.copy()
+    with pytest.raises(AttributeError, match="velocity"):
+        parameter.velocity = 0
+    parameter.value -= 0.5
+    assert parameter.value is layer.gamma and layer.gamma[0] == 0.5
+
+
+SCRIPT = """
+import numpy as np
+from batchnorm import BatchNorm, batch_norm
+bn = BatchNorm(3, axis=-1, activation="relu")
+x = np.ones((2, 3), np.float32)
+bn.backward(bn(x))
+for p in bn.parameters():
+    p.value -= 0.1 * p.grad
+for name, value, grad in bn.parameters():
+    value -= 0.1 * grad
+bn.gamma -= 0.1 * bn.dgamma
+bn.beta -= 0.1 * bn.dbeta.astype(np.float32)
+mean, var = bn.running_mean.copy(), bn.running_var.copy()
+batch_norm(x, mean, var, bn.gamma, bn.beta, activation=bn.activation, data_format=bn.data_format)
+"""
+MISTAKES = [
+    "BatchNorm(3, momentum=0.1)",
+    "BatchNorm(3, data_format='nhwc')",
+    "BatchNorm(3, activation='gelu')",
+    "bn.gamma = [1.0, 1.0, 1.0]",
+]
+
+
+def test_a_users_program_is_typed(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    path = tmp_path / "user.py"
+    path.write_text(SCRIPT + "\n".join(MISTAKES))
+    package = os.path.dirname(os.path.dirname(batchnorm.__file__))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)  # no configuration file
+        if "site-packages" not in package:
+            patch.setenv("MYPYPATH", package)
+        text, errors, _ = api.run(["--strict", "--no-color-output", f"--cache-dir={tmp_path}", "user.py"])
+    assert not errors
+    first = SCRIPT.count("\n") + 1
+    lines = [int(line.split(":")[1]) for line in text.splitlines() if re.match(r"user.py:\d+: error", line)]
+    assert lines == [first + i for i in range(len(MISTAKES))], text
+    names = {}
+    exec(SCRIPT, names)
+    assert names["bn"].num_updates == 1
 
 
 def test_assigning_copies_into_the_array_that_optimisers_hold():
@@ -634,10 +739,28 @@ def test_assigning_copies_into_the_array_that_optimisers_hold():
 @pytest.mark.parametrize(
     ("name", "value", "error", "match"),
     [
-        ("gamma", None, TypeError, "gamma is NoneType, expected an array of float32"),
-        ("gamma", [1.0] * C, TypeError, "gamma is list"),
-        ("beta", np.ones(C), TypeError, "beta has dtype float64, expected float32"),
+        ("gamma", None, TypeError, "gamma is None, expected a one-dimensional float32 or float64 array"),
+        ("gamma", 1, TypeError, r"gamma is 1 \(int\), expected a one-dimensional float32 or float64 array"),
+        (
+            "gamma",
+            [1.0] * C,
+            TypeError,
+            r"gamma is of type list, expected an array of float32; use numpy.array\(gamma, numpy.float32\)",
+        ),
+        (
+            "beta",
+            np.ones(C, int),
+            TypeError,
+            r"beta has dtype int64, expected float32 or float64; use beta.astype",
+        ),
         ("beta", np.ones(C, ">f4"), TypeError, "beta has dtype >f4, expected float32"),
+        ("beta", np.ma.ones(C), TypeError, "beta is a masked array"),
+        (
+            "beta",
+            np.array([0, 0, 0, -1e300, 0]),
+            ValueError,
+            r"beta is -1e\+300 at channel 3, expected finite float32 values$",
+        ),
         (
             "running_mean",
             np.ones(C + 1, np.float32),
@@ -668,6 +791,20 @@ def test_what_is_assigned_is_checked(name, value, error, match):
     assert everything(layer) == before
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", ["gamma", "beta", "running_mean", "running_var"])
+def test_float32_and_float64_can_be_assigned_to_any_layer(name, dtype):
+    value = 1 / np.arange(3, C + 3)
+    for given in (value, value.astype("f4"), np.repeat(value, 2)[::2]):
+        layer = BatchNorm(C, dtype=dtype)
+        held = getattr(layer, name)
+        setattr(layer, name, given)
+        assert getattr(layer, name) is held
+        assert_same_bits(held, given.astype(dtype))
+    setattr(layer, name, np.full(C, 1e-300))  # below float32: zero, no warning
+    assert_same_bits(held, np.full(C, 1e-300).astype(dtype))
+
+
 def test_a_vector_the_layer_was_built_without_cannot_be_assigned():
     with pytest.raises(ValueError, match="gamma cannot be assigned, the layer has none"):
         BatchNorm(C, scale=False).gamma = np.ones(C, np.float32)
@@ -678,7 +815,7 @@ def test_a_vector_the_layer_was_built_without_cannot_be_assigned():
 
 NAMES = [
     "gamma", "beta", "running_mean", "running_var",
-    "format_version", "num_updates", "eps", "decay", "axis", "running_ddof", "activation",
+    "format_version", "num_updates", "eps", "decay", "axis", "running_ddof", "activation", "data_format",
 ]  # fmt: skip
 
 
@@ -693,10 +830,11 @@ def test_state_dict_holds_copies_of_everything():
     scalars = {name: state[name].item() for name in NAMES[4:]}
     assert scalars == {
         "num_updates": 3, "eps": 1e-3, "decay": 0.75, "axis": 1, "running_ddof": 0, "activation": "relu",
-        "format_version": 1,
+        "format_version": 1, "data_format": "none",
     }  # fmt: skip
     assert list(BatchNorm(C, scale=False, center=False).state_dict()) == NAMES[2:]
     assert BatchNorm(C).state_dict()["activation"].item() == "none"
+    assert BatchNorm(C, data_format="NHWC").state_dict()["data_format"].item() == "NHWC"
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -757,11 +895,15 @@ def having(**entries):
 
 
 BAD_STATES = {
-    "no mapping": ([1], TypeError, "state is list, expected a mapping"),
-    "none": (None, TypeError, "state is NoneType"),
+    "no mapping": ([1], TypeError, "state is of type list, expected a mapping"),
+    "none": (None, TypeError, "state is None, expected a mapping"),
     "empty": ({}, ValueError, "missing gamma, beta, running_mean"),
     "missing": (without("beta", "eps"), ValueError, "missing beta, eps; expected gamma, beta"),
-    "unexpected": (having(moving_mean=np.ones(C), w=1), ValueError, "unexpected moving_mean, w; expected"),
+    "unexpected": (
+        having(v=np.ones(C), w=1),
+        ValueError,
+        r"unexpected v, w; expected gamma.*strict=False loads",
+    ),
     "both": (without("gamma") | {"weight": 1}, ValueError, "missing gamma; unexpected weight; expected"),
     "odd names": (having() | {3: 1, None: 2}, ValueError, "unexpected 3, None"),
     "version": (
@@ -780,8 +922,12 @@ BAD_STATES = {
         r"beta has shape \(6,\), expected \(5,\), one value",
     ),
     "rank": (having(beta=np.ones((C, 1), "f4")), ValueError, r"beta has shape \(5, 1\)"),
-    "scalar": (having(beta=np.float32(1)), TypeError, "beta is float32, expected an array"),
-    "list": (having(running_mean=[0.0] * C), TypeError, "running_mean is list, expected an array of float32"),
+    "scalar": (having(beta=np.float32(1)), TypeError, r"beta is .*float32.*, expected a one-dimensional"),
+    "list": (
+        having(running_mean=[0.0] * C),
+        TypeError,
+        r"running_mean is of type list, expected an array of float32; use numpy.array\(running_mean, ",
+    ),
     "dtype": (having(running_var=np.ones(C)), TypeError, "running_var has dtype float64, expected float32"),
     "integers": (having(running_var=np.ones(C, int)), TypeError, "running_var has dtype int64"),
     "endian": (having(running_var=np.ones(C, ">f4")), TypeError, "running_var has dtype >f4"),
@@ -808,15 +954,11 @@ BAD_STATES = {
         TypeError,
         r"num_updates is 1.0 \(float\), expected an int >= 0",
     ),
-    "axis": (
-        having(axis=np.array(3)),
-        ValueError,
-        "axis is 3 in the state, expected 1 as in this layer: build",
-    ),
+    "axis": (having(axis=np.array(1.5)), TypeError, r"axis is 1.5 \(float\), expected an int"),
     "activation": (
         having(activation="relu"),
         ValueError,
-        "activation is 'relu' in the state, expected None",
+        "activation is 'relu' in the state, expected None as in this layer: build",
     ),
 }
 
@@ -843,12 +985,12 @@ def test_a_state_for_a_layer_with_other_vectors():
         (
             np.ones((2, 2), "f4"),
             ValueError,
-            r"gamma has shape \(2, 2\), expected \(C,\), one value per channel",
+            r"gamma has shape \(2, 2\), expected a one-dimensional .* array, one value per channel",
         ),
         (np.ones(0, "f4"), ValueError, r"gamma has shape \(0,\), expected \(C,\)"),
-        (np.array(1, "f4"), ValueError, r"gamma has shape \(\), expected \(C,\)"),
-        (np.float32(1), TypeError, "gamma is float32, expected an array"),
-        ([1.0], TypeError, "gamma is list, expected an array"),
+        (np.array(1, "f4"), ValueError, r"gamma has shape \(\), expected a one-dimensional"),
+        (np.float32(1), TypeError, "gamma is .*float32.*, expected a one-dimensional"),
+        ([1.0], TypeError, "gamma is of type list, expected an array"),
     ],
 )
 def test_a_lazy_layer_needs_a_vector_to_learn_from(value, error, match):
@@ -856,6 +998,40 @@ def test_a_lazy_layer_needs_a_vector_to_learn_from(value, error, match):
     with pytest.raises(error, match=match):
         layer.load_state_dict(having(gamma=value))
     assert layer.num_features is None
+
+
+@pytest.mark.parametrize("options", [{"axis": -1}, {"data_format": "NHWC"}, {"data_format": "NC"}], ids=str)
+def test_a_state_does_not_depend_on_the_layout(options):
+    source, layer = trained(), BatchNorm(C, **options)
+    layout = layer.axis, layer.data_format
+    layer.load_state_dict(source.state_dict())
+    assert (layer.axis, layer.data_format) == layout
+    for name in NAMES[:4]:
+        assert_same_bits(getattr(layer, name), getattr(source, name))
+    source.load_state_dict(layer.state_dict())
+    assert (source.axis, source.data_format) == (1, None)
+
+
+TORCH = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+KERAS = ("gamma", "beta", "moving_mean", "moving_variance")
+HAIKU = ("scale", "offset")
+OWN = {
+    "weight": "gamma", "scale": "gamma", "bias": "beta", "offset": "beta", "moving_mean": "running_mean",
+    "moving_variance": "running_var", "num_batches_tracked": "num_updates",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("names", [TORCH, KERAS, HAIKU, *((name,) for name in OWN)], ids=str)
+def test_names_of_other_libraries_are_translated_and_never_dropped(names, strict):
+    layer = trained()
+    before = everything(layer)
+    with pytest.raises(ValueError, match=r"unexpected \w+.*assign arrays of PyTorch.*bn.gamma = ") as caught:
+        layer.load_state_dict({name: np.ones(C, np.float32) for name in names}, strict=strict)
+    assert "strict=False" not in str(caught.value)
+    for name in set(names) & set(OWN):
+        assert f"{name} is called {OWN[name]} here" in str(caught.value)
+    assert everything(layer) == before
 
 
 def test_a_read_only_vector_stops_the_load_before_it_begins():

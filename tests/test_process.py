@@ -146,3 +146,57 @@ def test_many_threads_at_once():
         print(len(wrong))
     """
     assert output(code) == "0"
+
+
+@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_daemon_threads_at_exit(size, threads):
+    code = f"""
+        import threading, time, numpy as np, batchnorm as b
+        b.set_num_threads({threads})
+        x = np.ones(({size}, 64, 64, 64), np.float32)
+        def work():
+            while True:
+                b.batch_norm_train(x)
+        for _ in range(2):
+            threading.Thread(target=work, daemon=True).start()
+        time.sleep(0.3)
+        print("leaving", flush=True)
+    """
+    assert output(code) == "leaving"
+
+
+def test_threads_with_small_stacks():
+    code = """
+        import threading, numpy as np, batchnorm as b
+        b.set_num_threads(2)
+        threading.stack_size(128 * 1024)
+        rng = np.random.default_rng(0)
+        def work():
+            for shape in ((8, 64, 50, 50), (300, 8), (3000, 2048), (40, 3000), (700, 63)):
+                for dtype in (np.float32, np.float64, np.float16):
+                    x = rng.standard_normal(shape).astype(dtype)
+                    for v in (x, np.repeat(x, 2, 0)[::2], np.repeat(x, 2, 1)[:, : shape[1]]):
+                        f = b.batch_norm_train(v)
+                        beta = np.ones(shape[1])
+                        b.batch_norm_backward(v, v, f.mean, f.inv_std, None, beta, activation="relu")
+            print("done")
+        worker = threading.Thread(target=work)
+        worker.start()
+        worker.join()
+    """
+    assert output(code, OMP_STACKSIZE="128k") == "done"
+
+
+def test_more_threads_than_the_system_gives():
+    resource = pytest.importorskip("resource", reason="this system has no resource limits")
+    code = f"""
+        import resource, numpy as np, batchnorm as b
+        x = np.ones((64, 64, 64, 64), np.float32)
+        y = np.empty_like(x)
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, {resource.RLIM_INFINITY}))
+        b.set_num_threads(4096)
+        b.batch_norm(x, np.zeros(64), np.ones(64), out=y)
+        print("done")
+    """
+    assert output(code) == "done"

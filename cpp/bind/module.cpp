@@ -3,10 +3,13 @@
 // Each operation takes its arguments by position and a last flag `prepared`. Without it, arguments that are not exactly what the core
 // can use give None, and nothing has happened: the caller asks _args.py, which raises the right error or prepares the arguments
 // (copies what is only read, resolves names), and calls again with prepared = True. So a good call is checked once, here.
+#include <cxxabi.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <cmath>
 
 #include "bind/ndarray.h"
@@ -17,18 +20,35 @@ namespace {
 // Below this many elements a call is over before another thread could use the GIL.
 constexpr std::int64_t kKeepGil = 4096;
 
-template <class F>
-void without_gil(std::int64_t elements, F f) {
-    if (elements < kKeepGil) {
-        f();
-    } else {
-        py::gil_scoped_release release;
-        f();
+// Python before 3.14 ends a daemon thread that wants the GIL while the interpreter exits by pthread_exit. Its unwinding would destroy
+// Python objects without the GIL and meet noexcept code; so the thread sleeps until the process is gone, as 3.14 lets it.
+void restore_gil(PyThreadState* state) {
+    try {
+        PyEval_RestoreThread(state);
+    } catch (abi::__forced_unwind&) {
+        for (;;) pause();
     }
 }
 
+template <class F>
+void without_gil(std::int64_t elements, F f) {
+    if (elements < kKeepGil) return f();
+    PyThreadState* const state = PyEval_SaveThread();
+    try {
+        f();
+    } catch (...) {
+        restore_gil(state);
+        throw;
+    }
+    restore_gil(state);
+}
+
+// Signals are handled on the main thread only. Its identity, from import and anew in the child of a fork.
+std::atomic<unsigned long> main_thread{0};
+
 // Runs on the thread that made the call, which has given up the GIL.
 bool poll_signals() {
+    if (PyThread_get_thread_ident() != main_thread) return false;
     py::gil_scoped_acquire acquire;
     return PyErr_CheckSignals() != 0;
 }
@@ -65,9 +85,10 @@ bool as_activation(py::handle h, Activation& out) {
 }
 
 // An array of x's kind and memory order.
+PyObject* empty_like_function = nullptr;  // numpy.empty_like, from import on
+
 py::object empty_like(py::handle x) {
-    static PyObject* const function = py::object(py::module_::import("numpy").attr("empty_like")).release().ptr();
-    PyObject* const result = PyObject_CallOneArg(function, x.ptr());
+    PyObject* const result = PyObject_CallOneArg(empty_like_function, x.ptr());
     if (result == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(result);
 }
@@ -250,6 +271,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("openmp_runtime", &openmp_runtime);
     m.def("compiler", &compiler);
     m.def("version", &version);
+    m.def("set_main_thread", [](unsigned long ident) { main_thread = ident; });
+    empty_like_function = py::object(py::module_::import("numpy").attr("empty_like")).release().ptr();
     set_interrupt_poll(&poll_signals);
 }
 

@@ -40,7 +40,7 @@ inline std::optional<Array> as_array(py::handle h) {
     const auto* const a = d::array_proxy(h.ptr());
     if ((a->flags & d::npy_api::NPY_ARRAY_ALIGNED_) == 0) return std::nullopt;
     const auto* const descr = d::array_descriptor_proxy(a->descr);
-    if (descr->byteorder == '>') return std::nullopt;
+    if (descr->byteorder != '=' && descr->byteorder != '|') return std::nullopt;
     Array r{a->data, a->nd, a->dimensions, a->strides, Dtype::float32, (a->flags & d::npy_api::NPY_ARRAY_WRITEABLE_) != 0};
     switch (descr->type_num) {
         case d::npy_api::NPY_FLOAT_:

@@ -198,7 +198,7 @@ void running(const Channels& mean, const Channels& var, std::int64_t n_channels)
     separate(mean, "running_mean", var, "running_var");
 }
 
-// No written vector may touch a tensor that is read or written, nor another written vector.
+// No written vector may touch a tensor that is read or written. By address ranges: see `disjoint` in the arguments.
 template <class Statistic>
 void apart(const Range& tensor_range, const char* tensor_name, const Statistic& v, const char* name) {
     if (tensor_range.overlaps(range_of(v))) fail(std::string(tensor_name) + " overlaps " + name + ", expected separate arrays");
@@ -216,7 +216,8 @@ Geometry arguments(const BatchNormArgs& a) {
     eps(a.eps);
     same_shape(a.y, "y", g);
     distinct_elements(a.y, "y");
-    if (!a.disjoint) no_partial_overlap(a.y, "y", a.x, "x");
+    if (a.disjoint) return g;
+    no_partial_overlap(a.y, "y", a.x, "x");
     const Range y = range_of(a.y);
     for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
         if (*v) apart(y, "y", *v, name);
@@ -241,11 +242,13 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     }
     same_shape(a.y, "y", g);
     distinct_elements(a.y, "y");
-    if (!a.disjoint) no_partial_overlap(a.y, "y", a.x, "x");
     const Channels mean(a.mean), inv_std(a.inv_std);
     channels(mean, "mean", g.channels);
     channels(inv_std, "inv_std", g.channels);
     separate(mean, "mean", inv_std, "inv_std");
+    if (a.running_mean) running(a.running_mean, a.running_var, g.channels);
+    if (a.disjoint) return g;
+    no_partial_overlap(a.y, "y", a.x, "x");
     const Range y = range_of(a.y);
     for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {
         apart(y, "y", *v, name);
@@ -254,14 +257,12 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     for (const auto& [v, name] : {std::pair{&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
         if (*v) apart(y, "y", *v, name);
     }
-    if (a.running_mean) {
-        running(a.running_mean, a.running_var, g.channels);
-        for (const auto& [v, name] : {std::pair{&a.running_mean, "running_mean"}, {&a.running_var, "running_var"}}) {
-            apart(y, "y", *v, name);
-            apart(range_of(a.x), "x", *v, name);
-            if (a.gamma) apart(range_of(a.gamma), "gamma", *v, name);
-            if (a.beta) apart(range_of(a.beta), "beta", *v, name);
-        }
+    for (const auto& [v, name] : {std::pair{&a.running_mean, "running_mean"}, {&a.running_var, "running_var"}}) {
+        if (!*v) continue;
+        apart(y, "y", *v, name);
+        apart(range_of(a.x), "x", *v, name);
+        if (a.gamma) apart(range_of(a.gamma), "gamma", *v, name);
+        if (a.beta) apart(range_of(a.beta), "beta", *v, name);
     }
     return g;
 }
@@ -282,18 +283,22 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
         if (!*v) continue;
         channels(*v, name, g.channels);
         separate_elements(*v, name);
+    }
+    if (a.dgamma && a.dbeta) separate(a.dgamma, "dgamma", a.dbeta, "dbeta");
+    if (a.dx) {
+        same_shape(a.dx, "dx", g);
+        distinct_elements(a.dx, "dx");
+    }
+    if (a.disjoint) return g;
+    for (const auto& [v, name] : {std::pair{&a.dgamma, "dgamma"}, {&a.dbeta, "dbeta"}}) {
+        if (!*v) continue;
         apart(range_of(a.x), "x", *v, name);
         apart(range_of(a.dy), "dy", *v, name);
         if (a.dx) apart(range_of(a.dx), "dx", *v, name);
     }
-    if (a.dgamma && a.dbeta) separate(a.dgamma, "dgamma", a.dbeta, "dbeta");
     if (!a.dx) return g;
-    same_shape(a.dx, "dx", g);
-    distinct_elements(a.dx, "dx");
-    if (!a.disjoint) {
-        no_partial_overlap(a.dx, "dx", a.dy, "dy");
-        no_partial_overlap(a.dx, "dx", a.x, "x");
-    }
+    no_partial_overlap(a.dx, "dx", a.dy, "dy");
+    no_partial_overlap(a.dx, "dx", a.x, "x");
     const Range dx = range_of(a.dx);
     for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
         if (*v) apart(dx, "dx", *v, name);

@@ -74,15 +74,17 @@ struct Gradient {
 template <class C>
 Gradient<C> gradient(double mean, double inv_std, double gamma, double sum_dy, double sum_dy_xc, double n) {
     const double slope = gamma * inv_std;
-    const double by_x = -slope * (inv_std * (inv_std * (sum_dy_xc / n)));
-    const double rest = mean - static_cast<double>(static_cast<C>(mean));
     const double scale = std::isnormal(inv_std) ? std::ldexp(1.0, std::ilogb(inv_std)) : 1;
-    return {static_cast<C>(slope), static_cast<C>(scale), static_cast<C>(by_x / scale),
-            static_cast<C>(-slope * (sum_dy / n) - by_x * rest)};
+    const double k_x = -slope * ((inv_std / scale) * (inv_std * (sum_dy_xc / n)));
+    const double rest = mean - static_cast<double>(static_cast<C>(mean));
+    return {static_cast<C>(slope), static_cast<C>(scale), static_cast<C>(k_x),
+            static_cast<C>(-slope * (sum_dy / n) - k_x * (scale * rest))};
 }
 
-// decay is the weight of the old value. At 0 the old value is gone, even if it was NaN.
-inline double running(double old, double batch, double decay) { return decay == 0 ? batch : decay * old + (1 - decay) * batch; }
+// decay is the weight of the old value. At 0 the old value is gone and at 1 the new one, even if they are NaN.
+inline double running(double old, double batch, double decay) {
+    return decay == 0 ? batch : decay == 1 ? old : decay * old + (1 - decay) * batch;
+}
 
 // Variance with n - ddof in the denominator, from the population variance.
 inline double with_ddof(double var, double n, double ddof) { return ddof == 0 ? var : var * (n / (n - ddof)); }

@@ -61,12 +61,16 @@ std::string runtime() {
 #else
         "OpenMP";
 #endif
-    return name + " (_OPENMP " + std::to_string(_OPENMP) + ")";
+    // _OPENMP is the month of the specification.
+    const char* const specification = _OPENMP >= 202111 ? "5.2" : _OPENMP >= 202011 ? "5.1" : _OPENMP >= 201811 ? "5.0" : "4.5";
+    return name + " (OpenMP " + specification + ")";
 }
 
 bool for_each(std::int64_t n, bool worth_it, Body body) {
+    // libgomp ends the process when the system refuses it a thread; far more threads than processors help nobody.
+    const int most = std::max(64, 4 * omp_get_num_procs());
     const int n_threads = worth_it && !forked.load(std::memory_order_relaxed) && !omp_in_parallel()
-                              ? static_cast<int>(std::min<std::int64_t>(threads(), n))
+                              ? static_cast<int>(std::min<std::int64_t>({threads(), most, n}))
                               : 1;
     if (n_threads <= 1) {
         if (n == 1) {
@@ -76,7 +80,7 @@ bool for_each(std::int64_t n, bool worth_it, Body body) {
         Poll asked;
         for (std::int64_t i = 0; i < n; ++i) {
             body(i);
-            if (asked.stop()) return i + 1 == n;
+            if (asked.stop()) return false;
         }
         return true;
     }

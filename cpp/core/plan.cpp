@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cassert>
 #include <numeric>
 
 namespace batchnorm {
@@ -82,6 +83,7 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
 
 void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.fold = fold_for(p.channels);
+    assert(p.fold == 1 || p.width() <= kernels::kMaxFoldedWidth);
     p.channel_block = std::min(p.channels, kMaxChannelBlock);
     // With enough blocks of channels to share out, rows need not be cut finely; the sums of a tile cost memory.
     const int64_t rows = p.blocks() >= 16 ? 1024 : std::max(kMinTileRows, kTileElements / p.channels);
@@ -89,6 +91,8 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     int64_t tiles = ceil_div(p.outer, is_double ? std::min(rows, kMinTileRows * p.fold) : rows);
     // Multiples of 16 share out evenly.
     if (p.blocks() < 16 && p.outer >= 16 * 32) tiles = round_up(tiles, 16);
+    // A bound for the memory of their sums. It binds beyond 2^28 values of one channel, where a lane then adds up to 2^15 of them (2^33
+    // values): rounding near 3e-15 in the mean of many runs, 4e-12 at worst.
     tiles = std::min<int64_t>(tiles, 4096);
     p.tile_outer = round_up(ceil_div(p.outer, tiles), p.fold);
     p.tiles_outer = ceil_div(p.outer, p.tile_outer);

@@ -7,8 +7,7 @@
 
 namespace batchnorm {
 
-// The most channels of one work item in direction nsc.
-inline constexpr std::int64_t kMaxChannelBlock = 2048;
+using kernels::kMaxChannelBlock;
 
 struct Plan {
     kernels::Direction direction = kernels::ncs;

@@ -41,80 +41,74 @@ private:
     int64_t channels_ = 0, fold_ = 1;
 };
 
-// Two sums of one tile of one block of channels, folded rows added up in order. Kernel: void(const Where&, double*, double*), writing
-// fold * channels sums.
-template <class Kernel>
-void tile_sums(const Plan& plan, int64_t tile, int64_t block, const Kernel& kernel, double* first, double* second) {
+// The two sums of every channel, as the tiles added so far make them.
+class ChannelSums {
+public:
+    ChannelSums(Workspace& ws, int64_t channels) : first_(ws.take<coeffs::Sum>(channels)), second_(ws.take<coeffs::Sum>(channels)) {}
+    void clear(int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c) first_[c] = second_[c] = {0, 0};
+    }
+    void add(int64_t c, double a, double b) {
+        first_[c].add(a);
+        second_[c].add(b);
+    }
+    double first(int64_t c) const { return first_[c].total(); }
+    double second(int64_t c) const { return second_[c].total(); }
+
+private:
+    coeffs::Sum *first_, *second_;
+};
+
+// Two sums of one tile of one block of channels, folded rows added up in order: take(c, a, b) per channel. Kernel: void(const Where&,
+// double*, double*), writing fold * channels sums.
+template <class Kernel, class Take>
+void tile_sums(const Plan& plan, int64_t tile, int64_t block, const Kernel& kernel, const Take& take) {
     alignas(64) double a[kMaxChannelBlock], b[kMaxChannelBlock];
     const Where where = plan.tile(tile, block);
     kernel(where, a, b);
-    const int64_t channels = where.box.channel_end - where.box.channel_begin;
+    const int64_t c0 = where.box.channel_begin, channels = where.box.channel_end - c0;
     for (int64_t c = 0; c < channels; ++c) {
         double s = a[c], t = b[c];
         for (int64_t j = 1; j < plan.fold; ++j) {
             s += a[j * channels + c];
             t += b[j * channels + c];
         }
-        first[c] = s;
-        second[c] = t;
+        take(c0 + c, s, t);
     }
 }
 
-// Adds tile after tile, in index order, for one block of n channels.
-class BlockSums {
-public:
-    explicit BlockSums(int64_t n) : n_(n) {
-        for (int64_t c = 0; c < n; ++c) first_[c] = second_[c] = {0, 0};
-    }
-    void add(const double* a, const double* b) {
-        for (int64_t c = 0; c < n_; ++c) first_[c].add(a[c]);
-        for (int64_t c = 0; c < n_; ++c) second_[c].add(b[c]);
-    }
-    void totals(double* first, double* second) const {
-        for (int64_t c = 0; c < n_; ++c) {
-            first[c] = first_[c].total();
-            second[c] = second_[c].total();
-        }
-    }
-
-private:
-    int64_t n_;
-    coeffs::Sum first_[kMaxChannelBlock], second_[kMaxChannelBlock];
-};
-
 // All sums of one block: its tiles one after another.
 template <class Kernel>
-void block_sums(const Plan& plan, int64_t block, const Kernel& kernel, double* first, double* second) {
+void block_sums(const Plan& plan, int64_t block, const Kernel& kernel, ChannelSums& sums) {
     const Where where = plan.block_of_channels(block);
-    const int64_t c0 = where.box.channel_begin, n = where.box.channel_end - c0;
-    if (plan.tiles() == 1) return tile_sums(plan, 0, block, kernel, first + c0, second + c0);
-    double a[kMaxChannelBlock], b[kMaxChannelBlock];
-    BlockSums sums(n);
+    sums.clear(where.box.channel_begin, where.box.channel_end);
     for (int64_t t = 0; t < plan.tiles(); ++t) {
-        tile_sums(plan, t, block, kernel, a, b);
-        sums.add(a, b);
+        tile_sums(plan, t, block, kernel, [&](int64_t c, double a, double b) { sums.add(c, a, b); });
     }
-    sums.totals(first + c0, second + c0);
 }
 
 // All sums of all blocks: every tile is an item, then each block's tiles are added as block_sums would.
 template <class Kernel>
-void all_sums(const Plan& plan, const Kernel& kernel, double* first, double* second) {
+void all_sums(const Plan& plan, const Kernel& kernel, ChannelSums& sums) {
     const int64_t tiles = plan.tiles(), channels = plan.channels;
     Workspace partial;
-    double* const a = partial.take<double>(tiles * channels);
-    double* const b = partial.take<double>(tiles * channels);
+    double* const first = partial.take<double>(tiles * channels);
+    double* const second = partial.take<double>(tiles * channels);
     for_each(tiles * plan.blocks(), plan, [&](int64_t item) {
         const int64_t tile = item / plan.blocks(), block = item % plan.blocks();
-        const int64_t at = tile * channels + block * plan.channel_block;
-        tile_sums(plan, tile, block, kernel, a + at, b + at);
+        tile_sums(plan, tile, block, kernel, [&](int64_t c, double a, double b) {
+            first[tile * channels + c] = a;
+            second[tile * channels + c] = b;
+        });
     });
     for_each(plan.blocks(), plan, [&](int64_t block) {
         const Where where = plan.block_of_channels(block);
-        const int64_t c0 = where.box.channel_begin, n = where.box.channel_end - c0;
-        BlockSums sums(n);
-        for (int64_t t = 0; t < tiles; ++t) sums.add(a + t * channels + c0, b + t * channels + c0);
-        sums.totals(first + c0, second + c0);
+        sums.clear(where.box.channel_begin, where.box.channel_end);
+        for (int64_t t = 0; t < tiles; ++t) {
+            for (int64_t c = where.box.channel_begin; c < where.box.channel_end; ++c) {
+                sums.add(c, first[t * channels + c], second[t * channels + c]);
+            }
+        }
     });
 }
 
@@ -122,21 +116,21 @@ void all_sums(const Plan& plan, const Kernel& kernel, double* first, double* sec
 // again) turns sums into what map needs and returns false if it wants the sums of this block once more; the second time it must
 // be content. Map is void(const Where&).
 template <class Kernel, class Finish, class Map>
-void sums_then_map(const Plan& plan, const Kernel& kernel, double* first, double* second, const Finish& finish, const Map* map) {
+void sums_then_map(const Plan& plan, const Kernel& kernel, ChannelSums& sums, const Finish& finish, const Map* map) {
     if (plan.by_channel) {
         for_each(plan.blocks(), plan, [&](int64_t block) {
             const Where where = plan.block_of_channels(block);
             const int64_t c0 = where.box.channel_begin, c1 = where.box.channel_end;
-            block_sums(plan, block, kernel, first, second);
+            block_sums(plan, block, kernel, sums);
             if (!finish(c0, c1, false)) {
-                block_sums(plan, block, kernel, first, second);
+                block_sums(plan, block, kernel, sums);
                 finish(c0, c1, true);
             }
             if (map != nullptr) (*map)(where);
         });
         return;
     }
-    all_sums(plan, kernel, first, second);
+    all_sums(plan, kernel, sums);
     const auto finish_all = [&](bool again) {
         std::atomic<bool> content{true};
         for_each(plan.blocks(), plan, [&](int64_t block) {
@@ -146,7 +140,7 @@ void sums_then_map(const Plan& plan, const Kernel& kernel, double* first, double
         return content.load();
     };
     if (!finish_all(false)) {
-        all_sums(plan, kernel, first, second);
+        all_sums(plan, kernel, sums);
         finish_all(true);
     }
     if (map != nullptr) for_each(plan.map_items(), plan, [&](int64_t i) { (*map)(plan.map_item(i)); });

@@ -13,7 +13,6 @@ class Workspace {
 public:
     template <class T>
     T* take(std::int64_t n) {
-        // Whole blocks of 64 bytes: arrays of different threads' items share no cache line.
         const std::size_t bytes = (static_cast<std::size_t>(n) * sizeof(T) + 63) / 64 * 64;
         if (used_ + bytes > sizeof inline_) {
             heap_.push_back(std::make_unique<std::byte[]>(bytes));  // zeroed

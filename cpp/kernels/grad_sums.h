@@ -95,7 +95,7 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
         Ops<F64>::store(a.sum_dy + e, sums.dy);
         Ops<F64>::store(a.sum_dy_xc + e, sums.dy_xc);
     };
-    // Lanes past the width meet dy = 0 (load_part), and the padding of the sums is never read.
+    // Lanes past the width meet dy = x = 0 (load_part) and the mean of their own channel: they add 0, or NaN to a channel whose mean is.
     for_blocks(
         0, width, kNoPeriod,
         [&](int64_t e, int64_t) { rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }); },
@@ -111,19 +111,17 @@ BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const int64_t fold = a.where.fold, width = fold * x.channels;
     memset(a.sum_dy, 0, (size_t)round_up(width) * sizeof(double));
     memset(a.sum_dy_xc, 0, (size_t)round_up(width) * sizeof(double));
-    T dy_buffer[4][kMaxFoldedWidth], x_buffer[4][kMaxFoldedWidth];
+    T dy_buffer[kMaxFoldedWidth], x_buffer[kMaxFoldedWidth];
     int64_t r = b.outer_begin;
-    for (; r + 4 * fold <= b.outer_end; r += 4 * fold) {
-        const T* const dy_rows[4] = {dy.at(r, fold, dy_buffer[0]), dy.at(r + fold, fold, dy_buffer[1]),
-                                     dy.at(r + 2 * fold, fold, dy_buffer[2]), dy.at(r + 3 * fold, fold, dy_buffer[3])};
-        const T* const x_rows[4] = {x.at(r, fold, x_buffer[0]), x.at(r + fold, fold, x_buffer[1]), x.at(r + 2 * fold, fold, x_buffer[2]),
-                                    x.at(r + 3 * fold, fold, x_buffer[3])};
+    for (; !dy.gather && !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
+        const T* const dy_rows[4] = {dy.rows.at(r), dy.rows.at(r + fold), dy.rows.at(r + 2 * fold), dy.rows.at(r + 3 * fold)};
+        const T* const x_rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
         grad_sums_rows<with_relu>(dy_rows, x_rows, width, a);
     }
     for (; r < b.outer_end; r += fold) {
         const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
-        const T* const dy_rows[1] = {dy.at(r, n_rows, dy_buffer[0])};
-        const T* const x_rows[1] = {x.at(r, n_rows, x_buffer[0])};
+        const T* const dy_rows[1] = {dy.at(r, n_rows, dy_buffer)};
+        const T* const x_rows[1] = {x.at(r, n_rows, x_buffer)};
         grad_sums_rows<with_relu>(dy_rows, x_rows, n_rows * x.channels, a);
     }
 }

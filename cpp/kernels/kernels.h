@@ -30,6 +30,10 @@ inline constexpr int64_t kLanes = 16;
 // The most channels whose sums one ncs box may hold: their lanes (2 * 16 doubles each, 8 KiB in all) stay in L1.
 inline constexpr int64_t kMaxGroup = 32;
 
+// The most channels of one nsc box, and the widest folded row: fewer than 64 channels, at most 16 times.
+inline constexpr int64_t kMaxChannelBlock = 2048;
+inline constexpr int64_t kMaxFoldedWidth = 1024;
+
 struct Operand {
     void* data;                                          // element (0, 0, 0) of the whole tensor
     int64_t outer_stride, channel_stride, inner_stride;  // in elements

@@ -88,16 +88,15 @@ void moments_nsc(const MomentsArgs& a) noexcept {
     const int64_t fold = a.where.fold, width = fold * x.channels;
     memset(a.sum, 0, (size_t)round_up(width) * sizeof(double));
     memset(a.sum_sq, 0, (size_t)round_up(width) * sizeof(double));
-    T buffer[4][kMaxFoldedWidth];
+    T buffer[kMaxFoldedWidth];
     int64_t r = b.outer_begin;
-    for (; r + 4 * fold <= b.outer_end; r += 4 * fold) {
-        const T* const rows[4] = {x.at(r, fold, buffer[0]), x.at(r + fold, fold, buffer[1]), x.at(r + 2 * fold, fold, buffer[2]),
-                                  x.at(r + 3 * fold, fold, buffer[3])};
+    for (; !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
+        const T* const rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
         moments_rows(rows, width, a);
     }
     for (; r < b.outer_end; r += fold) {
         const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
-        const T* const rows[1] = {x.at(r, n_rows, buffer[0])};
+        const T* const rows[1] = {x.at(r, n_rows, buffer)};
         moments_rows(rows, n_rows * x.channels, a);
     }
 }

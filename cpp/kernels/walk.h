@@ -9,6 +9,7 @@ namespace {
 
 using kernels::Box;
 using kernels::kLanes;
+using kernels::kMaxFoldedWidth;
 using kernels::Operand;
 using kernels::Where;
 
@@ -41,9 +42,6 @@ struct Rows {
     // Consecutive rows follow one another in memory without a gap.
     BATCHNORM_INLINE bool dense(int64_t channels) const { return split == 1 && outer_stride == channels; }
 };
-
-// The widest folded row: fewer than 64 channels, at most 16 times (plan.cpp chooses the fold).
-inline constexpr int64_t kMaxFoldedWidth = 1024;
 
 // Direction nsc, for reading: `fold` rows as one. Rows that do not lie side by side are gathered into a buffer first, so that
 // the lanes, and with them the bits of every sum, are those of a dense array.

@@ -1,10 +1,21 @@
 """Batch normalization for NumPy: functions on arrays, and a layer that holds their state.
 
+- ``BatchNorm``: the layer; parameters, running statistics, train and eval, backward, save and load
+- ``batch_norm_train``: normalise with the batch's own statistics, update running ones
+- ``batch_norm``: normalise with given statistics (inference)
+- ``batch_norm_backward``: gradients of either
+- ``moments``, ``update_running``: the parts
+- ``show_config``, ``set_num_threads``, ``set_isa``: this build, threads, instruction set
+- ``get_cmake_dir``, ``get_include``: the C++ library inside this package
+
 >>> import numpy as np, batchnorm
 >>> bn = batchnorm.BatchNorm(64)
 >>> bn(np.ones((8, 64, 32, 32), np.float32)).shape
 (8, 64, 32, 32)
 """
+
+import os as _os
+import threading as _threading
 
 # isort: off
 from ._openmp import _core  # first: it decides how OpenMP waits
@@ -56,6 +67,11 @@ __all__ = [
     "show_config",
     "update_running",
 ]
+
+# Long calls look for Ctrl-C on the main thread, which in the child of a fork is the one that forked.
+_core.set_main_thread(_threading.main_thread().ident or 0)
+if hasattr(_os, "register_at_fork"):
+    _os.register_at_fork(after_in_child=lambda: _core.set_main_thread(_threading.get_ident()))
 
 # A BATCHNORM_ISA that names no usable level fails here, not in the middle of somebody's program.
 _core.isa()

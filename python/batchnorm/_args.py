@@ -14,7 +14,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,10 @@ from . import _core
 
 Array = NDArray[Any]
 
+ActivationName = Literal["relu"]
+DataFormatName = Literal[
+    "NC", "NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC", "channels_first", "channels_last"
+]
 ACTIVATIONS = ("relu",)
 GRADIENTS = ("dx", "dgamma", "dbeta")
 
@@ -54,11 +58,36 @@ def _kind(value: object) -> str:
     """What a value is, for a message: its type, and for short plain values the value."""
     if value is None:
         return "None"
-    name = type(value).__name__
-    if isinstance(value, str | int | float | complex | bool):
+    module = type(value).__module__.partition(".")[0]
+    name = type(value).__name__ if module == "builtins" else f"{module}.{type(value).__name__}"
+    if isinstance(value, str | int | float | complex | bool | np.generic):
         text = repr(value)
         return f"{text if len(text) <= 40 else text[:40] + '...'} ({name})"
     return f"of type {name}"
+
+
+# Keywords of other libraries, and what to write here instead.
+_FOREIGN = {
+    "affine": "scale= and center= say whether there are gamma and beta",
+    "weight": "it is called gamma here",
+    "bias": "it is called beta here",
+    "offset": "it is called beta here",
+    "variance": "it is called var here",
+    "moving_mean": "it is called running_mean here",
+    "moving_variance": "it is called running_var here",
+    "moving_var": "it is called running_var here",
+    "epsilon": "it is called eps here",
+    "variance_epsilon": "it is called eps here",
+    "num_channels": "it is called num_features here",
+    "track_running_stats": "batch_norm_train without running arrays uses batch statistics only",
+    "training": "batch_norm_train uses the batch's own statistics, batch_norm uses given ones",
+    "is_training": "batch_norm_train uses the batch's own statistics, batch_norm uses given ones",
+    "train": "batch_norm_train uses the batch's own statistics, batch_norm uses given ones",
+    "inplace": "pass out=x",
+    "trainable": "eval() normalises with the running statistics and updates nothing",
+    "device": "there is only the CPU",
+    "activation_fn": "it is called activation here",
+}
 
 
 def reject_keywords(function: str, unknown: Mapping[str, object], known: Iterable[str]) -> NoReturn:
@@ -75,6 +104,8 @@ def reject_keywords(function: str, unknown: Mapping[str, object], known: Iterabl
             f"value (PyTorch, cuDNN, TensorFlow's fused op) pass {new}; where it weighs the old value ("
             f"Keras, Flax, ONNX, MXNet, Paddle) pass {old}"
         )
+    if name in _FOREIGN:
+        raise TypeError(f"{function}() has no argument {name!r}; {_FOREIGN[name]}")
     close = difflib.get_close_matches(name, list(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
     raise TypeError(f"{function}() has no argument {name!r}{hint}")
@@ -138,7 +169,7 @@ def check_activation(activation: object) -> str | None:
     """An activation's name or None."""
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
         return None if activation is None else str(activation)
-    expected = f"None or one of {', '.join(map(repr, ACTIVATIONS))}"
+    expected = f"None or {' or '.join(map(repr, ACTIVATIONS))}"
     error = ValueError if isinstance(activation, str) else TypeError
     raise error(f"activation is {_kind(activation)}, expected {expected}")
 
@@ -156,7 +187,10 @@ def resolve_axis_argument(axis: object, data_format: object) -> int:
             f"data_format is {_kind(data_format)}, expected a str, one of {', '.join(DATA_FORMATS)}"
         )
     if data_format not in DATA_FORMATS:
-        raise ValueError(f"data_format is {data_format!r}, expected one of {', '.join(DATA_FORMATS)}")
+        close = difflib.get_close_matches(data_format.upper(), DATA_FORMATS, n=1)
+        close = close or difflib.get_close_matches(data_format.lower(), DATA_FORMATS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"data_format is {data_format!r}, expected one of {', '.join(DATA_FORMATS)}{hint}")
     return DATA_FORMATS[data_format][1]
 
 
@@ -190,7 +224,8 @@ def _is_bfloat16(dtype: np.dtype[Any]) -> bool:
 def _ndarray(value: object, name: str, expected: str) -> Array:
     """A plain ndarray; subclasses that only add behaviour (memmap, matrix) as plain views."""
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} is {_kind(value)}, expected {expected}")
+        hint = f"; use {name}.detach().cpu().numpy()" if type(value).__module__ == "torch" else ""
+        raise TypeError(f"{name} is {_kind(value)}, expected {expected}{hint}")
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, whose mask would be ignored, expected {expected}")
     return value.view(np.ndarray) if type(value) is not np.ndarray else value
@@ -206,7 +241,9 @@ def _tensor(value: object, name: str) -> Array:
                 f"{name} has dtype {dtype.str} of foreign byte order, expected the machine's own; "
                 f"use {name}.astype({dtype.newbyteorder('=').name!r})"
             )
-        hint = f"; use {name}.astype(numpy.float32)" if dtype.kind in "iub" else ""
+        wide = dtype.kind == "f" and dtype.itemsize > 8
+        use = "numpy.float64" if wide else "numpy.float32"
+        hint = f"; use {name}.astype({use})" if wide or dtype.kind in "iub" else ""
         raise TypeError(f"{name} has dtype {dtype}, expected float32, float64, float16 or bfloat16{hint}")
     if not dtype.isnative:
         raise TypeError(
@@ -234,9 +271,15 @@ def _vector(value: object, name: str) -> Array:
     v = _ndarray(value, name, expected)
     if v.dtype not in (np.float32, np.float64) or not v.dtype.isnative:
         shown = v.dtype if v.dtype.isnative else v.dtype.str
-        raise TypeError(f"{name} has dtype {shown}, expected float32 or float64")
+        hint = (
+            f"; use {name}.astype(numpy.float32)"
+            if v.dtype.kind in "fiub" or v.dtype.name == "bfloat16"
+            else ""
+        )
+        raise TypeError(f"{name} has dtype {shown}, expected float32 or float64{hint}")
     if v.ndim != 1:
-        raise ValueError(f"{name} has shape {v.shape}, expected {expected}")
+        hint = f"; use {name}.reshape(-1)" if v.ndim and v.size == max(v.shape) else ""
+        raise ValueError(f"{name} has shape {v.shape}, expected {expected}{hint}")
     return v
 
 
@@ -359,15 +402,16 @@ def _in_one_direction(x: Array, dy: Array | None, out: Array | None, axis: int) 
 
     The order in which a channel is summed follows from x alone.
     """
+    strides = x.strides
     if not _core.has_view([x], axis):
         x = _copy_like(x, x)
     together = [x] if out is None else [x, out]
     if not _core.has_view(together, axis):
         assert out is not None
         raise ValueError(
-            f"out has strides {out.strides} for shape {out.shape}, which do not go with x's strides "
-            f"{x.strides} in one pass over memory (channel axis {axis}); use numpy.empty_like(x), or leave "
-            f"out= away"
+            f"out has strides {out.strides} for shape {out.shape}, which cannot be written in one pass over "
+            f"memory together with x of strides {strides} (channel axis {axis}); use numpy.empty_like(x), or "
+            f"leave out= away and assign, out[...] = result"
         )
     if dy is not None and not _core.has_view([x, dy, *together[1:]], axis):
         dy = _copy_like(dy, x)
@@ -499,7 +543,7 @@ def backward(
     x, channel_axis = _input(x, axis, data_format)
     dy = _tensor(dy, "dy")
     if dy.dtype != x.dtype:
-        raise TypeError(f"dy has dtype {dy.dtype}, expected {x.dtype} as x has")
+        raise TypeError(f"dy has dtype {dy.dtype}, expected {x.dtype} as x has; use dy.astype(x.dtype)")
     if dy.shape != x.shape:
         raise ValueError(f"dy has shape {dy.shape}, expected {x.shape} as x has")
     for value, name in ((mean, "mean"), (inv_std, "inv_std")):
@@ -576,9 +620,9 @@ def running_update(
     return rm, rv, vectors[0], vectors[1], weight, n, delta
 
 
-def thread_count(n: object) -> int:
+def thread_count(num_threads: object) -> int:
     """A number of threads: an int from 1 to 65536."""
-    value = check_int(n, "num_threads", "an int from 1 to 65536")
+    value = check_int(num_threads, "num_threads", "an int from 1 to 65536")
     if not 1 <= value <= 65536:
         raise ValueError(f"num_threads is {value}, expected an int from 1 to 65536")
     return value

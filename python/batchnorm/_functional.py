@@ -3,7 +3,7 @@ docstring says so."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +44,9 @@ class TrainResult(NamedTuple):
 class Gradients(NamedTuple):
     """Result of :func:`batch_norm_backward`; what was not asked for is None."""
 
-    dx: Array | None
-    dgamma: Array | None
-    dbeta: Array | None
+    dx: Array | Any
+    dgamma: Array | Any
+    dbeta: Array | Any
 
 
 def batch_norm(
@@ -58,8 +58,8 @@ def batch_norm(
     *,
     eps: float = 1e-5,
     axis: int = _args.DEFAULT_AXIS,
-    data_format: str | None = None,
-    activation: str | None = None,
+    data_format: _args.DataFormatName | None = None,
+    activation: _args.ActivationName | None = None,
     out: Array | None = None,
     **unknown: NoReturn,
 ) -> Array:
@@ -120,7 +120,8 @@ def batch_norm(
         if y is not None:
             return y
     if unknown:
-        _args.reject_keywords("batch_norm", unknown, ("eps", "axis", "data_format", "activation", "out"))
+        known = ("mean", "var", "gamma", "beta", "eps", "axis", "data_format", "activation", "out")
+        _args.reject_keywords("batch_norm", unknown, known)
     y = _core.batch_norm(*_args.inference(x, mean, var, gamma, beta, eps, axis, data_format, activation, out))
     assert y is not None
     return y
@@ -137,8 +138,8 @@ def batch_norm_train(
     running_ddof: int = 1,
     eps: float = 1e-5,
     axis: int = _args.DEFAULT_AXIS,
-    data_format: str | None = None,
-    activation: str | None = None,
+    data_format: _args.DataFormatName | None = None,
+    activation: _args.ActivationName | None = None,
     out: Array | None = None,
     **unknown: NoReturn,
 ) -> TrainResult:
@@ -254,9 +255,9 @@ def batch_norm_backward(
     beta: Array | None = None,
     *,
     axis: int = _args.DEFAULT_AXIS,
-    data_format: str | None = None,
-    stats: str = "batch",
-    activation: str | None = None,
+    data_format: _args.DataFormatName | None = None,
+    stats: Literal["batch", "fixed"] = "batch",
+    activation: _args.ActivationName | None = None,
     needs: tuple[str, ...] = ("dx", "dgamma", "dbeta"),
     out: Array | None = None,
     **unknown: NoReturn,
@@ -315,6 +316,13 @@ def batch_norm_backward(
     >>> dx, dgamma, dbeta = batchnorm.batch_norm_backward(y, x, mean, inv_std)
     >>> dx.shape, dgamma.shape, dbeta.shape
     ((8, 64, 32, 32), (64,), (64,))
+
+    Frozen statistics; that ``inv_std`` is not ``var`` or ``std`` cannot be checked:
+
+    >>> running_mean, running_var = np.zeros(64, np.float32), np.ones(64, np.float32)
+    >>> inv_std = 1 / np.sqrt(running_var.astype(np.float64) + 1e-5)
+    >>> batchnorm.batch_norm_backward(y, x, running_mean, inv_std, stats="fixed").dx.shape
+    (8, 64, 32, 32)
     """
     if (
         data_format is None
@@ -344,7 +352,18 @@ def batch_norm_backward(
         if result is not None:
             return _new(Gradients, result)
     if unknown:
-        known = ("gamma", "beta", "axis", "data_format", "stats", "activation", "needs", "out")
+        known = (
+            "mean",
+            "inv_std",
+            "gamma",
+            "beta",
+            "axis",
+            "data_format",
+            "stats",
+            "activation",
+            "needs",
+            "out",
+        )
         _args.reject_keywords("batch_norm_backward", unknown, known)
     arguments = _args.backward(
         dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, needs, out
@@ -361,7 +380,7 @@ def moments(
     x: Array,
     *,
     axis: int = _args.DEFAULT_AXIS,
-    data_format: str | None = None,
+    data_format: _args.DataFormatName | None = None,
     ddof: int = 0,
     keepdims: bool = False,
     **unknown: NoReturn,
@@ -430,8 +449,8 @@ def update_running(
     mean: Array,
     var: Array,
     *,
-    decay: float,
-    count: int,
+    decay: float | None = None,
+    count: int | None = None,
     ddof: int = 1,
     **unknown: NoReturn,
 ) -> None:
@@ -444,9 +463,9 @@ def update_running(
     mean, var : array of float32 or float64, shape (C,)
         The batch's mean and population variance (``ddof=0``), as :func:`moments` gives them.
     decay : float in [0, 1]
-        Weight of the OLD running value.
+        Weight of the OLD running value. Required.
     count : int
-        Number of values per channel that ``mean`` and ``var`` came from.
+        Number of values per channel that ``mean`` and ``var`` came from. Required.
     ddof : 0 or 1
         The running variance receives ``var * count / (count - ddof)``.
 
@@ -469,5 +488,5 @@ def update_running(
     ((3,), 1.15)
     """
     if unknown:
-        _args.reject_keywords("update_running", unknown, ("decay", "count", "ddof"))
+        _args.reject_keywords("update_running", unknown, ("mean", "var", "decay", "count", "ddof"))
     _core.update_running(*_args.running_update(running_mean, running_var, mean, var, decay, count, ddof))

@@ -37,12 +37,12 @@ def get_num_threads() -> int:
     return _core.num_threads()
 
 
-def set_num_threads(n: int) -> None:
+def set_num_threads(num_threads: int) -> None:
     """Set the number of threads a call may use, for the whole process. No result depends on it.
 
     Parameters
     ----------
-    n : int
+    num_threads : int
         1 to 65536. The default is what OpenMP offers: OMP_NUM_THREADS, or the CPUs this process may run on.
 
     Raises
@@ -57,7 +57,7 @@ def set_num_threads(n: int) -> None:
     >>> batchnorm.get_num_threads()
     2
     """
-    _core.set_num_threads(_args.thread_count(n))
+    _core.set_num_threads(_args.thread_count(num_threads))
 
 
 def isa_levels() -> list[str]:
@@ -84,14 +84,14 @@ def get_isa() -> str:
     return _core.isa()
 
 
-def set_isa(name: str) -> None:
+def set_isa(isa: str) -> None:
     """Use an instruction-set level, for the whole process. No result depends on it.
 
     The environment variable BATCHNORM_ISA does the same.
 
     Parameters
     ----------
-    name : str
+    isa : str
         One of :func:`isa_levels`.
 
     Raises
@@ -106,16 +106,32 @@ def set_isa(name: str) -> None:
     >>> batchnorm.set_isa("baseline")
     >>> batchnorm.set_isa(before)
     """
-    _core.set_isa(_args.isa_name(name))
+    _core.set_isa(_args.isa_name(isa))
 
 
 def get_include() -> str:
-    """Folder of the C++ header, for ``#include <batchnorm/batchnorm.hpp>``."""
+    """Folder of the C++ header, for ``#include <batchnorm/batchnorm.hpp>``.
+
+    The header alone does not link: the library is found by CMake with :func:`get_cmake_dir`.
+
+    Examples
+    --------
+    >>> import batchnorm, pathlib
+    >>> (pathlib.Path(batchnorm.get_include()) / "batchnorm" / "batchnorm.hpp").exists()
+    True
+    """
     return str(Path(__file__).parent / "include")
 
 
 def get_cmake_dir() -> str:
-    """Folder of the CMake package, for ``cmake -Dbatchnorm_DIR=...``."""
+    """Folder of the CMake package, for ``cmake -Dbatchnorm_DIR=...`` and ``find_package(batchnorm CONFIG)``.
+
+    Examples
+    --------
+    >>> import batchnorm, os
+    >>> os.path.basename(batchnorm.get_cmake_dir())
+    'batchnorm'
+    """
     return str(Path(__file__).parent / "lib" / "cmake" / "batchnorm")
 
 
@@ -125,8 +141,8 @@ def config() -> dict[str, Any]:
     Examples
     --------
     >>> import batchnorm
-    >>> batchnorm.config()["cuda"]
-    False
+    >>> batchnorm.config()["isa"] in batchnorm.config()["isa_supported"]
+    True
     """
     return {
         "version": __version__,

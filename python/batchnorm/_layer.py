@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, TypeVar, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -29,29 +29,35 @@ _T = TypeVar("_T")
 _INITIAL = {"gamma": 1.0, "beta": 0.0, "running_mean": 0.0, "running_var": 1.0}
 
 
-class Parameter(NamedTuple):
-    """A trainable array of a layer and its gradient.
+class Parameter:
+    """A trainable array of a layer and its gradient; ``name, value, grad = parameter`` works too.
 
-    Attributes
-    ----------
-    name : str
-        ``"gamma"`` or ``"beta"``.
-    value : ndarray, shape (C,)
-        The layer's own array: an optimiser changes it in place (``value -= rate * grad``).
-    grad : ndarray, shape (C,), or None
-        The gradient of the last ``backward``; None before the first. Each backward makes a new array, so ask
-        ``parameters()`` again after it.
+    `name` is "gamma" or "beta". `grad` is that of the last ``backward``, None before the first; each backward
+    makes a new array, so ask ``parameters()`` again after it.
     """
 
-    name: str
-    value: NDArray[Any]
-    grad: NDArray[Any] | None
+    __slots__ = ("_value", "grad", "name")
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # `parameter.value -= step` ends with an assignment of the array it has changed; a plain named tuple
-        # would change the array and then raise.
-        if name not in self._fields or value is not getattr(self, name):
-            raise AttributeError(f"{name} of a Parameter cannot be replaced, change its array in place")
+    def __init__(self, name: str, value: NDArray[Any], grad: NDArray[Any] | Any) -> None:
+        self.name, self._value, self.grad = name, value, grad
+
+    @property
+    def value(self) -> NDArray[Any]:
+        """The layer's own array: an optimiser changes it in place (``value -= rate * grad``)."""
+        return self._value
+
+    @value.setter
+    def value(self, array: NDArray[Any]) -> None:
+        if array is not self._value:  # it is the same one after `parameter.value -= step`
+            raise AttributeError(
+                f"value of {self.name} cannot be replaced; change it in place, value[:] = ..."
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.name, self.value, self.grad))
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name!r}, {self.value!r}, {self.grad!r})"
 
 
 class _Setting(Generic[_T]):
@@ -74,16 +80,17 @@ class _Setting(Generic[_T]):
         setattr(layer, self._slot, self._check(value))
 
 
-class _Vector(_Setting["NDArray[Any] | None"]):
+class _Vector(_Setting["NDArray[Any] | Any"]):
     """A slot with one value per channel. Assigning copies into the array, which optimisers hold."""
 
-    def __set__(self, layer: BatchNorm, value: NDArray[Any] | None) -> None:
+    def __set__(self, layer: BatchNorm, value: NDArray[Any]) -> None:
         current = self.__get__(layer)
         if current is None:
-            why = "its channel count is not known yet" if layer.num_features is None else "it was built so"
+            unknown = "its channel count is not known yet, build it with BatchNorm(num_features)"
+            why = unknown if layer.num_features is None else "it was built so"
             raise ValueError(f"{self._name} cannot be assigned, the layer has none ({why})")
         if value is not current:  # it is the same array after `layer.gamma -= step`
-            np.copyto(current, _checked_vector(self._name, value, len(current), current.dtype))
+            np.copyto(current, _checked_vector(self._name, value, len(current), current.dtype, cast=True))
 
 
 class BatchNorm:
@@ -117,11 +124,13 @@ class BatchNorm:
     ----------
     gamma, beta : ndarray of `dtype`, shape (C,), or None
         Scale and shift, 1 and 0 at first. None without `scale` / `center`, and while the channel count is
-        unknown. Assigning copies into the array, so whoever holds it sees the new values.
+        unknown. Assigning a float32 or float64 array copies into the layer's array, so whoever holds that
+        sees the new values.
     running_mean, running_var : ndarray of `dtype`, shape (C,), or None
         0 and 1 at first; updated in place by training forwards.
     dgamma, dbeta : ndarray, shape (C,), or None
-        Gradients of the last ``backward``; each backward makes new arrays.
+        Gradients of the last ``backward``, each time new arrays; None before it and without `scale` /
+        `center`.
     num_features : int or None
     num_updates : int
         Number of training forwards that updated the running statistics.
@@ -130,10 +139,9 @@ class BatchNorm:
 
     Raises
     ------
-    TypeError
-        An argument of the wrong kind; ``momentum=`` (the message translates it); an unknown keyword.
-    ValueError
-        An argument out of range.
+    TypeError, ValueError
+        An argument of the wrong kind or out of range; ``momentum=`` (the message translates it); an unknown
+        keyword.
 
     Notes
     -----
@@ -141,7 +149,13 @@ class BatchNorm:
     formulas and accuracy are described there. An eval call writes nothing to statistics or counters. A call
     that raises changes nothing at all.
 
-    The layer keeps a reference to its last input for ``backward``. The input must not be overwritten before.
+    The layer remembers one forward: a later call, an eval call included, replaces it, so ``backward`` after
+    ``bn(x); bn(x_val, training=False)`` gives the gradient at `x_val` with fixed statistics. A layer used
+    twice in one network needs one object per use. Changing `x`, `gamma` or `beta` between forward and
+    backward is not detected. The last input stays alive until the next call.
+
+    Statistics and settings are saved (``save``, ``state_dict``), mode and gradients are not. ``parameters``,
+    ``buffers``, ``state_dict`` and ``save`` raise RuntimeError while the channel count is unknown.
 
     Examples
     --------
@@ -174,8 +188,9 @@ class BatchNorm:
     _running_mean: Any
     _running_var: Any
     _num_features: int | None
-    dgamma: NDArray[Any] | None
-    dbeta: NDArray[Any] | None
+    _activation: Any
+    dgamma: NDArray[Any] | Any
+    dbeta: NDArray[Any] | Any
 
     gamma = _Vector("Scale, one value per channel, or None.")
     beta = _Vector("Shift, one value per channel, or None.")
@@ -184,11 +199,13 @@ class BatchNorm:
     num_features = _Setting["int | None"]("Number of channels; None until it is known.")
     num_updates = _Setting[int]("Number of training forwards that updated the running statistics.")
     axis = _Setting[int]("The channel axis.")
-    data_format = _Setting["str | None"]("The data_format given instead of an axis, or None.")
+    data_format = _Setting["_args.DataFormatName | None"](
+        "The data_format given instead of an axis, or None."
+    )
     scale = _Setting[bool]("Whether the layer has gamma.")
     center = _Setting[bool]("Whether the layer has beta.")
     running_ddof = _Setting[int]("1: running_var is the unbiased estimate; 0: the population variance.")
-    activation = _Setting["str | None"]("The activation applied to the result, or None.")
+    activation = _Setting["_args.ActivationName | None"]("The activation applied to the result, or None.")
     dtype = _Setting["np.dtype[Any]"]("Data type of parameters and running statistics.")
     decay = _Setting("Weight of the old value in the running statistics; may be changed.", _args.check_decay)
     eps = _Setting("Added to the variance inside the square root; may be changed.", _args.check_eps)
@@ -201,13 +218,13 @@ class BatchNorm:
         decay: float = 0.9,
         eps: float = 1e-5,
         axis: int = _args.DEFAULT_AXIS,
-        data_format: str | None = None,
+        data_format: _args.DataFormatName | None = None,
         scale: bool = True,
         center: bool = True,
         running_ddof: int = 1,
-        activation: str | None = None,
+        activation: _args.ActivationName | None = None,
         dtype: DTypeLike = np.float32,
-        **unknown: Any,
+        **unknown: NoReturn,
     ) -> None:
         if unknown:
             options = BatchNorm.__init__.__kwdefaults__ or ()
@@ -238,13 +255,7 @@ class BatchNorm:
     # ---- forward and backward ------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Self:
-        """Let calls use and update statistics as in training (or not, with False); return the layer.
-
-        Raises
-        ------
-        TypeError
-            `mode` is not exactly True or False.
-        """
+        """Let calls use and update statistics as in training (or not, with False); return the layer."""
         self._training = _args.check_flag(mode, "mode")
         return self
 
@@ -278,10 +289,9 @@ class BatchNorm:
 
         Raises
         ------
-        TypeError
-            `x`, `out` or `training` of the wrong kind or dtype.
-        ValueError
-            A shape that does not fit; one value per channel in training.
+        TypeError, ValueError
+            `x`, `out` or `training` of the wrong kind, dtype or shape; one value per channel in training;
+            NaN, Inf or a negative variance in the running statistics in eval.
         """
         if training is None:
             training = self._training
@@ -310,12 +320,7 @@ class BatchNorm:
                 )  # fmt: skip
                 self._saved = (x, None, None)
         except ValueError:
-            count = self._channels_of(x)
-            if count and count != self._num_features:  # the error is about gamma, but it is x that is wrong
-                raise ValueError(
-                    f"x has {count} channels on axis {self._axis} of its shape {x.shape}, "
-                    f"expected {self._num_features}, the num_features of this layer"
-                ) from None
+            self._check_call(x, training)
             raise
         if out is not None and _args._same_memory(out, x):
             self._saved = (None, None, None)
@@ -330,6 +335,26 @@ class BatchNorm:
             self._num_features = None
             self._gamma = self._beta = self._running_mean = self._running_var = None
             raise
+
+    def _check_call(self, x: NDArray[Any], training: bool) -> None:
+        """Raise the error of a failed call, if this layer knows better than the function what is wrong."""
+        count, own = self._channels_of(x), self._num_features
+        if count and count != own:  # the function's error is about gamma
+            hint = f"; axis -1 has {own}: build the layer with axis=-1" if x.shape[-1] == own else ""
+            if x.ndim == 3 and self._axis == 1 and x.shape[0] == own:
+                hint += "; a single image needs a batch axis, x[None]"
+            raise ValueError(
+                f"x has {count} channels on axis {self._axis} of its shape {x.shape}, "
+                f"expected {own}, the num_features of this layer{hint}"
+            ) from None
+        for name in ("running_mean", "running_var") if count and not training else ():
+            try:
+                _checked_vector(name, getattr(self, name), own, self._dtype)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}: a training batch held NaN, Inf or huge values, or the layer's {name} was set "
+                    f"so; load a saved state, or assign finite statistics (bn.{name} = ...) and train again"
+                ) from None
 
     def _channels_of(self, x: Any) -> int | None:
         """The channel count of `x`, or None if it has no channel axis."""
@@ -371,7 +396,7 @@ class BatchNorm:
                 "backward is not possible, the input of the last forward has been overwritten: "
                 "call the layer with another out than x (or none), and backward with another out than x"
             )
-        stats = "batch"
+        stats: Literal["batch", "fixed"] = "batch"
         if mean is None or inv_std is None:
             stats, mean = "fixed", self._running_mean
             with np.errstate(all="ignore"):  # var = eps = 0 gives inf, as in the forward
@@ -407,25 +432,13 @@ class BatchNorm:
         return {name: getattr(self, "_" + name) for name in self._vector_names()}
 
     def parameters(self) -> list[Parameter]:
-        """What an optimiser trains: gamma and beta, as far as the layer has them, with their gradients.
-
-        Raises
-        ------
-        RuntimeError
-            The channel count is not known yet.
-        """
+        """What an optimiser trains: gamma and beta, as far as the layer has them, with their gradients."""
         vectors = self._known_vectors("parameters()")
         gradients = {"gamma": self.dgamma, "beta": self.dbeta}
         return [Parameter(name, vectors[name], gradients[name]) for name in vectors if name in gradients]
 
     def buffers(self) -> dict[str, NDArray[Any]]:
-        """The running statistics, by name: the layer's own arrays, which no optimiser should touch.
-
-        Raises
-        ------
-        RuntimeError
-            The channel count is not known yet.
-        """
+        """The running statistics, by name: the layer's own arrays, which no optimiser should touch."""
         self._known_vectors("buffers()")
         return {"running_mean": self._running_mean, "running_var": self._running_var}
 
@@ -437,26 +450,22 @@ class BatchNorm:
         dict of str to ndarray
             ``gamma``, ``beta`` (if present), ``running_mean``, ``running_var``: shape (C,), layer's dtype;
             ``format_version``, ``num_updates``, ``axis``, ``running_ddof``: int64; ``eps``, ``decay``:
-            float64; ``activation``: str ("none" for None); all of shape (). Gradients, mode and the saved
-            input are not part of it.
-
-        Raises
-        ------
-        RuntimeError
-            The channel count is not known yet.
+            float64; ``activation``, ``data_format``: str ("none" for None); all of shape (). Gradients, mode
+            and the saved input are not part of it.
         """
         state = {name: value.copy() for name, value in self._known_vectors("state_dict()").items()}
-        scalars = {"format_version": 1, "activation": self._activation or "none"}
         for name in _SCALARS:
-            state[name] = np.array(scalars[name] if name in scalars else getattr(self, "_" + name))
+            value = 1 if name == "format_version" else getattr(self, name)
+            state[name] = np.array("none" if value is None else value)
         return state
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]], *, strict: bool = True) -> Self:
         """Take over a state of ``state_dict``; return the layer.
 
         Arrays are copied into the layer's own. `eps`, `decay`, `running_ddof` and `num_updates` are taken
-        over too; `axis` and `activation` belong to the network around the layer and must agree. A layer
-        without a channel count gets that of the state. Gradients and the saved input are dropped.
+        over too; `activation` belongs to the network around the layer and must agree. `axis` and
+        `data_format` serve ``load`` only: here the layer keeps its own. A layer without a channel count gets
+        that of the state. Gradients and the saved input are dropped.
 
         Parameters
         ----------
@@ -464,31 +473,27 @@ class BatchNorm:
             As ``state_dict`` gives it; single values may also be plain Python numbers or str.
         strict : bool, default True
             Whether missing and unexpected names are an error. With False the layer keeps what is missing,
-            and what is unexpected is ignored; what is used is checked all the same.
+            and what is unexpected is ignored, but not names of other libraries (``weight``, ``moving_mean``);
+            what is used is checked all the same.
 
         Raises
         ------
-        TypeError
-            `state` is no mapping; an entry of another dtype.
-        ValueError
-            Missing or unexpected names; another shape, axis, activation or format; NaN, Inf or a negative
-            variance.
+        TypeError, ValueError
+            `state` is no mapping; missing or unexpected names; an entry of another dtype or shape; another
+            activation or format; NaN, Inf or a negative variance.
         """
         _args.check_flag(strict, "strict")
         if not isinstance(state, Mapping):
-            raise TypeError(f"state is {type(state).__name__}, expected a mapping of names to arrays")
+            raise TypeError(f"state is {_args._kind(state)}, expected a mapping of names to arrays")
         state = dict(state)
         scalars = _checked_scalars(state)
         names = self._vector_names()
-        if strict:
-            _check_names(state, (*names, *_SCALARS))
-        for name in ("axis", "activation"):
-            own = getattr(self, name)
-            if name in scalars and scalars[name] != own:
-                raise ValueError(
-                    f"{name} is {scalars[name]!r} in the state, expected {own!r} as in this layer: "
-                    f"build the layer with it, or take {name!r} out of the state and load with strict=False"
-                )
+        _check_names(state, (*names, *_SCALARS), strict, " (strict=False loads what fits)")
+        if scalars.get("activation", self._activation) != self._activation:
+            raise ValueError(
+                f"activation is {scalars['activation']!r} in the state, expected {self._activation!r} as in "
+                "this layer: build the layer with it, or take it out of the state and load with strict=False"
+            )
         count = self._num_features
         vectors: dict[str, NDArray[Any]] = {}
         for name in names:
@@ -515,17 +520,14 @@ class BatchNorm:
 
         Raises
         ------
-        RuntimeError
-            The channel count is not known yet.
         ValueError
             The state holds NaN, Inf or a negative variance: ``load`` would refuse the file.
         OSError
             The file cannot be written.
         """
-        state = self.state_dict()
-        for name in self._vector_names():
-            _checked_vector(name, state[name], self._num_features, self._dtype)
-        _state.write_state(path, state)
+        for name, value in self._known_vectors("save()").items():
+            _checked_vector(name, value, self._num_features, self._dtype)
+        _state.write_state(path, self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -544,10 +546,14 @@ class BatchNorm:
         state = _state.read_state(path)
         try:
             scalars = _checked_scalars(state)
-            names = ("decay", "eps", "axis", "running_ddof", "activation")
+            layout = "axis" if scalars.get("data_format") is None else "data_format"
+            names = ("decay", "eps", layout, "running_ddof", "activation")
             options = {name: scalars[name] for name in names if name in scalars}
             dtype = state["running_mean"].dtype if "running_mean" in state else np.float32
             layer = cls(scale="gamma" in state, center="beta" in state, dtype=dtype, **options)
+            _check_names(state, (*layer._vector_names(), *_SCALARS), True, "")
+            if layer.axis != scalars["axis"]:
+                raise ValueError(f"axis is {scalars['axis']} but data_format is {layer.data_format!r}")
             return layer.load_state_dict(state)
         except (TypeError, ValueError) as error:
             raise ValueError(f"cannot load {os.fspath(path)!r}: {error}") from error
@@ -583,36 +589,46 @@ def _checked_dtype(value: Any) -> np.dtype[Any]:
     raise TypeError(f"dtype is {value!r:.60}, expected numpy.float32 or numpy.float64")
 
 
-def _checked_vector(name: str, value: Any, count: int | None, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _checked_vector(
+    name: str, value: Any, count: int | None, dtype: np.dtype[Any], *, cast: bool = False
+) -> NDArray[Any]:
     """`value`, if gamma, beta, running_mean or running_var may have it; `count` None: of any length."""
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-        raise TypeError(f"{name} is {type(value).__name__}, expected an array of {dtype}")
-    if value.dtype != dtype:
+    if isinstance(value, list | tuple):
+        use = f"use numpy.array({name}, numpy.{dtype})"
+        raise TypeError(f"{name} is {_args._kind(value)}, expected an array of {dtype}; {use}")
+    if not cast and isinstance(value, np.ndarray) and value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}, expected {dtype}, the dtype of this layer")
-    if value.ndim != 1 or len(value) != (count or len(value) or 1):
-        shape = f"({count or 'C'},)"
-        raise ValueError(f"{name} has shape {value.shape}, expected {shape}, one value per channel")
-    bad = ~np.isfinite(value)
-    if name == "running_var":
-        bad |= value < 0
-    if bad.any():
-        channel = int(bad.argmax())
-        expected = "finite and >= 0" if name == "running_var" else "finite values"
-        raise ValueError(f"{name} is {value[channel]} at channel {channel}, expected {expected}")
-    return value
+    given = _args._vector(value, name)
+    if len(given) != (count or len(given) or 1):
+        raise ValueError(f"{name} has shape {given.shape}, expected ({count or 'C'},), one value per channel")
+    with np.errstate(over="ignore", under="ignore"):
+        vector = given.astype(dtype, copy=False)
+    good = np.isfinite(vector) & ((vector >= 0) | (name != "running_var"))
+    if not good.all():
+        channel = int(good.argmin())
+        expected = f"finite {dtype} values" + " >= 0" * (name == "running_var")
+        raise ValueError(f"{name} is {given[channel]} at channel {channel}, expected {expected}")
+    return vector
 
 
-def _check_names(state: Mapping[str, Any], expected: tuple[str, ...]) -> None:
+# Entries of other libraries' states, and what they are called here.
+_FOREIGN = {
+    "weight": "gamma", "scale": "gamma", "bias": "beta", "offset": "beta", "moving_mean": "running_mean",
+    "moving_variance": "running_var", "num_batches_tracked": "num_updates",
+}  # fmt: skip
+
+
+def _check_names(state: Mapping[str, Any], expected: tuple[str, ...], strict: bool, hint: str) -> None:
     missing = [name for name in expected if name not in state]
     unexpected = [str(name) for name in state if name not in expected]
-    if missing or unexpected:
-        found = [
-            f"{what} {', '.join(n)}" for what, n in (("missing", missing), ("unexpected", unexpected)) if n
-        ]
-        raise ValueError(
-            f"the state does not fit the layer: {'; '.join(found)}; expected {', '.join(expected)} "
-            "(strict=False loads what fits)"
-        )
+    foreign = [f"{name} is called {_FOREIGN[name]} here" for name in unexpected if name in _FOREIGN]
+    if foreign:
+        assign = "bn.gamma = ..., bn.beta = ..., bn.running_mean = ..., bn.running_var = ..."
+        hint = f" ({', '.join(foreign)}; assign arrays of PyTorch or Keras one by one: {assign})"
+    if foreign or (strict and (missing or unexpected)):
+        both = (("missing", missing), ("unexpected", unexpected))
+        found = "; ".join(f"{what} {', '.join(names)}" for what, names in both if names)
+        raise ValueError(f"the state does not fit the layer: {found}; expected {', '.join(expected)}{hint}")
 
 
 # The entries of a state that are one number or word, and what makes a setting of them or raises.
@@ -624,6 +640,7 @@ _SCALARS: dict[str, Callable[[object], Any]] = {
     "axis": lambda v: _args.check_int(v, "axis", "an int"),
     "running_ddof": lambda v: _args.check_ddof(v, "running_ddof"),
     "activation": lambda v: _args.check_activation(None if v == "none" else v),
+    "data_format": lambda v: None if v == "none" else v,  # for ``load``, where the constructor checks it
 }
 
 

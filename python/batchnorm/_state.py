@@ -24,6 +24,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from . import _args
+
 # A zip without comment ends with this record (APPNOTE 4.3.16): signature, disk, disk, members, members,
 # directory size, directory offset, comment size. Before it there may be a zip64 locator.
 _END = struct.Struct("<4s4H2IH")
@@ -95,7 +97,7 @@ def _path_text(path: str | os.PathLike[str]) -> str:
     """`path` as text, if a state may be there: not a folder, a pipe or a device."""
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(text, str):
-        raise TypeError(f"path is {type(path).__name__}, expected str or os.PathLike of str")
+        raise TypeError(f"path is {_args._kind(path)}, expected str or os.PathLike of str")
     if os.path.isdir(text):
         raise IsADirectoryError(errno.EISDIR, "expected the name of a state file, this is a folder", text)
     if os.path.exists(text) and not os.path.isfile(text):  # opening a pipe would wait for ever

@@ -102,13 +102,13 @@ struct AnyView {
 using ConstTensor = AnyView<false>;
 using Tensor = AnyView<true>;
 
-// One value per channel, float or double, with a stride in elements. Default-constructed means absent.
+// One value per channel, float or double, with a stride in elements; does not own them. Default-constructed means absent.
 template <bool writable>
 struct AnyChannels {
     using Data = std::conditional_t<writable, void*, const void*>;
     Data data = nullptr;
     bool is_double = false;
-    std::int64_t size = 0, stride = 1;
+    std::int64_t size = -1, stride = 1;
 
     AnyChannels() = default;
     AnyChannels(Data d, bool dbl, std::int64_t n, std::int64_t s) : data(d), is_double(dbl), size(n), stride(s) {}
@@ -123,7 +123,9 @@ struct AnyChannels {
     template <class V>
         requires(std::is_same_v<V, float> || std::is_same_v<V, double>) && (!writable)
     AnyChannels(const std::vector<V>& values) : AnyChannels(std::span<const V>(values)) {}  // NOLINT: implicit on purpose
-    explicit operator bool() const { return data != nullptr; }
+    template <class V>
+    AnyChannels(std::vector<V>&&) = delete;  // would refer to values that are gone
+    explicit operator bool() const { return size >= 0; }
 };
 using ConstChannels = AnyChannels<false>;
 using Channels = AnyChannels<true>;
@@ -141,7 +143,7 @@ struct BatchNormArgs {
     ConstChannels gamma{}, beta{};  // absent: 1 and 0
     double eps = 1e-5;              // finite, >= 0
     Activation activation = Activation::none;
-    bool disjoint = false;  // the caller knows that y does not partly overlap x although their address ranges do
+    bool disjoint = false;  // the caller has checked that no output shares an element with another argument; address ranges may overlap
 };
 BATCHNORM_API void batch_norm(const BatchNormArgs& args);
 
