@@ -167,8 +167,8 @@ class NumPy:
         out, t = np.empty_like(x), np.empty_like(x)
         axes = tuple(i for i in range(len(dims)) if i != axis % len(dims))
         shape = [1] * len(dims)
-        shape[axis] = -1
-        mean, var = np.zeros(shape, dtype).reshape(shape), np.ones(shape, dtype)
+        shape[axis] = dims[axis]
+        mean, var = np.zeros(shape, dtype), np.ones(shape, dtype)
         n = x.size // dims[axis]
 
         def normalise(m: Any, v: Any) -> None:
