@@ -2,9 +2,9 @@
 
     python bench/accuracy.py
 
-For each |mean| / std, float32 data of 32 x 8 x 56 x 56 is normalised in training mode; the error is the largest
-|y - exact| / max(1, |exact|) over all values, the exact result being the formula in extended precision. PyTorch
-is shown if it is installed.
+For each |mean| / std, float32 data of 32 x 8 x 56 x 56 is normalised in training mode; the error is the
+largest |y - exact| / max(1, |exact|) over all values, the exact result being the formula in extended
+precision. PyTorch is shown if it is installed.
 """
 
 from __future__ import annotations
