@@ -163,7 +163,7 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
     });
 }
 
-// dgamma and dbeta come as arrays to fill, or None; dx as an array, True for a new one, or None.
+// What is not needed is None in the result; dx goes into `out` if that is given.
 py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py::handle inv_std, py::handle gamma, py::handle beta,
                                py::handle axis, bool fixed, py::handle activation, bool need_dx, bool need_dgamma, bool need_dbeta,
                                py::handle out, bool disjoint, bool prepared) {
