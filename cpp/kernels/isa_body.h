@@ -17,7 +17,6 @@ using bfloat16 = Bfloat16;
 constexpr kernels::KernelTable make_table(const char* isa) {
     kernels::KernelTable t{};
     t.isa = isa;
-    t.vector_bytes = kVectorBytes;
 #define BATCHNORM_KERNEL(op, direction, dtype) t.op[kernels::direction][kernels::dtype] = op##_##direction<storage::dtype>;
 #include "kernels.def"
 #undef BATCHNORM_KERNEL

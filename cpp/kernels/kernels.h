@@ -113,7 +113,6 @@ using GradApplyFn = void (*)(const GradApplyArgs&) noexcept;
 
 struct KernelTable {
     const char* isa;
-    int vector_bytes;
     MomentsFn moments[kDirections][kDtypes];
     ApplyFn apply[kDirections][kDtypes];
     GradSumsFn grad_sums[kDirections][kDtypes];

@@ -14,7 +14,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ ActivationName = Literal["relu"]
 DataFormatName = Literal[
     "NC", "NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC", "channels_first", "channels_last"
 ]
-ACTIVATIONS = ("relu",)
+ACTIVATIONS: tuple[str, ...] = get_args(ActivationName)
 GRADIENTS = ("dx", "dgamma", "dbeta")
 
 # data_format: (rank it needs or None, channel axis)
@@ -66,9 +66,10 @@ def _kind(value: object) -> str:
     return f"of type {name}"
 
 
+_MODES = "use batch_norm_train or batch_norm; a BatchNorm has train() and eval()"
 # Keywords of other libraries, and what to write here instead.
 _FOREIGN = {
-    "affine": "scale= and center= say whether there are gamma and beta",
+    "affine": "leave gamma and beta away (functions), or pass scale=False, center=False (BatchNorm)",
     "weight": "it is called gamma here",
     "bias": "it is called beta here",
     "offset": "it is called beta here",
@@ -80,9 +81,9 @@ _FOREIGN = {
     "variance_epsilon": "it is called eps here",
     "num_channels": "it is called num_features here",
     "track_running_stats": "batch_norm_train without running arrays uses batch statistics only",
-    "training": "batch_norm_train uses the batch's own statistics, batch_norm uses given ones",
-    "is_training": "batch_norm_train uses the batch's own statistics, batch_norm uses given ones",
-    "train": "batch_norm_train uses the batch's own statistics, batch_norm uses given ones",
+    "training": _MODES,
+    "is_training": _MODES,
+    "train": _MODES,
     "inplace": "pass out=x",
     "trainable": "eval() normalises with the running statistics and updates nothing",
     "device": "there is only the CPU",

@@ -328,7 +328,7 @@ def batch_norm_backward(
         data_format is None
         and not unknown
         and type(needs) is tuple
-        and needs == _ALL_GRADIENTS
+        and needs == _args.GRADIENTS
         and type(stats) is str
         and (stats == "batch" or stats == "fixed")
     ):
@@ -371,9 +371,6 @@ def batch_norm_backward(
     result = _core.batch_norm_backward(*arguments)
     assert result is not None
     return _new(Gradients, result)
-
-
-_ALL_GRADIENTS = ("dx", "dgamma", "dbeta")
 
 
 def moments(
