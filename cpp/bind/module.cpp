@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstring>
 
 #include "bind/ndarray.h"
 
@@ -93,7 +94,17 @@ py::object empty_like(py::handle x) {
     return py::reinterpret_steal<py::object>(result);
 }
 
-std::int64_t elements(const Tensor& v) { return v.outer * v.channels * v.inner; }
+// A mask without bits set.
+py::object zeros(std::int64_t bytes) {
+    py::array_t<std::uint8_t> mask(bytes);
+    std::memset(mask.mutable_data(), 0, static_cast<std::size_t>(bytes));
+    return mask;
+}
+
+template <bool writable>
+std::int64_t elements(const AnyView<writable>& v) {
+    return v.outer * v.channels * v.inner;
+}
 
 std::span<double> span(py::array_t<double>& a) { return {a.mutable_data(), static_cast<std::size_t>(a.size())}; }
 
@@ -112,112 +123,172 @@ py::object attempt(bool prepared, Op op) {
     }
 }
 
+// None means the default, 0 in the core.
+bool as_thread_count(py::handle h, int& out) {
+    std::int64_t n = 0;
+    if (!h.is_none() && (!as_int(h, n) || n < 1 || n > 65536)) return false;
+    out = static_cast<int>(n);
+    return true;
+}
+
+// The arrays that an operation takes together, x first, and their views.
+class Together {
+public:
+    // Adds an array that is read, or written, and says where its view goes.
+    bool read(py::handle h, ConstTensor& to) { return add(h, false, &to, nullptr); }
+    bool write(py::handle h, Tensor& to) { return add(h, true, nullptr, &to); }
+    bool look(std::int64_t axis) {
+        const Array* pointers[kMaxTogether];
+        for (std::size_t i = 0; i < n_; ++i) pointers[i] = &*arrays_[i];
+        Tensor views[kMaxTogether];
+        if (!as_views(std::span(pointers, n_), axis, std::span(views, n_))) return false;
+        for (std::size_t i = 0; i < n_; ++i) {
+            if (read_[i] != nullptr) *read_[i] = views[i];
+            if (written_[i] != nullptr) *written_[i] = views[i];
+        }
+        return true;
+    }
+    Dtype dtype() const { return arrays_[0]->dtype; }
+
+private:
+    bool add(py::handle h, bool writable, ConstTensor* read, Tensor* written) {
+        arrays_[n_] = as_array(h);
+        if (!arrays_[n_] || (writable && !arrays_[n_]->writable)) return false;
+        read_[n_] = read;
+        written_[n_++] = written;
+        return true;
+    }
+    std::optional<Array> arrays_[kMaxTogether];
+    ConstTensor* read_[kMaxTogether];
+    Tensor* written_[kMaxTogether];
+    std::size_t n_ = 0;
+};
+
+py::object given_or_like(py::handle out, py::handle x) { return out.is_none() ? empty_like(x) : py::reinterpret_borrow<py::object>(out); }
+
 py::object batch_norm(py::handle x, py::handle mean, py::handle var, py::handle gamma, py::handle beta, py::handle eps, py::handle axis,
-                      py::handle activation, py::handle out, bool disjoint, bool prepared) {
+                      py::handle activation, py::handle residual, py::handle mask, py::handle num_threads, py::handle out, bool disjoint,
+                      bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormArgs a;
         std::int64_t channel_axis;
-        const std::optional<Array> x_array = as_array(x);
-        if (!x_array || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_activation(activation, a.activation) ||
-            !as_channels(mean, a.mean) || !as_channels(var, a.var) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta)) {
+        Together together;
+        if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_activation(activation, a.activation) ||
+            !as_channels(mean, a.mean) || !as_channels(var, a.var) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) ||
+            !as_mask(mask, a.mask) || !as_thread_count(num_threads, a.num_threads)) {
             return {};
         }
-        py::object y = out.is_none() ? empty_like(x) : py::reinterpret_borrow<py::object>(out);
-        const std::optional<Array> y_array = as_array(y);
-        std::array<Tensor, 2> views;
-        if (!y_array || !y_array->writable || !as_views<2>({&*x_array, &*y_array}, channel_axis, views)) return {};
-        a.x = views[0];
-        a.y = views[1];
+        py::object y = given_or_like(out, x);
+        if (!together.write(y, a.y) || (!residual.is_none() && !together.read(residual, a.residual)) || !together.look(channel_axis)) {
+            return {};
+        }
         a.disjoint = disjoint;
         without_gil(elements(a.y), [&] { batchnorm::batch_norm(a); });
         return y;
     });
 }
 
+// With a residual and an activation, the result has the mask as its fourth.
 py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py::handle running_mean, py::handle running_var,
                             py::handle decay, py::handle running_ddof, py::handle eps, py::handle axis, py::handle activation,
-                            py::handle out, bool disjoint, bool prepared) {
+                            py::handle residual, py::handle num_threads, py::handle out, bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormTrainArgs a;
         std::int64_t channel_axis, ddof;
-        const std::optional<Array> x_array = as_array(x);
-        if (!x_array || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_double(decay, a.decay) ||
+        Together together;
+        if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_double(decay, a.decay) ||
             !as_int(running_ddof, ddof) || ddof < 0 || ddof > 1 || !as_activation(activation, a.activation) ||
             !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_channels(running_mean, a.running_mean) ||
-            !as_channels(running_var, a.running_var)) {
+            !as_channels(running_var, a.running_var) || !as_thread_count(num_threads, a.num_threads)) {
             return {};
         }
         a.running_ddof = static_cast<int>(ddof);
-        py::object y = out.is_none() ? empty_like(x) : py::reinterpret_borrow<py::object>(out);
-        const std::optional<Array> y_array = as_array(y);
-        std::array<Tensor, 2> views;
-        if (!y_array || !y_array->writable || !as_views<2>({&*x_array, &*y_array}, channel_axis, views)) return {};
-        a.x = views[0];
-        a.y = views[1];
+        py::object y = given_or_like(out, x);
+        if (!together.write(y, a.y) || (!residual.is_none() && !together.read(residual, a.residual)) || !together.look(channel_axis)) {
+            return {};
+        }
         a.disjoint = disjoint;
         py::array_t<double> mean(a.x.channels), inv_std(a.x.channels);
         a.mean = span(mean);
         a.inv_std = span(inv_std);
+        if (residual.is_none() || a.activation == Activation::none) {
+            without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
+            return py::make_tuple(std::move(y), std::move(mean), std::move(inv_std));
+        }
+        py::object mask = zeros(mask_bytes(a.x));
+        as_mask(mask, a.mask);
         without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
-        return py::make_tuple(std::move(y), std::move(mean), std::move(inv_std));
+        return py::make_tuple(std::move(y), std::move(mean), std::move(inv_std), std::move(mask));
     });
 }
 
-// What is not needed is None in the result; dx goes into `out` if that is given.
+// What is not needed is None in the result; dx and dresidual go into `out` and `out_residual` if those are given. The result has
+// dresidual as its fourth if that is needed.
 py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py::handle inv_std, py::handle gamma, py::handle beta,
-                               py::handle axis, bool fixed, py::handle activation, bool need_dx, bool need_dgamma, bool need_dbeta,
-                               py::handle out, bool disjoint, bool prepared) {
+                               py::handle axis, bool fixed, py::handle activation, py::handle mask, bool need_dx, bool need_dgamma,
+                               bool need_dbeta, bool need_dresidual, py::handle num_threads, py::handle out, py::handle out_residual,
+                               bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormBackwardArgs a;
         a.stats = fixed ? Stats::fixed : Stats::batch;
         std::int64_t channel_axis;
-        const std::optional<Array> x_array = as_array(x), dy_array = as_array(dy);
-        if (!x_array || !dy_array || !as_int(axis, channel_axis) || !as_activation(activation, a.activation) ||
-            !as_channels(mean, a.mean) || !as_channels(inv_std, a.inv_std) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta)) {
+        Together together;
+        if (!together.read(x, a.x) || !together.read(dy, a.dy) || !as_int(axis, channel_axis) || !as_activation(activation, a.activation) ||
+            !as_channels(mean, a.mean) || !as_channels(inv_std, a.inv_std) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) ||
+            !as_mask(mask, a.mask) || !as_thread_count(num_threads, a.num_threads) || (!need_dx && !out.is_none()) ||
+            (!need_dresidual && !out_residual.is_none())) {
             return {};
         }
-        py::object dx = py::none();
-        std::array<Tensor, 3> views;
+        py::object dx = py::none(), dresidual = py::none();
         if (need_dx) {
-            dx = out.is_none() ? empty_like(x) : py::reinterpret_borrow<py::object>(out);
-            const std::optional<Array> dx_array = as_array(dx);
-            if (!dx_array || !dx_array->writable || !as_views<3>({&*x_array, &*dy_array, &*dx_array}, channel_axis, views)) return {};
-            a.dx = views[2];
-        } else {
-            std::array<Tensor, 2> two;
-            if (!out.is_none() || !as_views<2>({&*x_array, &*dy_array}, channel_axis, two)) return {};
-            views[0] = two[0];
-            views[1] = two[1];
+            dx = given_or_like(out, x);
+            if (!together.write(dx, a.dx)) return {};
         }
-        a.x = views[0];
-        a.dy = views[1];
+        if (need_dresidual) {
+            dresidual = given_or_like(out_residual, x);
+            if (!together.write(dresidual, a.dresidual)) return {};
+        }
+        if (!together.look(channel_axis)) return {};
         a.disjoint = disjoint;
         // A gradient has its parameter's type, or the other parameter's; without any, float64 for float64 data and float32 for the rest.
         const auto gradient = [&](bool needed, const ConstChannels& parameter, const ConstChannels& other,
                                   Channels& destination) -> py::object {
             if (!needed) return py::none();
-            const bool is_double = parameter ? parameter.is_double : other ? other.is_double : x_array->dtype == Dtype::float64;
+            const bool is_double = parameter ? parameter.is_double : other ? other.is_double : together.dtype() == Dtype::float64;
             py::array g = is_double ? py::array(py::array_t<double>(a.x.channels)) : py::array(py::array_t<float>(a.x.channels));
             destination = Channels(g.mutable_data(), is_double, a.x.channels, 1);
             return g;
         };
         py::object dgamma = gradient(need_dgamma, a.gamma, a.beta, a.dgamma), dbeta = gradient(need_dbeta, a.beta, a.gamma, a.dbeta);
-        without_gil(elements(views[0]), [&] { batchnorm::batch_norm_backward(a); });
-        return py::make_tuple(std::move(dx), std::move(dgamma), std::move(dbeta));
+        without_gil(elements(a.x), [&] { batchnorm::batch_norm_backward(a); });
+        if (!need_dresidual) return py::make_tuple(std::move(dx), std::move(dgamma), std::move(dbeta));
+        return py::make_tuple(std::move(dx), std::move(dgamma), std::move(dbeta), std::move(dresidual));
     });
 }
 
-py::object moments(py::handle x, py::handle axis, py::handle ddof, bool prepared) {
+py::object moments(py::handle x, py::handle axis, py::handle ddof, py::handle num_threads, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         std::int64_t channel_axis, delta;
-        const std::optional<Array> x_array = as_array(x);
-        std::array<Tensor, 1> views;
-        if (!x_array || !as_int(axis, channel_axis) || !as_int(ddof, delta) || !as_views<1>({&*x_array}, channel_axis, views)) return {};
-        py::array_t<double> mean(views[0].channels), var(views[0].channels);
+        int threads;
+        ConstTensor view;
+        Together together;
+        if (!together.read(x, view) || !as_int(axis, channel_axis) || !as_int(ddof, delta) || !as_thread_count(num_threads, threads) ||
+            !together.look(channel_axis)) {
+            return {};
+        }
+        py::array_t<double> mean(view.channels), var(view.channels);
         const std::span<double> mean_values = span(mean), var_values = span(var);
-        without_gil(elements(views[0]), [&] { batchnorm::moments(views[0], mean_values, var_values, delta); });
+        without_gil(elements(view), [&] { batchnorm::moments(view, mean_values, var_values, delta, threads); });
         return py::make_tuple(std::move(mean), std::move(var));
     });
+}
+
+// Bytes of a mask for x, which has a view.
+std::int64_t mask_bytes_of(py::handle x, std::int64_t axis) {
+    ConstTensor view;
+    Together together;
+    if (!together.read(x, view) || !together.look(axis)) throw std::invalid_argument("x cannot be used as it is");
+    return mask_bytes(view);
 }
 
 py::object update_running(py::handle running_mean, py::handle running_var, py::handle mean, py::handle var, double decay,
@@ -234,22 +305,14 @@ py::object update_running(py::handle running_mean, py::handle running_var, py::h
     return py::none();
 }
 
-template <std::size_t n>
-bool have_view(const std::array<std::optional<Array>, 3>& arrays, std::int64_t axis) {
-    std::array<const Array*, n> pointers;
-    for (std::size_t i = 0; i < n; ++i) {
-        if (!arrays[i]) return false;
-        pointers[i] = &*arrays[i];
-    }
-    std::array<Tensor, n> views;
-    return as_views<n>(pointers, axis, views);
-}
-
-// Whether up to three arrays have the common view (see as_views) that an operation on them would need.
+// Whether some arrays, at most kMaxTogether, have the common view (see as_views) that an operation on them would need.
 bool has_view(const std::vector<py::object>& objects, std::int64_t axis) {
-    std::array<std::optional<Array>, 3> arrays;
-    for (std::size_t i = 0; i < objects.size() && i < 3; ++i) arrays[i] = as_array(objects[i]);
-    return objects.size() == 1 ? have_view<1>(arrays, axis) : objects.size() == 2 ? have_view<2>(arrays, axis) : have_view<3>(arrays, axis);
+    ConstTensor unused;
+    Together together;
+    for (const py::object& o : objects) {
+        if (!together.read(o, unused)) return false;
+    }
+    return together.look(axis);
 }
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
@@ -260,6 +323,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("moments", &moments);
     m.def("update_running", &update_running);
     m.def("has_view", &has_view);
+    m.def("mask_bytes", &mask_bytes_of);
+    m.def("tuning", &tuning);
+    m.def("set_tuning", [](const std::string& settings) { set_tuning(settings); });
     m.def("set_bfloat16_type_num", [](int n) { bfloat16_type_num = n; });
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads);

@@ -10,6 +10,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <optional>
+#include <span>
+#include <type_traits>
 
 #include "batchnorm/batchnorm.hpp"
 
@@ -19,6 +21,9 @@ namespace py = pybind11;
 
 // NumPy's limit on dimensions.
 inline constexpr int kMaxDims = 64;
+
+// The most tensors of one operation: dy, x, dx and dresidual.
+inline constexpr std::size_t kMaxTogether = 4;
 
 // The type number NumPy gave ml_dtypes.bfloat16 in this process; -1 until Python has seen such an array.
 inline std::atomic<int> bfloat16_type_num{-1};
@@ -74,12 +79,27 @@ bool as_channels(py::handle h, AnyChannels<writable>& out) {
     return true;
 }
 
+// A mask: contiguous bytes. None is an empty one.
+template <class Byte>
+bool as_mask(py::handle h, std::span<Byte>& out) {
+    namespace d = py::detail;
+    out = {};
+    if (h.is_none()) return true;
+    if (reinterpret_cast<PyObject*>(Py_TYPE(h.ptr())) != reinterpret_cast<PyObject*>(d::npy_api::get().PyArray_Type_)) return false;
+    const auto* const a = d::array_proxy(h.ptr());
+    if (d::array_descriptor_proxy(a->descr)->type_num != d::npy_api::NPY_UBYTE_ || a->nd != 1 || a->strides[0] != 1) return false;
+    if (!std::is_const_v<Byte> && (a->flags & d::npy_api::NPY_ARRAY_WRITEABLE_) == 0) return false;
+    out = {reinterpret_cast<Byte*>(a->data), static_cast<std::size_t>(a->dimensions[0])};
+    return a->dimensions[0] > 0;
+}
+
 // The common view of arrays of one shape, the channel axis being `axis`. In the order of the first array's memory, the axes before the
 // channels are `outer` and those behind them `inner`; each must be one axis in every array (rows, if there is no inner, may take two:
 // a crop of whole rows). So an array's view, and with it the order of its sums, follows from shape and memory order, not from the
-// gaps between its elements. Fails if the arrays differ in shape or type or do not have such a view. An array may be given twice.
-template <std::size_t n>
-bool as_views(const std::array<const Array*, n>& arrays, std::int64_t axis, std::array<Tensor, n>& views) {
+// gaps between its elements. Takes up to kMaxTogether arrays. Fails if the arrays differ in shape or type or do not have such a view. An
+// array may be given twice.
+inline bool as_views(std::span<const Array* const> arrays, std::int64_t axis, std::span<Tensor> views) {
+    const std::size_t n = arrays.size();
     const Array& first = *arrays[0];
     const int ndim = first.ndim;
     if (ndim < 2 || ndim > kMaxDims || axis < -ndim || axis >= ndim) return false;
@@ -111,7 +131,7 @@ bool as_views(const std::array<const Array*, n>& arrays, std::int64_t axis, std:
     // Axes on one side of the channels, merged where every array allows it; strides in elements.
     struct Group {
         std::int64_t size;
-        std::array<std::int64_t, n> stride;
+        std::array<std::int64_t, kMaxTogether> stride;
     };
     struct Side {
         Group groups[kMaxDims];

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "reduce.h"
+#include "tuning.h"
 
 namespace batchnorm {
 namespace {
@@ -143,10 +144,35 @@ void update_channels(const Channels& running_mean, const Channels& running_var, 
 
 std::size_t index(int64_t c) { return static_cast<std::size_t>(c); }
 
+kernels::Gate gate_of(Activation activation, bool masked) {
+    return activation == Activation::none ? kernels::open : masked ? kernels::masked : kernels::relu;
+}
+
+// What the elementwise pass of a forward function, whose arguments `a` are, needs besides its box and per-channel numbers.
+template <class Args>
+kernels::ApplyArgs apply_args(const Args& a, const Geometry& g, const Plan& plan) {
+    return {{},
+            to_operand(a.x),
+            to_operand(a.residual),
+            to_operand(a.y),
+            {},
+            gate_of(a.activation, !a.mask.empty()),
+            to_mask(g, a.mask.data()),
+            plan.stream};
+}
+
+template <class C>
+void apply(const kernels::ApplyFn kernel, kernels::ApplyArgs args, const Where& where, const AffineRows<C>& affine) {
+    args.where = where;
+    args.affine = affine.from(where.box.channel_begin);
+    kernel(args);
+}
+
 }  // namespace
 
-void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof) {
-    const Geometry g = check::moments_arguments(x, mean, var, ddof);
+void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads) {
+    const Geometry g = check::moments_arguments(x, mean, var, ddof, num_threads);
+    const parallel::Limit limit(num_threads);
     const KernelTable& table = check::active_level();
     if (g.count() == 0) {
         for (double& v : mean) v = kNaN;
@@ -167,9 +193,10 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
 
 void batch_norm(const BatchNormArgs& a) {
     const Geometry g = check::arguments(a);
+    const parallel::Limit limit(a.num_threads);
     const KernelTable& table = check::active_level();
     if (g.count() == 0) return;
-    const Plan plan = make_plan(g, 1, 1);
+    const Plan plan = make_plan(g, a.residual ? 2 : 1, 1);
     with_compute(g.dtype, [&]<class C>() {
         Workspace ws;
         AffineRows<C> affine(ws, plan);
@@ -178,23 +205,21 @@ void batch_norm(const BatchNormArgs& a) {
                 c, coeffs::affine<C>(at(a.mean, c), coeffs::inv_std(at(a.var, c), a.eps), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
         }
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
-        for_each(plan.map_items(), plan, [&](int64_t i) {
-            const Where where = plan.map_item(i);
-            kernel({where, to_operand(a.x), to_operand(a.y), affine.from(where.box.channel_begin), a.activation == Activation::relu,
-                    plan.stream});
-        });
+        const kernels::ApplyArgs args = apply_args(a, g, plan);
+        for_each(plan.map_items(), plan, [&](int64_t i) { apply(kernel, args, plan.map_item(i), affine); });
     });
 }
 
 void batch_norm_train(const BatchNormTrainArgs& a) {
     const Geometry g = check::arguments(a);
+    const parallel::Limit limit(a.num_threads);
     const KernelTable& table = check::active_level();
     if (g.count() == 0) {
         for (double& v : a.mean) v = kNaN;
         for (double& v : a.inv_std) v = kNaN;
         return;
     }
-    const Plan plan = make_plan(g, 1, 1);
+    const Plan plan = make_plan(g, a.residual ? 2 : 1, 1);
     Workspace ws;
     // The caller's arrays receive the statistics at the end, so that an interrupt leaves them as they were.
     const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
@@ -207,10 +232,8 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
             }
         };
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
-        const auto map = [&](const Where& where) {
-            kernel({where, to_operand(a.x), to_operand(a.y), affine.from(where.box.channel_begin), a.activation == Activation::relu,
-                    plan.stream});
-        };
+        const kernels::ApplyArgs args = apply_args(a, g, plan);
+        const auto map = [&](const Where& where) { apply(kernel, args, where, affine); };
         Statistics(ws, plan, table, a.x, mean, var).run(then, &map);
     });
     for (int64_t c = 0; c < g.channels; ++c) {
@@ -226,11 +249,12 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
 
 void batch_norm_backward(const BatchNormBackwardArgs& a) {
     const Geometry g = check::arguments(a);
+    const parallel::Limit limit(a.num_threads);
     const KernelTable& table = check::active_level();
-    const bool relu = a.activation == Activation::relu, fixed = a.stats == Stats::fixed;
+    const bool fixed = a.stats == Stats::fixed;
     const bool want_sums = a.dgamma || a.dbeta || (a.dx && !fixed);
     const double n = static_cast<double>(g.count());
-    const Plan plan = g.count() == 0 ? Plan{} : make_plan(g, 2, a.dx ? 1 : 0);
+    const Plan plan = g.count() == 0 ? Plan{} : make_plan(g, 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
     Workspace ws;
     ChannelSums sums(ws, g.channels);
     if (g.count() != 0) {
@@ -242,16 +266,18 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                 mean.set(c, at(a.mean, c));
                 affine.set(c, coeffs::affine<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
             }
+            const kernels::Gate gate = gate_of(a.activation, !a.mask.empty());
+            const kernels::Mask mask = to_mask(g, const_cast<std::uint8_t*>(a.mask.data()));  // only read
             const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
             const auto sum_tile = [&](const Where& where, double* dy, double* dy_xc) {
                 const int64_t c = where.box.channel_begin;
-                sums_kernel({where, to_operand(a.dy), to_operand(a.x), mean.from(c), affine.from(c), dy, dy_xc, relu});
+                sums_kernel({where, to_operand(a.dy), to_operand(a.x), mean.from(c), affine.from(c), dy, dy_xc, gate, mask});
             };
             const auto finish = [&](int64_t c0, int64_t c1, bool) {
                 for (int64_t c = c0; c < c1; ++c) {
                     const coeffs::Gradient<C> k =
                         coeffs::gradient<C>(mean[c], at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c), sums.second(c), n);
-                    k_dy.set(c, k.k_dy);
+                    k_dy.set(c, a.dx ? k.k_dy : C{1});
                     x_scale.set(c, k.x_scale);
                     k_x.set(c, k.k_x);
                     k_0.set(c, k.k_0);
@@ -259,14 +285,17 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                 return true;
             };
             const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
+            // The residual's gradient alone is dx with fixed statistics and k_dy = 1.
+            const Tensor& dx = a.dx ? a.dx : a.dresidual;
             const auto map = [&](const Where& where) {
                 const int64_t c = where.box.channel_begin;
-                apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(a.dx), affine.from(c), k_dy.from(c), x_scale.from(c),
-                              k_x.from(c), k_0.from(c), relu, fixed, plan.stream});
+                apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(dx), a.dx ? to_operand(a.dresidual) : kernels::Operand{},
+                              affine.from(c), k_dy.from(c), x_scale.from(c), k_x.from(c), k_0.from(c), gate, mask, fixed || !a.dx,
+                              plan.stream});
             };
             if (want_sums) {
-                sums_then_map(plan, sum_tile, sums, finish, a.dx ? &map : nullptr);
-            } else if (a.dx) {
+                sums_then_map(plan, sum_tile, sums, finish, dx ? &map : nullptr);
+            } else if (dx) {
                 finish(0, g.channels, false);
                 for_each(plan.map_items(), plan, [&](int64_t i) { map(plan.map_item(i)); });
             }
@@ -277,6 +306,8 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         if (a.dbeta) set(a.dbeta, c, sums.first(c));
     }
 }
+
+std::int64_t mask_bytes(const ConstTensor& x) { return mask_bytes(check::mask_geometry(x)); }
 
 void update_running(const UpdateRunningArgs& a) {
     check::arguments(a);
@@ -290,6 +321,16 @@ int num_threads() { return parallel::threads(); }
 void set_num_threads(int n) {
     check::thread_count(n);
     parallel::set_threads(n);
+}
+
+std::string tuning() {
+    check::active_level();  // the environment's settings are in force
+    return tune::text();
+}
+
+void set_tuning(std::string_view settings) {
+    check::active_level();
+    check::tuning(settings);
 }
 
 std::string isa() { return check::active_level().isa; }

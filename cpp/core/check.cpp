@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <limits>
 
+#include "tuning.h"
+
 namespace batchnorm::check {
 namespace {
 
@@ -204,6 +206,41 @@ void apart(const Range& tensor_range, const char* tensor_name, const Statistic& 
     if (tensor_range.overlaps(range_of(v))) fail(std::string(tensor_name) + " overlaps " + name + ", expected separate arrays");
 }
 
+Range range_of(std::span<const std::uint8_t> bytes) {
+    const auto base = reinterpret_cast<std::uintptr_t>(bytes.data());
+    return {base, base + bytes.size()};
+}
+
+void call_threads(int n) {
+    if (n < 0) fail("num_threads is " + std::to_string(n) + ", expected at least 1, or 0 for the default");
+}
+
+// A mask that is given has the right size and a ReLU to tell of.
+void mask(std::span<const std::uint8_t> bytes, Activation activation, const Geometry& g) {
+    if (bytes.empty()) return;
+    if (activation != Activation::relu) fail("mask is given without activation relu, of which it tells; drop one of them");
+    if (static_cast<std::int64_t>(bytes.size()) != mask_bytes(g)) {
+        fail("mask has " + std::to_string(bytes.size()) + " bytes, expected mask_bytes(x) = " + std::to_string(mask_bytes(g)));
+    }
+}
+
+// The residual is read like x, and y may be written over it in place.
+void residual(const ConstTensor& z, const Tensor& y, const Geometry& g, bool disjoint) {
+    if (!z) return;
+    same_shape(z, "residual", g);
+    if (!disjoint) no_partial_overlap(y, "y", z, "residual");
+}
+
+// A mask that is written touches no other array.
+template <class... Read>
+void mask_apart(std::span<const std::uint8_t> bytes, const Read&... others) {
+    if (bytes.empty()) return;
+    const auto one = [&](const auto& v, const char* name) {
+        if (v && range_of(bytes).overlaps(range_of(v))) fail(std::string("mask overlaps ") + name + ", expected separate arrays");
+    };
+    (one(others.first, others.second), ...);
+}
+
 }  // namespace
 
 Geometry arguments(const BatchNormArgs& a) {
@@ -216,8 +253,13 @@ Geometry arguments(const BatchNormArgs& a) {
     eps(a.eps);
     same_shape(a.y, "y", g);
     distinct_elements(a.y, "y");
+    residual(a.residual, a.y, g, a.disjoint);
+    mask(a.mask, a.activation, g);
+    call_threads(a.num_threads);
     if (a.disjoint) return g;
     no_partial_overlap(a.y, "y", a.x, "x");
+    mask_apart(a.mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{a.mean, "mean"},
+               std::pair{a.var, "var"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"});
     const Range y = range_of(a.y);
     for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
         if (*v) apart(y, "y", *v, name);
@@ -247,12 +289,19 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     channels(inv_std, "inv_std", g.channels);
     separate(mean, "mean", inv_std, "inv_std");
     if (a.running_mean) running(a.running_mean, a.running_var, g.channels);
+    residual(a.residual, a.y, g, a.disjoint);
+    mask(a.mask, a.activation, g);
+    call_threads(a.num_threads);
     if (a.disjoint) return g;
     no_partial_overlap(a.y, "y", a.x, "x");
+    mask_apart(a.mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{mean, "mean"},
+               std::pair{inv_std, "inv_std"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"},
+               std::pair{a.running_mean, "running_mean"}, std::pair{a.running_var, "running_var"});
     const Range y = range_of(a.y);
     for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {
         apart(y, "y", *v, name);
         apart(range_of(a.x), "x", *v, name);
+        if (a.residual) apart(range_of(a.residual), "residual", *v, name);
     }
     for (const auto& [v, name] : {std::pair{&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
         if (*v) apart(y, "y", *v, name);
@@ -261,6 +310,7 @@ Geometry arguments(const BatchNormTrainArgs& a) {
         if (!*v) continue;
         apart(y, "y", *v, name);
         apart(range_of(a.x), "x", *v, name);
+        if (a.residual) apart(range_of(a.residual), "residual", *v, name);
         if (a.gamma) apart(range_of(a.gamma), "gamma", *v, name);
         if (a.beta) apart(range_of(a.beta), "beta", *v, name);
     }
@@ -289,25 +339,41 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
         same_shape(a.dx, "dx", g);
         distinct_elements(a.dx, "dx");
     }
+    if (a.dresidual) {
+        same_shape(a.dresidual, "dresidual", g);
+        distinct_elements(a.dresidual, "dresidual");
+        if (a.activation == Activation::relu && a.mask.empty()) {
+            fail("mask is missing, expected the forward's: after a residual, x does not tell where the activation was on");
+        }
+    }
+    mask(a.mask, a.activation, g);
+    call_threads(a.num_threads);
     if (a.disjoint) return g;
     for (const auto& [v, name] : {std::pair{&a.dgamma, "dgamma"}, {&a.dbeta, "dbeta"}}) {
         if (!*v) continue;
         apart(range_of(a.x), "x", *v, name);
         apart(range_of(a.dy), "dy", *v, name);
         if (a.dx) apart(range_of(a.dx), "dx", *v, name);
+        if (a.dresidual) apart(range_of(a.dresidual), "dresidual", *v, name);
+        mask_apart(a.mask, std::pair{*v, name});
     }
-    if (!a.dx) return g;
-    no_partial_overlap(a.dx, "dx", a.dy, "dy");
-    no_partial_overlap(a.dx, "dx", a.x, "x");
-    const Range dx = range_of(a.dx);
-    for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
-        if (*v) apart(dx, "dx", *v, name);
+    for (const auto& [out, out_name] : {std::pair{&a.dx, "dx"}, {&a.dresidual, "dresidual"}}) {
+        if (!*out) continue;
+        no_partial_overlap(*out, out_name, a.dy, "dy");
+        no_partial_overlap(*out, out_name, a.x, "x");
+        mask_apart(a.mask, std::pair{*out, out_name});
+        for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
+            if (*v) apart(range_of(*out), out_name, *v, name);
+        }
     }
+    if (a.dx && a.dresidual && range_of(a.dx).overlaps(range_of(a.dresidual)))
+        fail("dx and dresidual overlap, expected two separate arrays");
     return g;
 }
 
-Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof) {
+Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads) {
     const Geometry g = geometry(x);
+    call_threads(num_threads);
     const Channels mean_out(mean), var_out(var);
     channels(mean_out, "mean", g.channels);
     channels(var_out, "var", g.channels);
@@ -336,6 +402,12 @@ void arguments(const UpdateRunningArgs& a) {
     if (a.count <= a.ddof) fail("count is " + std::to_string(a.count) + ", expected more than ddof = " + std::to_string(a.ddof));
 }
 
+Geometry mask_geometry(const ConstTensor& x) { return geometry(x); }
+
+void tuning(std::string_view settings) {
+    if (const std::string problem = tune::set(settings); !problem.empty()) fail(problem);
+}
+
 void thread_count(int n) {
     if (n < 1) fail("num_threads is " + std::to_string(n) + ", expected at least 1");
 }
@@ -353,6 +425,11 @@ const kernels::KernelTable& level(std::string_view name) {
 }
 
 const kernels::KernelTable& active_level() {
+    static const std::string problem = [] {
+        const char* const settings = std::getenv("BATCHNORM_TUNING");
+        return settings == nullptr ? std::string() : tune::set(settings);
+    }();
+    if (!problem.empty()) fail("environment variable BATCHNORM_TUNING: " + problem);
     const kernels::KernelTable* const table = kernels::active();
     if (table != nullptr) return *table;
     const char* const name = std::getenv("BATCHNORM_ISA");

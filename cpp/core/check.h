@@ -12,9 +12,11 @@ namespace batchnorm::check {
 Geometry arguments(const BatchNormArgs& a);
 Geometry arguments(const BatchNormTrainArgs& a);
 Geometry arguments(const BatchNormBackwardArgs& a);
-Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof);
+Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads);
+Geometry mask_geometry(const ConstTensor& x);
 void arguments(const UpdateRunningArgs& a);
 void thread_count(int n);
+void tuning(std::string_view settings);  // sets it, or throws
 
 // The table of a named level, or of the level in use.
 const kernels::KernelTable& level(std::string_view name);

@@ -18,6 +18,8 @@ std::atomic<bool (*)()> poll{nullptr};
 // libgomp's pool does not survive fork: a parallel region in the child waits for threads that are not there. So a child runs serially.
 std::atomic<bool> forked{false};
 
+thread_local int limit_of_call = 0;
+
 [[maybe_unused]] const int register_fork_handler = [] {
 #if defined(__unix__) || defined(__APPLE__)
     pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
@@ -50,6 +52,9 @@ int threads() {
 
 void set_threads(int n) { limit.store(n, std::memory_order_relaxed); }
 
+Limit::Limit(int n) : before_(limit_of_call) { limit_of_call = n; }
+Limit::~Limit() { limit_of_call = before_; }
+
 void set_poll(bool (*f)()) { poll = f; }
 
 std::string runtime() {
@@ -66,11 +71,11 @@ std::string runtime() {
     return name + " (OpenMP " + specification + ")";
 }
 
-bool for_each(std::int64_t n, bool worth_it, Body body) {
+bool for_each(std::int64_t n, bool worth_it, Body body, bool backwards) {
     // libgomp ends the process when the system refuses it a thread; far more threads than processors help nobody.
     const int most = std::max(64, 4 * omp_get_num_procs());
     const int n_threads = worth_it && !forked.load(std::memory_order_relaxed) && !omp_in_parallel()
-                              ? static_cast<int>(std::min<std::int64_t>({threads(), most, n}))
+                              ? static_cast<int>(std::min<std::int64_t>({limit_of_call > 0 ? limit_of_call : threads(), most, n}))
                               : 1;
     if (n_threads <= 1) {
         if (n == 1) {
@@ -79,7 +84,7 @@ bool for_each(std::int64_t n, bool worth_it, Body body) {
         }
         Poll asked;
         for (std::int64_t i = 0; i < n; ++i) {
-            body(i);
+            body(backwards ? n - 1 - i : i);
             if (asked.stop()) return false;
         }
         return true;
@@ -89,8 +94,9 @@ bool for_each(std::int64_t n, bool worth_it, Body body) {
     {
         const std::int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
         Poll asked;
-        for (std::int64_t i = n * t / team; i < n * (t + 1) / team && !stopped.load(std::memory_order_relaxed); ++i) {
-            body(i);
+        const std::int64_t first = n * t / team, last = n * (t + 1) / team;
+        for (std::int64_t i = first; i < last && !stopped.load(std::memory_order_relaxed); ++i) {
+            body(backwards ? first + last - 1 - i : i);
             if (t == 0 && asked.stop()) stopped = true;
         }
     }

@@ -12,6 +12,18 @@ void set_threads(int n);
 std::string runtime();
 void set_poll(bool (*poll)());
 
+// How many threads the calls of this thread may use while this lives; 0: as many as threads() says.
+class Limit {
+public:
+    explicit Limit(int n);
+    ~Limit();
+    Limit(const Limit&) = delete;
+    Limit& operator=(const Limit&) = delete;
+
+private:
+    int before_;
+};
+
 // A reference to a callable, without an allocation.
 class Body {
 public:
@@ -24,8 +36,8 @@ private:
     void (*call_)(const void*, std::int64_t);
 };
 
-// Calls body(i) for i in [0, n), on up to threads() threads if `worth_it`. The body must not throw. Returns false if the poll asked to
-// stop: some items were then not run.
-[[nodiscard]] bool for_each(std::int64_t n, bool worth_it, Body body);
+// Calls body(i) for i in [0, n), on up to threads() threads, or what a Limit says, if `worth_it`. Each thread has a stretch of items, which
+// it takes in order or backwards. The body must not throw. Returns false if the poll asked to stop: some items were then not run.
+[[nodiscard]] bool for_each(std::int64_t n, bool worth_it, Body body, bool backwards = false);
 
 }  // namespace batchnorm::parallel

@@ -1,10 +1,10 @@
 #include "plan.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cassert>
 #include <numeric>
+
+#include "tuning.h"
 
 namespace batchnorm {
 namespace {
@@ -22,42 +22,14 @@ constexpr int64_t kTileValues = 16384;
 constexpr int64_t kTileElements = 65536;
 constexpr int64_t kMinTileRows = 128;
 
-// Below this many elements, waking threads costs more than they save: with threads awake, 2 take 15 us instead of 18 at 65536 float
-// elements in training, and as long as 1 at 32768.
-constexpr int64_t kParallelElements = 65536;
-
-// Channels are grouped until their data reaches this size: long contiguous stretches, still well inside L2.
-constexpr int64_t kGroupBytes = 256 * 1024;
-
 // A channel larger than this is no work item by itself: an interrupt must not wait for it, nor other threads.
 constexpr int64_t kLargestChannelBytes = 16 << 20;
 
-// Elementwise items.
-constexpr int64_t kMapBytes = 256 * 1024;
-
-// What a call reads and writes beyond this many bytes will not be found in a cache afterwards, so its stores go past the caches.
-// A virtual machine reports the L3 of the whole socket, of which its cores keep a part: on a machine that reports 480 MiB, stores past
-// the caches start to win between 26 and 51 MB.
-constexpr int64_t kMostCached = 40 << 20;
-
-// Shorter runs are mostly partial cache lines, which stores past the caches write twice.
-constexpr int64_t kStreamRunBytes = 512;
-
-int64_t cached_bytes() {
-    static const int64_t bytes = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-        if (const long n = sysconf(_SC_LEVEL3_CACHE_SIZE); n > 0) return std::min<int64_t>(n, kMostCached);
-#endif
-        return kMostCached;
-    }();
-    return bytes;
-}
-
 // Rows folded into one so that few channels fill whole blocks: fold * channels is a multiple of 16 and at least 64.
 int64_t fold_for(int64_t channels) {
-    if (channels >= 64) return 1;
+    if (channels >= kernels::kFoldBelow) return 1;
     const int64_t step = kernels::kLanes / std::gcd(channels, kernels::kLanes);
-    return round_up(ceil_div(64, channels), step);
+    return round_up(ceil_div(kernels::kFoldBelow, channels), step);
 }
 
 void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
@@ -72,13 +44,19 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
     }
     p.tiles_outer = ceil_div(p.outer, p.tile_outer);
 
-    const int64_t group = std::clamp<int64_t>(kGroupBytes / std::max<int64_t>(channel_bytes, 1), 1, kernels::kMaxGroup);
+    const int64_t group = std::clamp<int64_t>(tune::get(tune::group_bytes) / std::max<int64_t>(channel_bytes, 1), 1, kernels::kMaxGroup);
     p.channel_block = std::min(group, std::max<int64_t>(1, p.channels / 16));
     p.by_channel = !p.parallel || (p.blocks() >= 8 && channel_bytes <= kLargestChannelBytes);
 
-    p.map_inner = std::min(p.inner, std::max<int64_t>(kMapBytes / std::max<int64_t>(run_bytes / p.inner, 1), kernels::kLanes));
-    p.map_channels = std::clamp<int64_t>(kMapBytes / std::max<int64_t>(run_bytes, 1), 1, p.channels);
-    p.map_outer = std::clamp<int64_t>(kMapBytes / std::max<int64_t>(run_bytes * p.channels, 1), 1, p.outer);
+    const int64_t map_bytes = tune::get(tune::map_bytes);
+    // Whole blocks, so that two items share no byte of a mask.
+    p.map_inner = std::min(p.inner, round_up(std::max<int64_t>(map_bytes / std::max<int64_t>(run_bytes / p.inner, 1), 1), kernels::kLanes));
+    p.map_channels = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes, 1), 1, p.channels);
+    p.map_outer = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes * p.channels, 1), 1, p.outer);
+    if (p.by_channel) {
+        p.map_outer = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes * p.channel_block, 1), 1, p.outer);
+        p.map_backwards = channel_bytes * p.channel_block > tune::get(tune::l2_bytes) / 2;
+    }
 }
 
 void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
@@ -99,8 +77,9 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.by_channel = !p.parallel;
 
     p.map_channels = p.channel_block;
+    p.map_backwards = !p.stream;
     const int64_t row_bytes = p.channel_block * element_bytes;
-    p.map_outer = std::min(p.outer, round_up(std::max<int64_t>(kMapBytes / row_bytes, 1), p.fold));
+    p.map_outer = std::min(p.outer, round_up(std::max<int64_t>(tune::get(tune::map_bytes) / row_bytes, 1), p.fold));
 }
 
 }  // namespace
@@ -117,9 +96,9 @@ Plan make_plan(const Geometry& g, int reads, int writes) {
         p.row_split = g.inner;
     }
     const int64_t bytes = element_size(g.dtype);
-    p.parallel = g.elements() >= kParallelElements;
-    p.stream =
-        g.elements() * bytes * (reads + writes) > cached_bytes() && (g.direction == kernels::nsc || g.inner * bytes >= kStreamRunBytes);
+    p.parallel = g.elements() >= tune::get(tune::parallel_elements);
+    p.stream = g.elements() * bytes * (reads + writes) > tune::get(tune::cached_bytes) &&
+               (g.direction == kernels::nsc || g.inner * bytes >= tune::get(tune::stream_run_bytes));
     if (g.direction == kernels::nsc) {
         plan_nsc(p, bytes * (reads + writes), g.dtype == Dtype::float64);
     } else {

@@ -1,6 +1,6 @@
 // From a call's geometry to its work items: which boxes are summed, in what grid, which channels go together, and whether stores
-// bypass the caches. Sees shapes, element sizes and cache sizes, never a thread count or data: the grid, and with it every bit of
-// the result, follows from the shape alone.
+// bypass the caches. Sees shapes, element sizes and tuning.h's numbers, never a thread count or data. What decides bits, the grid of the
+// tiles, follows from the shape alone.
 #pragma once
 
 #include "types.h"
@@ -25,8 +25,10 @@ struct Plan {
     // tiles of all channels come first, then the elementwise pass over the map grid.
     bool by_channel = true;
 
-    // Elementwise pass on its own: items of map_outer x map_channels x map_inner, in memory order.
+    // Elementwise pass on its own: items of map_outer x map_channels x map_inner, in memory order. In a pass by channel, map_outer alone
+    // counts, if it goes backwards.
     std::int64_t map_outer = 1, map_channels = 1, map_inner = 1;
+    bool map_backwards = false;  // starting with what the sums read last, which is the likeliest to be in cache still
 
     bool parallel = false;  // enough work to wake other threads
     bool stream = false;    // the output will not stay in any cache

@@ -2,6 +2,7 @@
 // every call with statistics, `sums_then_map`. Used by the drivers in batchnorm.cpp; knows plans and threads, no operation.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -17,8 +18,8 @@ using kernels::Where;
 using std::int64_t;
 
 // Runs items, or throws if the user interrupted.
-inline void for_each(int64_t n, const Plan& plan, parallel::Body body) {
-    if (!parallel::for_each(n, plan.parallel, body)) check::interrupted();
+inline void for_each(int64_t n, const Plan& plan, parallel::Body body, bool backwards = false) {
+    if (!parallel::for_each(n, plan.parallel, body, backwards)) check::interrupted();
 }
 
 // A per-channel array as the kernels read it: each value `fold` times over, then the first ones again, padded to whole blocks.
@@ -126,7 +127,14 @@ void sums_then_map(const Plan& plan, const Kernel& kernel, ChannelSums& sums, co
                 block_sums(plan, block, kernel, sums);
                 finish(c0, c1, true);
             }
-            if (map != nullptr) (*map)(where);
+            if (map == nullptr) return;
+            if (!plan.map_backwards) return (*map)(where);
+            for (int64_t end = plan.outer; end > 0; end -= plan.map_outer) {
+                Where part = where;
+                part.box.outer_begin = std::max<int64_t>(0, end - plan.map_outer);
+                part.box.outer_end = end;
+                (*map)(part);
+            }
         });
         return;
     }
@@ -143,7 +151,10 @@ void sums_then_map(const Plan& plan, const Kernel& kernel, ChannelSums& sums, co
         all_sums(plan, kernel, sums);
         finish_all(true);
     }
-    if (map != nullptr) for_each(plan.map_items(), plan, [&](int64_t i) { (*map)(plan.map_item(i)); });
+    if (map != nullptr) {
+        const auto item = [&](int64_t i) { (*map)(plan.map_item(i)); };
+        for_each(plan.map_items(), plan, item, plan.map_backwards);
+    }
 }
 
 }  // namespace batchnorm

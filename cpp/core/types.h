@@ -25,6 +25,18 @@ struct Geometry {
     std::int64_t elements() const { return count() * channels; }
 };
 
+// A mask as the kernels address it. Threads share no byte of it: runs (ncs) and rows (nsc) start at whole bytes, unless rows are folded,
+// and then 16 bits or a multiple belong together.
+inline kernels::Mask to_mask(const Geometry& g, std::uint8_t* bits) {
+    const auto whole_bytes = [](std::int64_t n) { return (n + 7) / 8 * 8; };
+    if (g.direction == kernels::ncs) return {bits, g.channels * whole_bytes(g.inner), whole_bytes(g.inner)};
+    return {bits, g.channels < kernels::kFoldBelow ? g.channels : whole_bytes(g.channels), 1};
+}
+inline std::int64_t mask_bytes(const Geometry& g) {
+    const std::int64_t n = g.direction == kernels::ncs ? g.outer : g.count();
+    return (n * to_mask(g, nullptr).outer_stride + 7) / 8 + kernels::kMaskSlack;
+}
+
 // A checked view as the kernels address it. For nsc with inner > 1, a row's address is outer_stride and inner_stride apart.
 inline kernels::Operand to_operand(const ConstTensor& v) {
     return {const_cast<void*>(v.data), v.outer_stride, v.channel_stride, v.inner_stride};

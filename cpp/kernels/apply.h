@@ -1,4 +1,5 @@
-// Kernel `apply`: y = (x - center) * scale + offset per channel, optionally max(y, 0), in one pass.
+// Kernel `apply`: y = (x - center) * scale + offset per channel, optionally + z, optionally max(y, 0) with a mask of where that kept
+// the value, in one pass.
 #pragma once
 
 #include "walk.h"
@@ -7,6 +8,7 @@ namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
 using kernels::ApplyArgs;
+using kernels::Gate;
 
 // The one expression that makes y of x. The backward kernels use it to tell where the activation was on: same bits, same answer.
 template <class V>
@@ -14,73 +16,100 @@ BATCHNORM_INLINE V affine(V x, V center, V scale, V offset) {
     return (x - center) * scale + offset;
 }
 
-template <bool with_relu, bool with_stream, class T, class PerChannel>
-BATCHNORM_INLINE void apply_run(const T* x, T* y, int64_t n, int64_t period, PerChannel center, PerChannel scale, PerChannel offset) {
-    const auto value = [&](Block<T> v, int64_t k) {
+template <class T>
+struct ApplyPointers {
+    const T *x, *z;  // z is read only if there is a residual
+    T* y;
+    uint8_t* mask;  // written only with gate masked
+    int64_t first_bit;
+};
+
+template <Gate gate, bool with_z, bool with_stream, class T, class PerChannel>
+BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t period, PerChannel center, PerChannel scale,
+                                PerChannel offset) {
+    MaskWriter<gate == kernels::masked> mask(p.mask, p.first_bit);
+    const auto value = [&](Block<T> v, Block<T> z, int64_t k) {
         v = affine(v, center.at(k), scale.at(k), offset.at(k));
-        return with_relu ? relu(v) : v;
+        return with_z ? v + z : v;
     };
-    const auto part = [&](int64_t e, int64_t k, int64_t m) { store_part(y + e, m, value(load_part(x + e, m), k)); };
-    const int64_t head = with_stream ? elements_to_alignment(y) : 0;
+    const auto gated = [&](Block<T> v) { return gate == kernels::open ? v : relu(v); };
+    const auto whole = [&](int64_t e, int64_t k) {
+        prefetch_ahead(p.x + e);
+        if constexpr (with_z) prefetch_ahead(p.z + e);
+        const Block<T> v = value(load(p.x + e), with_z ? load(p.z + e) : Block<T>{}, k);
+        if constexpr (gate == kernels::masked) mask.put(positive_bits(v));
+        return gated(v);
+    };
+    const auto part = [&](int64_t e, int64_t k, int64_t m) {
+        const Block<T> v = value(load_part(p.x + e, m), with_z ? load_part(p.z + e, m) : Block<T>{}, k);
+        if constexpr (gate == kernels::masked) mask.put(positive_bits(v), m);
+        store_part(p.y + e, m, gated(v));
+    };
+    const int64_t head = with_stream ? elements_to_alignment(p.y) : 0;
     if (with_stream && head >= 0) {
-        for_blocks(head, n, period, [&](int64_t e, int64_t k) { store_stream(y + e, value(load(x + e), k)); }, part);
+        for_blocks(head, n, period, [&](int64_t e, int64_t k) { store_stream(p.y + e, whole(e, k)); }, part);
     } else {
-        for_blocks(0, n, period, [&](int64_t e, int64_t k) { store(y + e, value(load(x + e), k)); }, part);
+        for_blocks(0, n, period, [&](int64_t e, int64_t k) { store(p.y + e, whole(e, k)); }, part);
     }
+    mask.finish();
 }
 
-template <bool with_relu, bool with_stream, class T>
+template <Gate gate, bool with_z, bool with_stream, class T>
 BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a) {
     const Box& b = a.where.box;
-    const Runs<const T> x(a.x, b);
+    const Runs<const T> x(a.x, b), z(with_z ? a.z : a.x, b);
     const Runs<T> y(a.y, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
     using PerChannel = Broadcast<Compute<T>>;
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
         for (int64_t c = 0; c < channels; ++c) {
-            apply_run<with_relu, with_stream>(x.at(n, c), y.at(n, c), run, kNoPeriod, PerChannel(a.affine.center, c),
-                                              PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c));
+            const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
+            apply_run<gate, with_z, with_stream>(ApplyPointers<T>{x.at(n, c), with_z ? z.at(n, c) : nullptr, y.at(n, c), a.mask.bits, bit},
+                                                 run, kNoPeriod, PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c),
+                                                 PerChannel(a.affine.offset, c));
         }
     }
 }
 
-template <bool with_relu, bool with_stream, class T>
+template <Gate gate, bool with_z, bool with_stream, class T>
 BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
     const Box& b = a.where.box;
-    const Rows<const T> x(a.x, a.where);
+    const Rows<const T> x(a.x, a.where), z(with_z ? a.z : a.x, a.where);
     const Rows<T> y(a.y, a.where);
     const int64_t channels = b.channel_end - b.channel_begin;
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
-    if (x.dense(channels) && y.dense(channels)) {
+    const auto rows = [&](int64_t r, int64_t n, int64_t period) {
+        const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
+        apply_run<gate, with_z, with_stream>(ApplyPointers<T>{x.at(r), with_z ? z.at(r) : nullptr, y.at(r), a.mask.bits, bit}, n, period,
+                                             center, scale, offset);
+    };
+    if (x.dense(channels) && y.dense(channels) && z.dense(channels) && (gate != kernels::masked || a.mask.outer_stride == channels)) {
         // All rows are one stretch of memory, whatever their length.
-        const int64_t n = (b.outer_end - b.outer_begin) * channels;
-        return apply_run<with_relu, with_stream>(x.at(b.outer_begin), y.at(b.outer_begin), n, a.where.fold * channels, center, scale,
-                                                 offset);
+        return rows(b.outer_begin, (b.outer_end - b.outer_begin) * channels, a.where.fold * channels);
     }
-    for (int64_t r = b.outer_begin; r < b.outer_end; ++r) {
-        apply_run<with_relu, with_stream>(x.at(r), y.at(r), channels, kNoPeriod, center, scale, offset);
-    }
+    for (int64_t r = b.outer_begin; r < b.outer_end; ++r) rows(r, channels, kNoPeriod);
 }
 
-template <bool with_relu, bool with_stream, class T>
-BATCHNORM_INLINE void apply_as(const ApplyArgs& a, kernels::Direction direction) {
-    direction == kernels::ncs ? apply_ncs_as<with_relu, with_stream, T>(a) : apply_nsc_as<with_relu, with_stream, T>(a);
-    if (with_stream) stream_fence();
+// Runs `as` with gate, residual or not, streamed or not as constants.
+template <class As>
+BATCHNORM_INLINE void apply_flags(const ApplyArgs& a, As as) {
+    with_gate(a.gate, [&](auto gate) {
+        with_flag(a.z.data != nullptr, [&](auto z) { with_flag(a.stream, [&](auto stream) { as(gate, z, stream); }); });
+    });
+    if (a.stream) stream_fence();
 }
 
 template <class T>
 void apply_ncs(const ApplyArgs& a) noexcept {
-    with_flag(a.relu, [&](auto relu) {
-        with_flag(a.stream, [&](auto stream) { apply_as<decltype(relu)::value, decltype(stream)::value, T>(a, kernels::ncs); });
-    });
+    apply_flags(
+        a, [&](auto gate, auto z, auto stream) { apply_ncs_as<decltype(gate)::value, decltype(z)::value, decltype(stream)::value, T>(a); });
 }
 
 template <class T>
 void apply_nsc(const ApplyArgs& a) noexcept {
-    with_flag(a.relu, [&](auto relu) {
-        with_flag(a.stream, [&](auto stream) { apply_as<decltype(relu)::value, decltype(stream)::value, T>(a, kernels::nsc); });
-    });
+    apply_flags(
+        a, [&](auto gate, auto z, auto stream) { apply_nsc_as<decltype(gate)::value, decltype(z)::value, decltype(stream)::value, T>(a); });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Kernel `grad_apply`: dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 per channel, g being dy behind the activation; with fixed
-// statistics dx = g * k_dy.
+// Kernel `grad_apply`: dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 per channel, g being dy behind the gate; with fixed
+// statistics dx = g * k_dy. dz = g, the residual's gradient, on the way.
 #pragma once
 
 #include "grad_sums.h"
@@ -14,34 +14,55 @@ struct GradCoefficients {
     PerChannel center, scale, offset, k_dy, x_scale, k_x, k_0;
 };
 
-template <bool with_relu, bool fixed, bool with_stream, class T, class PerChannel>
-BATCHNORM_INLINE void grad_apply_run(const T* dy, const T* x, T* dx, int64_t n, int64_t period, const GradCoefficients<PerChannel>& c) {
+template <class T>
+struct GradPointers {
+    const T *dy, *x;
+    T *dx, *dz;  // dz may be null
+    const uint8_t* mask;
+    int64_t first_bit;
+};
+
+template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T, class PerChannel>
+BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_t period, const GradCoefficients<PerChannel>& c) {
+    const auto through = [&](Block<T> g, Block<T> v, int64_t e, int64_t k) {
+        return through_gate<gate>(g, v, c.center, c.scale, c.offset, k, p.mask, p.first_bit + e);
+    };
     const auto value = [&](Block<T> g, Block<T> v, int64_t k) {
-        g = through_activation<with_relu>(g, v, c.center, c.scale, c.offset, k);
         if constexpr (fixed) {
             return g * c.k_dy.at(k);
         } else {
             return (g * c.k_dy.at(k) + ((v - c.center.at(k)) * c.x_scale.at(k)) * c.k_x.at(k)) + c.k_0.at(k);
         }
     };
-    constexpr bool read_x = with_relu || !fixed;
-    const auto x_at = [&](int64_t e) { return read_x ? load(x + e) : Block<T>{}; };
-    const auto part = [&](int64_t e, int64_t k, int64_t m) {
-        store_part(dx + e, m, value(load_part(dy + e, m), read_x ? load_part(x + e, m) : Block<T>{}, k));
+    constexpr bool read_x = gate == kernels::relu || !fixed;
+    const auto whole = [&](int64_t e, int64_t k, auto put) {
+        prefetch_ahead(p.dy + e);
+        if constexpr (read_x) prefetch_ahead(p.x + e);
+        const Block<T> v = read_x ? load(p.x + e) : Block<T>{};
+        const Block<T> g = through(load(p.dy + e), v, e, k);
+        if constexpr (with_dz) put(p.dz + e, g);
+        put(p.dx + e, value(g, v, k));
     };
-    const int64_t head = with_stream ? elements_to_alignment(dx) : 0;
+    const auto part = [&](int64_t e, int64_t k, int64_t m) {
+        const Block<T> v = read_x ? load_part(p.x + e, m) : Block<T>{};
+        const Block<T> g = through(load_part(p.dy + e, m), v, e, k);
+        if constexpr (with_dz) store_part(p.dz + e, m, g);
+        store_part(p.dx + e, m, value(g, v, k));
+    };
+    int64_t head = with_stream ? elements_to_alignment(p.dx) : -1;
+    if (with_dz && head >= 0 && elements_to_alignment(p.dz) != head) head = -1;  // one of the two would not be aligned
     if (with_stream && head >= 0) {
-        for_blocks(head, n, period, [&](int64_t e, int64_t k) { store_stream(dx + e, value(load(dy + e), x_at(e), k)); }, part);
+        for_blocks(head, n, period, [&](int64_t e, int64_t k) { whole(e, k, [](T* to, Block<T> v) { store_stream(to, v); }); }, part);
     } else {
-        for_blocks(0, n, period, [&](int64_t e, int64_t k) { store(dx + e, value(load(dy + e), x_at(e), k)); }, part);
+        for_blocks(0, n, period, [&](int64_t e, int64_t k) { whole(e, k, [](T* to, Block<T> v) { store(to, v); }); }, part);
     }
 }
 
-template <bool with_relu, bool fixed, bool with_stream, class T>
+template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T>
 BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
     const Box& b = a.where.box;
     const Runs<const T> dy(a.dy, b), x(a.x, b);
-    const Runs<T> dx(a.dx, b);
+    const Runs<T> dx(a.dx, b), dz(with_dz ? a.dz : a.dx, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
     using PerChannel = Broadcast<Compute<T>>;
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
@@ -53,52 +74,57 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
                                                  PerChannel(a.x_scale, c),
                                                  PerChannel(a.k_x, c),
                                                  PerChannel(a.k_0, c)};
-            grad_apply_run<with_relu, fixed, with_stream>(dy.at(n, c), x.at(n, c), dx.at(n, c), run, kNoPeriod, k);
+            const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
+            const GradPointers<T> p{dy.at(n, c), x.at(n, c), dx.at(n, c), dz.at(n, c), a.mask.bits, bit};
+            grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k);
         }
     }
-    if (with_stream) stream_fence();
 }
 
-template <bool with_relu, bool fixed, bool with_stream, class T>
+template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T>
 BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     const Box& b = a.where.box;
     const Rows<const T> dy(a.dy, a.where), x(a.x, a.where);
-    const Rows<T> dx(a.dx, a.where);
+    const Rows<T> dx(a.dx, a.where), dz(with_dz ? a.dz : a.dx, a.where);
     const int64_t channels = b.channel_end - b.channel_begin;
     using PerChannel = PerElement<Compute<T>>;
     const GradCoefficients<PerChannel> k{
         PerChannel(a.affine.center), PerChannel(a.affine.scale), PerChannel(a.affine.offset), PerChannel(a.k_dy), PerChannel(a.x_scale),
         PerChannel(a.k_x),           PerChannel(a.k_0)};
-    if (dy.dense(channels) && x.dense(channels) && dx.dense(channels)) {
-        const int64_t r = b.outer_begin, n = (b.outer_end - r) * channels;
-        grad_apply_run<with_relu, fixed, with_stream>(dy.at(r), x.at(r), dx.at(r), n, a.where.fold * channels, k);
-    } else {
-        for (int64_t r = b.outer_begin; r < b.outer_end; ++r) {
-            grad_apply_run<with_relu, fixed, with_stream>(dy.at(r), x.at(r), dx.at(r), channels, kNoPeriod, k);
-        }
+    const auto rows = [&](int64_t r, int64_t n, int64_t period) {
+        const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
+        const GradPointers<T> p{dy.at(r), x.at(r), dx.at(r), dz.at(r), a.mask.bits, bit};
+        grad_apply_run<gate, fixed, with_dz, with_stream>(p, n, period, k);
+    };
+    if (dy.dense(channels) && x.dense(channels) && dx.dense(channels) && dz.dense(channels) &&
+        (gate != kernels::masked || a.mask.outer_stride == channels)) {
+        return rows(b.outer_begin, (b.outer_end - b.outer_begin) * channels, a.where.fold * channels);
     }
-    if (with_stream) stream_fence();
+    for (int64_t r = b.outer_begin; r < b.outer_end; ++r) rows(r, channels, kNoPeriod);
 }
 
-// Runs `as` with the three flags as constants.
+// Runs `as` with the four choices as constants.
 template <class As>
 BATCHNORM_INLINE void grad_apply_flags(const GradApplyArgs& a, As as) {
-    with_flag(a.relu, [&](auto relu) {
-        with_flag(a.fixed, [&](auto fixed) { with_flag(a.stream, [&](auto stream) { as(relu, fixed, stream); }); });
+    with_gate(a.gate, [&](auto gate) {
+        with_flag(a.fixed, [&](auto fixed) {
+            with_flag(a.dz.data != nullptr, [&](auto dz) { with_flag(a.stream, [&](auto stream) { as(gate, fixed, dz, stream); }); });
+        });
     });
+    if (a.stream) stream_fence();
 }
 
 template <class T>
 void grad_apply_ncs(const GradApplyArgs& a) noexcept {
-    grad_apply_flags(a, [&](auto relu, auto fixed, auto stream) {
-        grad_apply_ncs_as<decltype(relu)::value, decltype(fixed)::value, decltype(stream)::value, T>(a);
+    grad_apply_flags(a, [&](auto gate, auto fixed, auto dz, auto stream) {
+        grad_apply_ncs_as<decltype(gate)::value, decltype(fixed)::value, decltype(dz)::value, decltype(stream)::value, T>(a);
     });
 }
 
 template <class T>
 void grad_apply_nsc(const GradApplyArgs& a) noexcept {
-    grad_apply_flags(a, [&](auto relu, auto fixed, auto stream) {
-        grad_apply_nsc_as<decltype(relu)::value, decltype(fixed)::value, decltype(stream)::value, T>(a);
+    grad_apply_flags(a, [&](auto gate, auto fixed, auto dz, auto stream) {
+        grad_apply_nsc_as<decltype(gate)::value, decltype(fixed)::value, decltype(dz)::value, decltype(stream)::value, T>(a);
     });
 }
 

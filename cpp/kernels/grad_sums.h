@@ -1,5 +1,5 @@
 // Kernel `grad_sums`: the two sums backward needs, sum of dy and sum of dy * (x - mean) per channel over one box, in double. With
-// ReLU, dy counts only where the forward value, recomputed by the same expression, is positive.
+// ReLU, dy counts only where the forward value was positive: recomputed by the same expression, or read from the forward's mask.
 #pragma once
 
 #include "apply.h"
@@ -18,17 +18,21 @@ struct GradSums {
     }
 };
 
-// dy as it reaches the normalisation: masked by the activation. center, scale, offset are not read without one.
-template <bool with_relu, class V, class PerChannel>
-BATCHNORM_INLINE V through_activation(V dy, V x, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t k) {
-    if constexpr (with_relu) {
+// dy as it reaches the normalisation. center, scale and offset are read only with gate relu, the mask's bit number `bit` and those
+// behind it only with gate masked.
+template <Gate gate, class V, class PerChannel>
+BATCHNORM_INLINE V through_gate(V dy, V x, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t k,
+                                const uint8_t* mask, int64_t bit) {
+    if constexpr (gate == kernels::relu) {
         return where_positive(affine(x, center.at(k), scale.at(k), offset.at(k)), dy);
+    } else if constexpr (gate == kernels::masked) {
+        return where_bits(mask_bits(mask, bit), dy);
     } else {
         return dy;
     }
 }
 
-template <bool with_relu, class T>
+template <Gate gate, class T>
 BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
     const Runs<const T> dy(a.dy, b), x(a.x, b);
@@ -44,23 +48,34 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 const F64 mean = Ops<F64>::broadcast(a.mean[c0 + c]);
                 const T* const dy_run = dy.at(n, c0 + c);
                 const T* const x_run = x.at(n, c0 + c);
-                if constexpr (with_relu) {
+                const auto fetch = [&](int64_t e) {
+                    prefetch_ahead(dy_run + e);
+                    prefetch_ahead(x_run + e);
+                };
+                if constexpr (gate != kernels::open) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
+                    const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c0 + c) * a.mask.channel_stride + b.inner_begin;
+                    const auto gated = [&](Block<T> g, Block<T> v, int64_t e) {
+                        return to_double(through_gate<gate>(g, v, center, scale, offset, 0, a.mask.bits, bit + e));
+                    };
                     for_blocks(
                         0, run, kNoPeriod,
-                        [&](int64_t e, int64_t k) {
+                        [&](int64_t e, int64_t) {
+                            fetch(e);
                             const Block<T> v = load(x_run + e);
-                            sums.add(to_double(through_activation<true>(load(dy_run + e), v, center, scale, offset, k)),
-                                     to_double(v) - mean);
+                            sums.add(gated(load(dy_run + e), v, e), to_double(v) - mean);
                         },
-                        [&](int64_t e, int64_t k, int64_t m) {
+                        [&](int64_t e, int64_t, int64_t m) {
                             const Block<T> v = load_part(x_run + e, m);
-                            sums.add(to_double(through_activation<true>(load_part(dy_run + e, m), v, center, scale, offset, k)),
-                                     keep_first(to_double(v) - mean, m));
+                            sums.add(gated(load_part(dy_run + e, m), v, e), keep_first(to_double(v) - mean, m));
                         });
                 } else {
                     for_blocks(
-                        0, run, kNoPeriod, [&](int64_t e, int64_t) { sums.add(load_double(dy_run + e), load_double(x_run + e) - mean); },
+                        0, run, kNoPeriod,
+                        [&](int64_t e, int64_t) {
+                            fetch(e);
+                            sums.add(load_double(dy_run + e), load_double(x_run + e) - mean);
+                        },
                         [&](int64_t e, int64_t, int64_t m) {
                             sums.add(to_double(load_part(dy_run + e, m)), keep_first(to_double(load_part(x_run + e, m)) - mean, m));
                         });
@@ -76,8 +91,10 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     }
 }
 
-template <bool with_relu, int R, class T>
-BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], int64_t width, const GradSumsArgs& a) {
+// R rows at a time; the mask's bits of row j start at bit + j * bit_step.
+template <Gate gate, int R, class T>
+BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], int64_t width, int64_t bit, int64_t bit_step,
+                                     const GradSumsArgs& a) {
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
     const auto rows = [&](int64_t e, auto load_double_at, auto load_at) {
@@ -85,9 +102,12 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
         GradSums<F64> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_xc + e)};
 #pragma GCC unroll 8
         for (int j = 0; j < R; ++j) {
-            if constexpr (with_relu) {
+            prefetch_ahead(dy[j] + e);
+            prefetch_ahead(x[j] + e);
+            if constexpr (gate != kernels::open) {
                 const Block<T> v = load_at(x[j] + e);
-                sums.add(to_double(through_activation<true>(load_at(dy[j] + e), v, center, scale, offset, e)), to_double(v) - mean);
+                const Block<T> g = through_gate<gate>(load_at(dy[j] + e), v, center, scale, offset, e, a.mask.bits, bit + j * bit_step + e);
+                sums.add(to_double(g), to_double(v) - mean);
             } else {
                 sums.add(load_double_at(dy[j] + e), load_double_at(x[j] + e) - mean);
             }
@@ -104,7 +124,7 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
         });
 }
 
-template <bool with_relu, class T>
+template <Gate gate, class T>
 BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
     const FoldedRows<T> dy(a.dy, a.where), x(a.x, a.where);
@@ -112,28 +132,30 @@ BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     memset(a.sum_dy, 0, (size_t)round_up(width) * sizeof(double));
     memset(a.sum_dy_xc, 0, (size_t)round_up(width) * sizeof(double));
     T dy_buffer[kMaxFoldedWidth], x_buffer[kMaxFoldedWidth];
+    const int64_t bit_step = fold * a.mask.outer_stride;
     int64_t r = b.outer_begin;
+    const auto bit = [&] { return r * a.mask.outer_stride + b.channel_begin; };
     for (; !dy.gather && !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
         const T* const dy_rows[4] = {dy.rows.at(r), dy.rows.at(r + fold), dy.rows.at(r + 2 * fold), dy.rows.at(r + 3 * fold)};
         const T* const x_rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
-        grad_sums_rows<with_relu>(dy_rows, x_rows, width, a);
+        grad_sums_rows<gate>(dy_rows, x_rows, width, bit(), bit_step, a);
     }
     for (; r < b.outer_end; r += fold) {
         const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
         const T* const dy_rows[1] = {dy.at(r, n_rows, dy_buffer)};
         const T* const x_rows[1] = {x.at(r, n_rows, x_buffer)};
-        grad_sums_rows<with_relu>(dy_rows, x_rows, n_rows * x.channels, a);
+        grad_sums_rows<gate>(dy_rows, x_rows, n_rows * x.channels, bit(), bit_step, a);
     }
 }
 
 template <class T>
 void grad_sums_ncs(const GradSumsArgs& a) noexcept {
-    a.relu ? grad_sums_ncs_as<true, T>(a) : grad_sums_ncs_as<false, T>(a);
+    with_gate(a.gate, [&](auto gate) { grad_sums_ncs_as<decltype(gate)::value, T>(a); });
 }
 
 template <class T>
 void grad_sums_nsc(const GradSumsArgs& a) noexcept {
-    a.relu ? grad_sums_nsc_as<true, T>(a) : grad_sums_nsc_as<false, T>(a);
+    with_gate(a.gate, [&](auto gate) { grad_sums_nsc_as<decltype(gate)::value, T>(a); });
 }
 
 }  // namespace

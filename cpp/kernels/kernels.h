@@ -33,6 +33,7 @@ inline constexpr int64_t kMaxGroup = 32;
 // The most channels of one nsc box, and the widest folded row: fewer than 64 channels, at most 16 times.
 inline constexpr int64_t kMaxChannelBlock = 2048;
 inline constexpr int64_t kMaxFoldedWidth = 1024;
+inline constexpr int64_t kFoldBelow = 64;
 
 struct Operand {
     void* data;                                          // element (0, 0, 0) of the whole tensor
@@ -53,6 +54,19 @@ struct Where {
     int64_t fold;
 };
 
+// What stands between the normalised value and y, and in backward between dy and the normalisation: ReLU, its on and off recomputed
+// from x or read from a mask.
+enum Gate : int { open, relu, masked };
+
+// One bit per element of a tensor, set where ReLU let the value through: bit (outer, channel, inner) is number outer * outer_stride +
+// channel * channel_stride + inner, from the lowest of the first byte on. Bits of the box are written, others kept; a byte that two
+// boxes share may be written by one thread at a time. kMaskSlack bytes behind the last bit's may be read.
+struct Mask {
+    uint8_t* bits;
+    int64_t outer_stride, channel_stride;
+};
+inline constexpr int64_t kMaskSlack = 4;
+
 // Per-channel arrays below start at box.channel_begin. `Compute` is double for float64 storage and float otherwise.
 
 // sum[c] = sum of (x - shift[c]), sum_sq[c] = sum of (x - shift[c])^2 over the box, in double; overwritten.
@@ -64,8 +78,8 @@ struct MomentsArgs {
     double* sum_sq;
 };
 
-// y = (x - center) * scale + offset, three roundings in Compute, then max(y, 0) if relu (NaN stays NaN), then one rounding to
-// storage. `center`, `scale`, `offset` are Compute arrays.
+// y = (x - center) * scale + offset, three roundings in Compute, plus z (a fourth) if there is one, then max(y, 0) unless the gate is
+// open (NaN stays NaN), then one rounding to storage. `center`, `scale`, `offset` are Compute arrays.
 struct Affine {
     const void* center;
     const void* scale;
@@ -74,34 +88,39 @@ struct Affine {
 
 struct ApplyArgs {
     Where where;
-    Operand x, y;
+    Operand x, z, y;  // z, the residual, without data: none
     Affine affine;
-    bool relu;
+    Gate gate;  // masked: ReLU, and where it was on is written to mask
+    Mask mask;
     bool stream;  // non-temporal stores: for outputs that no cache will hold
 };
 
-// g = relu ? (apply(x) > 0 ? dy : 0) : dy;  sum_dy[c] = sum of g, sum_dy_xc[c] = sum of g * (x - mean[c]), in double.
+// g = dy where the gate lets through, else 0: open always, relu where apply(x) > 0, masked where the bit is set. sum_dy[c] = sum of g,
+// sum_dy_xc[c] = sum of g * (x - mean[c]), in double.
 struct GradSumsArgs {
     Where where;
     Operand dy, x;
     const double* mean;
-    Affine affine;  // read only if relu
+    Affine affine;  // read only with gate relu
     double* sum_dy;
     double* sum_dy_xc;
-    bool relu;
+    Gate gate;
+    Mask mask;
 };
 
-// dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 with g as above; with fixed statistics dx = g * k_dy and x is read only if
-// relu. x_scale is a power of two that brings x - center to about 1, so that k_x has the size of dx whatever the spread of x.
+// dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 with g as above; with fixed statistics dx = g * k_dy and x is read only
+// with gate relu. dz = g, if wanted. x_scale is a power of two that brings x - center to about 1, so that k_x has the size of dx whatever
+// the spread of x.
 struct GradApplyArgs {
     Where where;
-    Operand dy, x, dx;
-    Affine affine;  // center always; scale and offset only if relu
+    Operand dy, x, dx, dz;  // dz, the residual's gradient, without data: none
+    Affine affine;          // center always; scale and offset only with gate relu
     const void* k_dy;
     const void* x_scale;
     const void* k_x;
     const void* k_0;
-    bool relu;
+    Gate gate;
+    Mask mask;
     bool fixed;
     bool stream;
 };

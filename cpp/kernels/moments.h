@@ -16,6 +16,7 @@ template <class T>
 BATCHNORM_INLINE void moments_run(const T* x, int64_t n, F64 shift, F64& sum, F64& sum_sq) {
     int64_t e = 0;
     for (; e + kLanes <= n; e += kLanes) {
+        prefetch_ahead(x + e);
         const F64 d = load_double(x + e) - shift;
         sum = sum + d;
         sum_sq = sum_sq + d * d;
@@ -60,6 +61,7 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], int64_t width, const 
         F64 sum = Ops<F64>::load(a.sum + e), sum_sq = Ops<F64>::load(a.sum_sq + e);
 #pragma GCC unroll 8
         for (int j = 0; j < R; ++j) {
+            prefetch_ahead(x[j] + e);
             const F64 d = load_double(x[j] + e) - shift;
             sum = sum + d;
             sum_sq = sum_sq + d * d;

@@ -26,6 +26,7 @@ inline constexpr int kVectorBytes = BATCHNORM_VECTOR_BYTES;
 typedef float VF __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef double VD __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint32_t VU __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
+typedef int32_t VI __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef int64_t VL __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint16_t VH __attribute__((vector_size(BATCHNORM_VECTOR_BYTES / 2)));
 
@@ -143,6 +144,10 @@ BATCHNORM_INLINE VF where_positive(VF y, VF v) {
 BATCHNORM_INLINE VD where_positive(VD y, VD v) {
     return (VD)_mm512_maskz_mov_pd(_mm512_cmp_pd_mask((__m512d)y, _mm512_setzero_pd(), _CMP_GT_OQ), (__m512d)v);
 }
+BATCHNORM_INLINE uint32_t positive_bits(VF y) { return _mm512_cmp_ps_mask((__m512)y, _mm512_setzero_ps(), _CMP_GT_OQ); }
+BATCHNORM_INLINE uint32_t positive_bits(VD y) { return _mm512_cmp_pd_mask((__m512d)y, _mm512_setzero_pd(), _CMP_GT_OQ); }
+BATCHNORM_INLINE VF where_bits(uint32_t bits, VF v) { return (VF)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)v); }
+BATCHNORM_INLINE VD where_bits(uint32_t bits, VD v) { return (VD)_mm512_maskz_mov_pd((__mmask8)bits, (__m512d)v); }
 BATCHNORM_INLINE void stream(float* p, VF v) { _mm512_stream_ps(p, (__m512)v); }
 BATCHNORM_INLINE void stream(double* p, VD v) { _mm512_stream_pd(p, (__m512d)v); }
 BATCHNORM_INLINE void stream(void* p, VH v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
@@ -165,6 +170,12 @@ BATCHNORM_INLINE VF where_positive(VF y, VF v) {
 BATCHNORM_INLINE VD where_positive(VD y, VD v) {
     return (VD)_mm256_and_pd(_mm256_cmp_pd((__m256d)y, _mm256_setzero_pd(), _CMP_GT_OQ), (__m256d)v);
 }
+BATCHNORM_INLINE uint32_t positive_bits(VF y) {
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps((__m256)y, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
+BATCHNORM_INLINE uint32_t positive_bits(VD y) {
+    return (uint32_t)_mm256_movemask_pd(_mm256_cmp_pd((__m256d)y, _mm256_setzero_pd(), _CMP_GT_OQ));
+}
 BATCHNORM_INLINE void stream(float* p, VF v) { _mm256_stream_ps(p, (__m256)v); }
 BATCHNORM_INLINE void stream(double* p, VD v) { _mm256_stream_pd(p, (__m256d)v); }
 BATCHNORM_INLINE void stream(void* p, VH v) { _mm_stream_si128((__m128i*)p, (__m128i)v); }
@@ -179,6 +190,8 @@ BATCHNORM_INLINE VF relu(VF v) { return (VF)_mm_max_ps(_mm_setzero_ps(), (__m128
 BATCHNORM_INLINE VD relu(VD v) { return (VD)_mm_max_pd(_mm_setzero_pd(), (__m128d)v); }
 BATCHNORM_INLINE VF where_positive(VF y, VF v) { return (VF)_mm_and_ps(_mm_cmpgt_ps((__m128)y, _mm_setzero_ps()), (__m128)v); }
 BATCHNORM_INLINE VD where_positive(VD y, VD v) { return (VD)_mm_and_pd(_mm_cmpgt_pd((__m128d)y, _mm_setzero_pd()), (__m128d)v); }
+BATCHNORM_INLINE uint32_t positive_bits(VF y) { return (uint32_t)_mm_movemask_ps(_mm_cmpgt_ps((__m128)y, _mm_setzero_ps())); }
+BATCHNORM_INLINE uint32_t positive_bits(VD y) { return (uint32_t)_mm_movemask_pd(_mm_cmpgt_pd((__m128d)y, _mm_setzero_pd())); }
 BATCHNORM_INLINE void stream(float* p, VF v) { _mm_stream_ps(p, (__m128)v); }
 BATCHNORM_INLINE void stream(double* p, VD v) { _mm_stream_pd(p, (__m128d)v); }
 BATCHNORM_INLINE void stream(void* p, VH v) { memcpy(p, &v, sizeof v); }
@@ -191,10 +204,34 @@ BATCHNORM_INLINE VF relu(VF v) { return v < 0 ? VF{} : v; }
 BATCHNORM_INLINE VD relu(VD v) { return v < 0 ? VD{} : v; }
 BATCHNORM_INLINE VF where_positive(VF y, VF v) { return y > 0 ? v : VF{}; }
 BATCHNORM_INLINE VD where_positive(VD y, VD v) { return y > 0 ? v : VD{}; }
+BATCHNORM_INLINE uint32_t positive_bits(VF y) {
+    return (uint32_t)(y[0] > 0) | (uint32_t)(y[1] > 0) << 1 | (uint32_t)(y[2] > 0) << 2 | (uint32_t)(y[3] > 0) << 3;
+}
+BATCHNORM_INLINE uint32_t positive_bits(VD y) { return (uint32_t)(y[0] > 0) | (uint32_t)(y[1] > 0) << 1; }
 BATCHNORM_INLINE void stream(float* p, VF v) { memcpy(p, &v, sizeof v); }
 BATCHNORM_INLINE void stream(double* p, VD v) { memcpy(p, &v, sizeof v); }
 BATCHNORM_INLINE void stream(void* p, VH v) { memcpy(p, &v, sizeof v); }
 
+#endif
+
+#if BATCHNORM_VECTOR_BYTES < 64
+// Lane i's bit, compared in every lane at once.
+BATCHNORM_INLINE VF where_bits(uint32_t bits, VF v) {
+    VU lane, kept;
+    for (int i = 0; i < LanesOf<VF>::value; ++i) lane[i] = 1u << i;
+    memcpy(&kept, &v, sizeof kept);
+    kept &= (VU)(((VU{} + bits) & lane) != 0);
+    memcpy(&v, &kept, sizeof v);
+    return v;
+}
+BATCHNORM_INLINE VD where_bits(uint32_t bits, VD v) {
+    VL lane, kept;
+    for (int i = 0; i < LanesOf<VD>::value; ++i) lane[i] = 1 << i;
+    memcpy(&kept, &v, sizeof kept);
+    kept &= ((VL{} + (int64_t)bits) & lane) != 0;
+    memcpy(&v, &kept, sizeof v);
+    return v;
+}
 #endif
 
 #if BATCHNORM_VECTOR_BYTES == 16
@@ -239,21 +276,38 @@ BATCHNORM_INLINE VH float_to_half(VF v) { return VH{float_to_half(v[0]), float_t
 #endif
 
 BATCHNORM_INLINE VF brain_to_float(VH v) {
+#if BATCHNORM_VECTOR_BYTES == 64  // one instruction, which g++ 12 does not find: it halves and joins
+    const VU bits = (VU)_mm512_cvtepu16_epi32((__m256i)v) << 16;
+#elif BATCHNORM_VECTOR_BYTES == 32
+    const VU bits = (VU)_mm256_cvtepu16_epi32((__m128i)v) << 16;
+#else
     const VU bits = __builtin_convertvector(v, VU) << 16;
+#endif
     VF f;
     memcpy(&f, &bits, sizeof f);
     return f;
 }
 // Round to nearest even by adding half of the last kept place, less one if that place is even; NaN becomes quiet.
+#if BATCHNORM_VECTOR_BYTES == 64
+BATCHNORM_INLINE VH float_to_brain(VF v) {  // half the instructions of the generic one
+    const __m512i bits = _mm512_castps_si512((__m512)v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m512i upper = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return (VH)_mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16));
+}
+#else
 BATCHNORM_INLINE VH float_to_brain(VF v) {
     VU bits;
     memcpy(&bits, &v, sizeof bits);
-    const VU magnitude = bits & 0x7fffffffu;
+    const VI magnitude = (VI)(bits & 0x7fffffffu);
     const VU rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
     const VU nan = bits >> 16 | 0x40u;
-    const VU is_nan = (VU)(magnitude > 0x7f800000u);
+    const VU is_nan = (VU)(magnitude > 0x7f800000);
     return __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), VH);
 }
+#endif
 
 template <class V>
 BATCHNORM_INLINE Pair<V> relu(Pair<V> v) {
@@ -262,6 +316,15 @@ BATCHNORM_INLINE Pair<V> relu(Pair<V> v) {
 template <class V>
 BATCHNORM_INLINE Pair<V> where_positive(Pair<V> y, Pair<V> v) {
     return {where_positive(y.lo, v.lo), where_positive(y.hi, v.hi)};
+}
+// Bit i tells whether lane i is above 0; and lanes of v where their bit is set, else 0 (bits past the lanes do not matter).
+template <class V>
+BATCHNORM_INLINE uint32_t positive_bits(Pair<V> y) {
+    return positive_bits(y.lo) | positive_bits(y.hi) << LanesOf<V>::value;
+}
+template <class V>
+BATCHNORM_INLINE Pair<V> where_bits(uint32_t bits, Pair<V> v) {
+    return {where_bits(bits, v.lo), where_bits(bits >> LanesOf<V>::value, v.hi)};
 }
 template <class V>
 BATCHNORM_INLINE auto widen(Pair<V> v) -> Pair<decltype(widen(v.lo))> {
@@ -454,6 +517,15 @@ BATCHNORM_INLINE int64_t elements_to_alignment(const T* p) {
     const uintptr_t over = (uintptr_t)p % alignment;
     if (over % sizeof(T) != 0) return -1;
     return over == 0 ? 0 : (int64_t)((alignment - over) / sizeof(T));
+}
+
+// Asks for the block kAhead bytes behind p, into the second-level cache; past the end of an array it asks in vain. A core by itself
+// keeps too few lines on their way to use the memory's bandwidth (cpp/DESIGN.md, D12).
+inline constexpr int64_t kAhead = 4096;
+template <class T>
+BATCHNORM_INLINE void prefetch_ahead(const T* p) {
+    __builtin_prefetch((const char*)p + kAhead, 0, 2);
+    if (sizeof(T) * kernels::kLanes > 64) __builtin_prefetch((const char*)p + kAhead + 64, 0, 2);
 }
 
 // Makes streamed stores visible before whoever waits for this kernel goes on.

@@ -96,6 +96,72 @@ BATCHNORM_INLINE void for_blocks(int64_t head, int64_t n, int64_t period, Full f
     if (e < n) part(e, k, n - e);
 }
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read by words");
+
+// The 16 bits of a mask from number `first` on, in the lowest places; those above are anything.
+BATCHNORM_INLINE uint32_t mask_bits(const uint8_t* bits, int64_t first) {
+    uint32_t word;
+    memcpy(&word, bits + (first >> 3), sizeof word);
+    return word >> (first & 7);
+}
+
+// Writes a stretch of a mask from bit `first` on, 16 bits or fewer at a time; finish() ends it. Bits before and behind stay.
+template <bool wanted>
+class MaskWriter {
+public:
+    BATCHNORM_INLINE MaskWriter(uint8_t* bits, int64_t first)
+        : p_(bits + (first >> 3)), fill_(first & 7), pending_(fill_ == 0 ? 0 : *p_ & ((1u << fill_) - 1)) {}
+    BATCHNORM_INLINE void put(uint32_t bits) {
+        pending_ |= bits << fill_;
+        flush();
+    }
+    BATCHNORM_INLINE void put(uint32_t bits, int64_t n) {
+        pending_ |= (bits & ((1u << n) - 1)) << fill_;
+        fill_ += n;
+        if (fill_ >= 16) {
+            flush();
+            fill_ -= 16;
+        }
+    }
+    BATCHNORM_INLINE void finish() {
+        if (fill_ >= 8) {
+            *p_++ = (uint8_t)pending_;
+            pending_ >>= 8;
+            fill_ -= 8;
+        }
+        if (fill_ > 0) *p_ = (uint8_t)((*p_ & ~((1u << fill_) - 1)) | pending_);
+    }
+
+private:
+    BATCHNORM_INLINE void flush() {
+        const uint16_t full = (uint16_t)pending_;
+        memcpy(p_, &full, sizeof full);
+        p_ += sizeof full;
+        pending_ >>= 16;
+    }
+    uint8_t* p_;
+    int64_t fill_;      // bits not yet written, below 16
+    uint32_t pending_;  // these bits
+};
+template <>
+class MaskWriter<false> {
+public:
+    BATCHNORM_INLINE MaskWriter(uint8_t*, int64_t) {}
+    BATCHNORM_INLINE void put(uint32_t) {}
+    BATCHNORM_INLINE void put(uint32_t, int64_t) {}
+    BATCHNORM_INLINE void finish() {}
+};
+
+// A gate as a constant: calls f(GateIs<gate>{}).
+template <kernels::Gate g>
+struct GateIs {
+    static constexpr kernels::Gate value = g;
+};
+template <class F>
+BATCHNORM_INLINE void with_gate(kernels::Gate gate, F f) {
+    gate == kernels::open ? f(GateIs<kernels::open>{}) : gate == kernels::relu ? f(GateIs<kernels::relu>{}) : f(GateIs<kernels::masked>{});
+}
+
 // A run-time flag as a constant: calls f(Flag<true>{}) or f(Flag<false>{}).
 template <bool b>
 struct Flag {

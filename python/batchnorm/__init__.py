@@ -23,11 +23,14 @@ from ._openmp import _core  # first: it decides how OpenMP waits
 # isort: on
 from ._functional import (
     Gradients,
+    MaskedTrainResult,
     MeanVar,
+    ResidualGradients,
     TrainResult,
     batch_norm,
     batch_norm_backward,
     batch_norm_train,
+    mask_bytes,
     moments,
     update_running,
 )
@@ -48,8 +51,10 @@ from ._version import __version__
 __all__ = [
     "BatchNorm",
     "Gradients",
+    "MaskedTrainResult",
     "MeanVar",
     "Parameter",
+    "ResidualGradients",
     "TrainResult",
     "__version__",
     "batch_norm",
@@ -61,6 +66,7 @@ __all__ = [
     "get_isa",
     "get_num_threads",
     "isa_levels",
+    "mask_bytes",
     "moments",
     "set_isa",
     "set_num_threads",

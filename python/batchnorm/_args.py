@@ -13,7 +13,7 @@ import difflib
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
@@ -29,6 +29,7 @@ DataFormatName = Literal[
 ]
 ACTIVATIONS: tuple[str, ...] = get_args(ActivationName)
 GRADIENTS = ("dx", "dgamma", "dbeta")
+NEEDS = (*GRADIENTS, "dresidual")
 
 # data_format: (rank it needs or None, channel axis)
 DATA_FORMATS: dict[str, tuple[int | None, int]] = {
@@ -91,8 +92,12 @@ _FOREIGN = {
 }
 
 
-def reject_keywords(function: str, unknown: Mapping[str, object], known: Iterable[str]) -> NoReturn:
-    """Raise the TypeError for keyword arguments that `function` does not have."""
+def reject_keywords(called: Callable[..., object], unknown: Mapping[str, object]) -> NoReturn:
+    """Raise the TypeError for keyword arguments that the function or constructor called does not have."""
+    code = called.__code__
+    known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    known = known[1:]  # x, dy and the like are not what a keyword is mistaken for, nor is self
+    function = called.__qualname__.removesuffix(".__init__")
     name = next(iter(unknown))
     value = unknown[name]
     if name == "momentum":
@@ -398,25 +403,69 @@ def _copy_like(a: Array, order: Array) -> Array:
     return copy
 
 
-def _in_one_direction(x: Array, dy: Array | None, out: Array | None, axis: int) -> tuple[Array, Array | None]:
-    """x and dy so that all arrays have a common view: copied where they do not, x leading; ``out`` never.
+def _in_one_direction(
+    x: Array, other: Array | None, outputs: Mapping[str, Array | None], axis: int
+) -> tuple[Array, Array | None]:
+    """x and dy, or x and the residual, so that all arrays have a common view: copied where they do not, x
+    leading; outputs never.
 
     The order in which a channel is summed follows from x alone.
     """
     strides = x.strides
     if not _core.has_view([x], axis):
         x = _copy_like(x, x)
-    together = [x] if out is None else [x, out]
-    if not _core.has_view(together, axis):
-        assert out is not None
-        raise ValueError(
-            f"out has strides {out.strides} for shape {out.shape}, which cannot be written in one pass over "
-            f"memory together with x of strides {strides} (channel axis {axis}); use numpy.empty_like(x), or "
-            f"leave out= away and assign, out[...] = result"
+    together = [x]
+    for name, out in outputs.items():
+        if out is None:
+            continue
+        together.append(out)
+        if not _core.has_view(together, axis):
+            raise ValueError(
+                f"{name} has strides {out.strides} for shape {out.shape}, which cannot be written in one "
+                f"pass over memory together with x of strides {strides} (channel axis {axis}); use "
+                f"numpy.empty_like(x), or leave {name}= away and assign, {name}[...] = result"
+            )
+    if other is not None and not _core.has_view([*together, other], axis):
+        other = _copy_like(other, x)
+    return x, other
+
+
+def _residual(value: object, x: Array) -> Array | None:
+    if value is None:
+        return None
+    z = _tensor(value, "residual")
+    if z.dtype != x.dtype:
+        raise TypeError(
+            f"residual has dtype {z.dtype}, expected {x.dtype} as x has; use residual.astype(x.dtype)"
         )
-    if dy is not None and not _core.has_view([x, dy, *together[1:]], axis):
-        dy = _copy_like(dy, x)
-    return x, dy
+    if z.shape != x.shape:
+        raise ValueError(f"residual has shape {z.shape}, expected {x.shape} as x has")
+    return z
+
+
+def _mask(
+    value: object, x: Array, axis: int, activation: str | None, apart_from: Mapping[str, Array | None]
+) -> Array | None:
+    """A mask for x, which has its final memory order; overlapping none of `apart_from`."""
+    if value is None:
+        return None
+    count = _core.mask_bytes(x, axis)
+    expected = f"a contiguous array of {count} uint8, as the forward made it or numpy.zeros(mask_bytes(x))"
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
+        kind = f"has dtype {value.dtype}" if isinstance(value, np.ndarray) else f"is {_kind(value)}"
+        raise TypeError(f"mask {kind}, expected {expected}")
+    if value.shape != (count,) or value.strides != (1,):
+        raise ValueError(f"mask has shape {value.shape} and strides {value.strides}, expected {expected}")
+    if activation is None:
+        raise ValueError("mask is given without activation='relu', of which it tells; drop one of them")
+    for name, array in apart_from.items():
+        if array is not None and _share(value, array):
+            raise ValueError(f"mask overlaps {name}, expected separate arrays")
+    return value.view(np.ndarray)
+
+
+def _threads(num_threads: object) -> int | None:
+    return None if num_threads is None else thread_count(num_threads)
 
 
 # ---- calls -------------------------------------------------------------------------------------------------
@@ -432,6 +481,9 @@ def inference(
     axis: object,
     data_format: object,
     activation: object,
+    residual: object,
+    mask: object,
+    num_threads: object,
     out: object,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm` after `x`'s checks, or the error that explains."""
@@ -442,12 +494,17 @@ def inference(
         channel = int(np.flatnonzero(v < 0)[0])
         raise ValueError(f"var is {v[channel]} at channel {channel}, expected values >= 0")
     g, b = _affine(gamma, beta, x, channel_axis)
-    eps, activation = check_eps(eps), check_activation(activation)
-    y = None
+    eps, activation, threads = check_eps(eps), check_activation(activation), _threads(num_threads)
+    z, y = _residual(residual, x), None
+    vectors = {"mean": m, "var": v, "gamma": g, "beta": b}
     if out is not None:
-        y = _output(out, "out", x, {"x": x}, {"mean": m, "var": v, "gamma": g, "beta": b})
-    x, _ = _in_one_direction(x, None, y, channel_axis)
-    return x, m, v, g, b, eps, channel_axis, activation, y, True, True
+        y = _output(out, "out", x, {"x": x} if z is None else {"x": x, "residual": z}, vectors)
+    apart = {"x": x, "residual": z, "out": y, **vectors}
+    x, z = _in_one_direction(x, z, {"out": y}, channel_axis)
+    bits = _mask(mask, x, channel_axis, activation, apart)
+    if bits is not None and not bits.flags.writeable:
+        raise ValueError("mask is read-only, expected a writable array")
+    return x, m, v, g, b, eps, channel_axis, activation, z, bits, threads, y, True, True
 
 
 def training(
@@ -462,6 +519,8 @@ def training(
     axis: object,
     data_format: object,
     activation: object,
+    residual: object,
+    num_threads: object,
     out: object,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm_train`, or the error that explains."""
@@ -473,6 +532,7 @@ def training(
             ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
         )
         raise ValueError(f"{missing} is None but {given} is given, expected both or neither")
+    z = _residual(residual, x)
     rm = rv = None
     if running_mean is not None:
         rm, rv = _running_pair(running_mean, running_var)
@@ -482,11 +542,11 @@ def training(
                     f"{name} has shape {vector.shape}, expected ({channels},) to match channel axis "
                     f"{channel_axis} of x {x.shape}"
                 )
-            for other, other_name in ((x, "x"), (g, "gamma"), (b, "beta")):
+            for other, other_name in ((x, "x"), (g, "gamma"), (b, "beta"), (z, "residual")):
                 if other is not None and _share(vector, other):
                     raise ValueError(f"{name} shares memory with {other_name}, expected separate arrays")
     decay, ddof = check_decay(decay), check_ddof(running_ddof, "running_ddof")
-    eps, activation = check_eps(eps), check_activation(activation)
+    eps, activation, threads = check_eps(eps), check_activation(activation), _threads(num_threads)
     if x.size == channels:
         raise ValueError(
             f"x has shape {x.shape} with one value per channel (axis {channel_axis}), from which no variance "
@@ -495,9 +555,10 @@ def training(
         )
     y = None
     if out is not None:
-        y = _output(out, "out", x, {"x": x}, {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv})
-    x, _ = _in_one_direction(x, None, y, channel_axis)
-    return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, y, True, True
+        vectors = {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv}
+        y = _output(out, "out", x, {"x": x} if z is None else {"x": x, "residual": z}, vectors)
+    x, z = _in_one_direction(x, z, {"out": y}, channel_axis)
+    return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, z, threads, y, True, True
 
 
 def check_stats(stats: object) -> bool:
@@ -511,9 +572,9 @@ def check_stats(stats: object) -> bool:
     return stats == "fixed"
 
 
-def check_needs(needs: object) -> tuple[bool, bool, bool]:
-    """Which of dx, dgamma, dbeta are asked for."""
-    expected = "a tuple of 'dx', 'dgamma', 'dbeta'"
+def check_needs(needs: object) -> tuple[bool, bool, bool, bool]:
+    """Which of dx, dgamma, dbeta, dresidual are asked for."""
+    expected = "a tuple of 'dx', 'dgamma', 'dbeta', 'dresidual'"
     if isinstance(needs, str):
         raise TypeError(f"needs is {needs!r} (str), expected {expected}, for example ({needs!r},)")
     if not isinstance(needs, tuple | list | set | frozenset):
@@ -521,9 +582,9 @@ def check_needs(needs: object) -> tuple[bool, bool, bool]:
     for name in needs:
         if not isinstance(name, str):
             raise TypeError(f"needs contains {_kind(name)}, expected {expected}")
-        if name not in GRADIENTS:
+        if name not in NEEDS:
             raise ValueError(f"needs contains {name!r}, expected {expected}")
-    return "dx" in needs, "dgamma" in needs, "dbeta" in needs
+    return "dx" in needs, "dgamma" in needs, "dbeta" in needs, "dresidual" in needs
 
 
 def backward(
@@ -537,8 +598,11 @@ def backward(
     data_format: object,
     stats: object,
     activation: object,
+    mask: object,
     needs: object,
+    num_threads: object,
     out: object,
+    out_residual: object,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm_backward`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
@@ -554,26 +618,47 @@ def backward(
     s = _per_channel(inv_std, "inv_std", x, channel_axis, finite=False)
     g, b = _affine(gamma, beta, x, channel_axis)
     fixed, activation = check_stats(stats), check_activation(activation)
-    need_dx, need_dgamma, need_dbeta = check_needs(needs)
+    need_dx, need_dgamma, need_dbeta, need_dresidual = check_needs(needs)
+    threads = _threads(num_threads)
     if not fixed and x.size == x.shape[channel_axis]:
         raise ValueError(
             f"x has shape {x.shape} with one value per channel (axis {channel_axis}), expected at least 2 "
             f"with stats='batch'; after a forward with given statistics use stats='fixed'"
         )
-    dx = None
-    if out is not None:
-        if not need_dx:
+    if need_dresidual and activation is not None and mask is None:
+        raise ValueError(
+            "mask is None, expected the mask of the forward pass: with a residual, x does not tell where the "
+            "activation was on"
+        )
+    vectors = {"mean": m, "inv_std": s, "gamma": g, "beta": b}
+    outputs: dict[str, Array | None] = {"out": None, "out_residual": None}
+    for name, value, gradient, needed in (
+        ("out", out, "dx", need_dx),
+        ("out_residual", out_residual, "dresidual", need_dresidual),
+    ):
+        if value is None:
+            continue
+        if not needed:
             raise ValueError(
-                "out is given but needs does not contain 'dx', which it would receive; drop one of them"
+                f"{name} is given but needs does not contain {gradient!r}, which it would receive; drop one "
+                f"of them"
             )
-        dx = _output(out, "out", x, {"dy": dy, "x": x}, {"mean": m, "inv_std": s, "gamma": g, "beta": b})
-    x, dy = _in_one_direction(x, dy, dx, channel_axis)
+        outputs[name] = _output(value, name, x, {"dy": dy, "x": x}, vectors)
+    dx, dresidual = outputs.values()
+    if dx is not None and dresidual is not None and _share(dx, dresidual):
+        raise ValueError("out and out_residual overlap, expected two separate arrays")
+    apart = {"x": x, "dy": dy, **outputs, **vectors}
+    x, other = _in_one_direction(x, dy, outputs, channel_axis)
+    bits = _mask(mask, x, channel_axis, activation, apart)
     return (
-        dy, x, m, s, g, b, channel_axis, fixed, activation, need_dx, need_dgamma, need_dbeta, dx, True, True,
+        other, x, m, s, g, b, channel_axis, fixed, activation, bits, need_dx, need_dgamma, need_dbeta,
+        need_dresidual, threads, dx, dresidual, True, True,
     )  # fmt: skip
 
 
-def statistics(x: object, axis: object, data_format: object, ddof: object) -> tuple[Any, ...]:
+def statistics(
+    x: object, axis: object, data_format: object, ddof: object, num_threads: object
+) -> tuple[Any, ...]:
     """Arguments of `_core.moments`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
     delta = check_int(ddof, "ddof", "an int >= 0")
@@ -582,8 +667,24 @@ def statistics(x: object, axis: object, data_format: object, ddof: object) -> tu
         raise ValueError(f"ddof is {delta}, expected an int >= 0")
     if 0 < count <= delta:
         raise ValueError(f"ddof is {delta}, expected less than the {count} values per channel of x {x.shape}")
-    x, _ = _in_one_direction(x, None, None, channel_axis)
-    return x, channel_axis, delta, True
+    threads = _threads(num_threads)
+    x, _ = _in_one_direction(x, None, {}, channel_axis)
+    return x, channel_axis, delta, threads, True
+
+
+def mask_view(x: object, axis: object, data_format: object) -> tuple[Array, int]:
+    """Arguments of `_core.mask_bytes`, or the error that explains."""
+    x, channel_axis = _input(x, axis, data_format)
+    return _in_one_direction(x, None, {}, channel_axis)[0], channel_axis
+
+
+def tuning_settings(settings: object) -> str:
+    """Settings for `set_tuning` as one text."""
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            check_int(value, str(name), "an int")
+        return ",".join(f"{name}={int(value)}" for name, value in settings.items())
+    raise TypeError(f"settings is {_kind(settings)}, expected a dict of names and ints")
 
 
 def running_update(

@@ -13,6 +13,9 @@ def batch_norm(
     eps: Any,
     axis: Any,
     activation: Any,
+    residual: Any,
+    mask: Any,
+    num_threads: Any,
     out: Any,
     disjoint: bool,
     prepared: bool,
@@ -29,11 +32,13 @@ def batch_norm_train(
     eps: Any,
     axis: Any,
     activation: Any,
+    residual: Any,
+    num_threads: Any,
     out: Any,
     disjoint: bool,
     prepared: bool,
     /,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]] | None: ...
+) -> tuple[NDArray[Any], ...] | None: ...
 def batch_norm_backward(
     dy: Any,
     x: Any,
@@ -44,15 +49,21 @@ def batch_norm_backward(
     axis: Any,
     fixed: bool,
     activation: Any,
+    mask: Any,
     need_dx: bool,
     need_dgamma: bool,
     need_dbeta: bool,
+    need_dresidual: bool,
+    num_threads: Any,
     out: Any,
+    out_residual: Any,
     disjoint: bool,
     prepared: bool,
     /,
-) -> tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None] | None: ...
-def moments(x: Any, axis: Any, ddof: Any, prepared: bool, /) -> tuple[NDArray[Any], NDArray[Any]] | None: ...
+) -> tuple[NDArray[Any] | None, ...] | None: ...
+def moments(
+    x: Any, axis: Any, ddof: Any, num_threads: Any, prepared: bool, /
+) -> tuple[NDArray[Any], NDArray[Any]] | None: ...
 def update_running(
     running_mean: NDArray[Any],
     running_var: NDArray[Any],
@@ -64,6 +75,9 @@ def update_running(
     /,
 ) -> None: ...
 def has_view(arrays: list[NDArray[Any]], axis: int, /) -> bool: ...
+def mask_bytes(x: NDArray[Any], axis: int, /) -> int: ...
+def tuning() -> str: ...
+def set_tuning(settings: str, /) -> None: ...
 def set_main_thread(ident: int, /) -> None: ...
 def set_bfloat16_type_num(n: int, /) -> None: ...
 def num_threads() -> int: ...

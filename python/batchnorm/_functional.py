@@ -12,11 +12,14 @@ from . import _args, _core
 
 __all__ = [
     "Gradients",
+    "MaskedTrainResult",
     "MeanVar",
+    "ResidualGradients",
     "TrainResult",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_train",
+    "mask_bytes",
     "moments",
     "update_running",
 ]
@@ -41,12 +44,25 @@ class TrainResult(NamedTuple):
     inv_std: NDArray[np.float64]
 
 
+class MaskedTrainResult(TrainResult):
+    """A TrainResult, three values to unpack, that also holds ``mask``: where the activation let values
+    through, one bit per element, for :func:`batch_norm_backward`."""
+
+    mask: NDArray[np.uint8]
+
+
 class Gradients(NamedTuple):
     """Result of :func:`batch_norm_backward`; what was not asked for is None."""
 
     dx: Array | Any
     dgamma: Array | Any
     dbeta: Array | Any
+
+
+class ResidualGradients(Gradients):
+    """Gradients, three values to unpack, with ``dresidual``, the residual's gradient, like x."""
+
+    dresidual: Array
 
 
 def batch_norm(
@@ -60,6 +76,9 @@ def batch_norm(
     axis: int = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
+    residual: Array | None = None,
+    mask: NDArray[np.uint8] | None = None,
+    num_threads: int | None = None,
     out: Array | None = None,
     **unknown: NoReturn,
 ) -> Array:
@@ -82,8 +101,15 @@ def batch_norm(
         together with ``axis``.
     activation : None or "relu"
         Applied to the result in the same pass.
+    residual : array like x, optional
+        Added before the activation, in the same pass; x's shape and dtype.
+    mask : writable uint8 array of shape (mask_bytes(x),), optional
+        Receives where the activation let values through, for a backward with ``stats="fixed"`` after a
+        residual. Bits between runs of a channel keep their value.
+    num_threads : int, optional
+        Threads for this call, 1 to 65536; absent means :func:`get_num_threads`. No result depends on it.
     out : array like x, optional
-        Receives the result; may be ``x`` itself (in place), no other overlap.
+        Receives the result; may be ``x`` or ``residual`` itself (in place), no other overlap.
 
     Returns
     -------
@@ -101,8 +127,8 @@ def batch_norm(
 
     Notes
     -----
-    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta)`` [1]_, computed as ``(x - c) * a + b`` with
-    per-channel numbers from float64; the part of the mean that float32 cannot hold goes into ``b``.
+    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta + residual)`` [1]_, computed as ``(x - c) * a +
+    b`` with per-channel numbers from float64; the part of the mean that float32 cannot hold goes into ``b``.
     Arithmetic on elements is float64 for float64 input and float32 otherwise.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2.
@@ -116,13 +142,17 @@ def batch_norm(
     (8, 64, 32, 32)
     """
     if data_format is None and not unknown:
-        y = _core.batch_norm(x, mean, var, gamma, beta, eps, axis, activation, out, False, False)
+        y = _core.batch_norm(
+            x, mean, var, gamma, beta, eps, axis, activation, residual, mask, num_threads, out, False, False
+        )
         if y is not None:
             return y
     if unknown:
-        known = ("mean", "var", "gamma", "beta", "eps", "axis", "data_format", "activation", "out")
-        _args.reject_keywords("batch_norm", unknown, known)
-    y = _core.batch_norm(*_args.inference(x, mean, var, gamma, beta, eps, axis, data_format, activation, out))
+        _args.reject_keywords(batch_norm, unknown)
+    arguments = _args.inference(
+        x, mean, var, gamma, beta, eps, axis, data_format, activation, residual, mask, num_threads, out
+    )
+    y = _core.batch_norm(*arguments)
     assert y is not None
     return y
 
@@ -140,6 +170,8 @@ def batch_norm_train(
     axis: int = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
+    residual: Array | None = None,
+    num_threads: int | None = None,
     out: Array | None = None,
     **unknown: NoReturn,
 ) -> TrainResult:
@@ -160,15 +192,16 @@ def batch_norm_train(
         Keras, Flax and ONNX.
     eps : float
         Added to the variance inside the square root; finite, >= 0.
-    axis, data_format, activation, out
+    axis, data_format, activation, residual, num_threads, out
         As in :func:`batch_norm`.
 
     Returns
     -------
     TrainResult
         ``y`` like x (dtype, shape, memory order), and ``mean`` and ``inv_std = 1 / sqrt(var + eps)``,
-        float64 of shape (C,), for :func:`batch_norm_backward`. An empty batch gives an empty ``y``, NaN
-        statistics and no update.
+        float64 of shape (C,), for :func:`batch_norm_backward`. With ``residual`` and an activation a
+        :class:`MaskedTrainResult`, whose ``mask`` backward needs as well. An empty batch gives an empty
+        ``y``, NaN statistics and no update.
 
     Raises
     ------
@@ -178,10 +211,10 @@ def batch_norm_train(
 
     Notes
     -----
-    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta)`` with mean and population variance of the n
-    values of each channel [1]_; ``running = decay * running + (1 - decay) * batch``. Sums run in float64
-    about a value of the channel, so mean and variance keep their digits for any ``|mean| / std`` up to 1e6,
-    and the result has the same bits for any number of threads.
+    ``y = act((x - mean) / sqrt(var + eps) * gamma + beta + residual)`` with mean and population variance of
+    the n values of each channel [1]_; ``running = decay * running + (1 - decay) * batch``. Sums run in
+    float64 about a value of the channel, so mean and variance keep their digits for any ``|mean| / std`` up to
+    1e6, and the result has the same bits for any number of threads.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 1.
 
@@ -206,27 +239,16 @@ def batch_norm_train(
             eps,
             axis,
             activation,
+            residual,
+            num_threads,
             out,
             False,
             False,
         )
         if result is not None:
-            return _new(TrainResult, result)
+            return _new(TrainResult, result) if len(result) == 3 else _with_mask(result)
     if unknown:
-        known = (
-            "gamma",
-            "beta",
-            "running_mean",
-            "running_var",
-            "decay",
-            "running_ddof",
-            "eps",
-            "axis",
-            "data_format",
-            "activation",
-            "out",
-        )
-        _args.reject_keywords("batch_norm_train", unknown, known)
+        _args.reject_keywords(batch_norm_train, unknown)
     arguments = _args.training(
         x,
         gamma,
@@ -239,11 +261,19 @@ def batch_norm_train(
         axis,
         data_format,
         activation,
+        residual,
+        num_threads,
         out,
     )
     result = _core.batch_norm_train(*arguments)
     assert result is not None
-    return _new(TrainResult, result)
+    return _new(TrainResult, result) if len(result) == 3 else _with_mask(result)
+
+
+def _with_mask(result: tuple[Array, ...]) -> MaskedTrainResult:
+    masked = _new(MaskedTrainResult, result[:3])
+    masked.mask = result[3]
+    return masked
 
 
 def batch_norm_backward(
@@ -258,11 +288,14 @@ def batch_norm_backward(
     data_format: _args.DataFormatName | None = None,
     stats: Literal["batch", "fixed"] = "batch",
     activation: _args.ActivationName | None = None,
+    mask: NDArray[np.uint8] | None = None,
     needs: tuple[str, ...] = ("dx", "dgamma", "dbeta"),
+    num_threads: int | None = None,
     out: Array | None = None,
+    out_residual: Array | None = None,
     **unknown: NoReturn,
 ) -> Gradients:
-    """Gradients of batch normalization with respect to ``x``, ``gamma`` and ``beta``.
+    """Gradients of batch normalization with respect to ``x``, ``gamma``, ``beta`` and the residual.
 
     Parameters
     ----------
@@ -282,11 +315,18 @@ def batch_norm_backward(
         "batch": the statistics came from ``x`` itself and gradients flow through them. "fixed": they were
         given (inference, frozen statistics).
     activation : None or "relu"
-        The forward pass's activation; where it was off is recomputed from ``x``, nothing needs to be kept.
-    needs : tuple of "dx", "dgamma", "dbeta"
-        What to compute; the rest is None and costs nothing.
-    out : array like x, optional
-        Receives ``dx``; may be ``dy`` itself (in place).
+        The forward pass's activation. Where it was off is recomputed from ``x``, nothing needs to be kept,
+        unless there was a residual.
+    mask : uint8 array, optional
+        The forward pass's ``mask``. Required after a residual with an activation: without it the gradients
+        would be those of a forward without the residual, and nothing here can tell.
+    needs : tuple of "dx", "dgamma", "dbeta", "dresidual"
+        What to compute; the rest is None and costs nothing. "dresidual" makes the result a
+        :class:`ResidualGradients`.
+    num_threads : int, optional
+        As in :func:`batch_norm`.
+    out, out_residual : array like x, optional
+        Receive ``dx`` and ``dresidual``; one of them may be ``dy`` itself (in place).
 
     Returns
     -------
@@ -298,7 +338,8 @@ def batch_norm_backward(
     ------
     TypeError, ValueError
         As :func:`batch_norm`; also ``dy`` of another shape or dtype, unknown names in ``needs``, ``out``
-        without "dx" in ``needs``.
+        without "dx" in ``needs``, ``out_residual`` without "dresidual", "dresidual" with an activation and
+        without a mask.
 
     Notes
     -----
@@ -328,7 +369,7 @@ def batch_norm_backward(
         data_format is None
         and not unknown
         and type(needs) is tuple
-        and needs == _args.GRADIENTS
+        and (needs == _args.GRADIENTS or needs == _args.NEEDS)
         and type(stats) is str
         and (stats == "batch" or stats == "fixed")
     ):
@@ -342,35 +383,75 @@ def batch_norm_backward(
             axis,
             stats == "fixed",
             activation,
+            mask,
             True,
             True,
             True,
+            len(needs) == 4,
+            num_threads,
             out,
+            out_residual,
             False,
             False,
         )
         if result is not None:
-            return _new(Gradients, result)
+            return _new(Gradients, result) if len(result) == 3 else _with_dresidual(result)
     if unknown:
-        known = (
-            "mean",
-            "inv_std",
-            "gamma",
-            "beta",
-            "axis",
-            "data_format",
-            "stats",
-            "activation",
-            "needs",
-            "out",
-        )
-        _args.reject_keywords("batch_norm_backward", unknown, known)
+        _args.reject_keywords(batch_norm_backward, unknown)
     arguments = _args.backward(
-        dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, needs, out
-    )
+        dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, mask, needs, num_threads,
+        out, out_residual,
+    )  # fmt: skip
     result = _core.batch_norm_backward(*arguments)
     assert result is not None
-    return _new(Gradients, result)
+    return _new(Gradients, result) if len(result) == 3 else _with_dresidual(result)
+
+
+def _with_dresidual(result: tuple[Any, ...]) -> ResidualGradients:
+    gradients = _new(ResidualGradients, result[:3])
+    gradients.dresidual = result[3]
+    return gradients
+
+
+def mask_bytes(
+    x: Array,
+    *,
+    axis: int = _args.DEFAULT_AXIS,
+    data_format: _args.DataFormatName | None = None,
+    **unknown: NoReturn,
+) -> int:
+    """Number of bytes of a mask for ``x``: about one bit per element.
+
+    Parameters
+    ----------
+    x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
+        Its shape and memory order count, its values do not.
+    axis, data_format
+        As in :func:`batch_norm`.
+
+    Returns
+    -------
+    int
+        The length of the uint8 array that ``mask=`` of :func:`batch_norm` fills.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm`.
+
+    Notes
+    -----
+    Runs of a channel, and rows of at least 64 channels, start at whole bytes; 4 bytes at the end are spare.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> batchnorm.mask_bytes(np.zeros((8, 64, 32, 32), np.float32))
+    65540
+    """
+    if unknown:
+        _args.reject_keywords(mask_bytes, unknown)
+    return _core.mask_bytes(*_args.mask_view(x, axis, data_format))
 
 
 def moments(
@@ -380,6 +461,7 @@ def moments(
     data_format: _args.DataFormatName | None = None,
     ddof: int = 0,
     keepdims: bool = False,
+    num_threads: int | None = None,
     **unknown: NoReturn,
 ) -> MeanVar:
     """Mean and variance of each channel of ``x``.
@@ -394,6 +476,8 @@ def moments(
         The variance divides by ``n - ddof``.
     keepdims : bool
         Keep the reduced axes with length 1, so that the results broadcast against ``x``.
+    num_threads : int, optional
+        As in :func:`batch_norm`.
 
     Returns
     -------
@@ -425,12 +509,12 @@ def moments(
     """
     result = None
     if data_format is None and not unknown:
-        result = _core.moments(x, axis, ddof, False)
+        result = _core.moments(x, axis, ddof, num_threads, False)
     if result is None or keepdims is not False:
         if unknown:
-            _args.reject_keywords("moments", unknown, ("axis", "data_format", "ddof", "keepdims"))
+            _args.reject_keywords(moments, unknown)
         keep = _args.check_flag(keepdims, "keepdims")
-        arguments = _args.statistics(x, axis, data_format, ddof)
+        arguments = _args.statistics(x, axis, data_format, ddof, num_threads)
         result = _core.moments(*arguments)
         assert result is not None
         if keep:
@@ -485,5 +569,5 @@ def update_running(
     ((3,), 1.15)
     """
     if unknown:
-        _args.reject_keywords("update_running", unknown, ("mean", "var", "decay", "count", "ddof"))
+        _args.reject_keywords(update_running, unknown)
     _core.update_running(*_args.running_update(running_mean, running_var, mean, var, decay, count, ddof))

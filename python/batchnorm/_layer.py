@@ -227,8 +227,7 @@ class BatchNorm:
         **unknown: NoReturn,
     ) -> None:
         if unknown:
-            options = BatchNorm.__init__.__kwdefaults__ or ()
-            _args.reject_keywords("BatchNorm", unknown, ("num_features", *options))
+            _args.reject_keywords(BatchNorm.__init__, unknown)
         if num_features is not None:
             expected = f"an int from 1 to {2**31}, or None to learn it from x"
             num_features = _checked_int(num_features, "num_features", 1, 2**31, expected)

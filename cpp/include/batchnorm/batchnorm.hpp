@@ -135,14 +135,21 @@ enum class Activation { none, relu };
 // How the statistics of the forward pass came about: from the batch itself (gradients flow through them) or given.
 enum class Stats { batch, fixed };
 
-// Normalise with given statistics. y may be x itself (in place); no other overlap.
+// Where a ReLU let values through, one bit per element: written by the forward functions, read by batch_norm_backward, which without it
+// finds out from x. After a residual it cannot. mask_bytes(x) is its size, a function of shape and memory order; x needs no data.
+BATCHNORM_API std::int64_t mask_bytes(const ConstTensor& x);
+
+// Normalise with given statistics. y may be x or the residual itself (in place); no other overlap.
 struct BatchNormArgs {
     ConstTensor x{};
     Tensor y{};                     // x's shape and dtype
+    ConstTensor residual{};         // added before the activation; x's shape and dtype, or absent
     ConstChannels mean{}, var{};    // finite; var >= 0
     ConstChannels gamma{}, beta{};  // absent: 1 and 0
     double eps = 1e-5;              // finite, >= 0
     Activation activation = Activation::none;
+    std::span<std::uint8_t> mask{};  // out, mask_bytes(x) bytes, with an activation only; empty: none. Bits between runs stay.
+    int num_threads = 0;             // for this call; 0: num_threads()
     bool disjoint = false;  // the caller has checked that no output shares an element with another argument; address ranges may overlap
 };
 BATCHNORM_API void batch_norm(const BatchNormArgs& args);
@@ -153,6 +160,7 @@ BATCHNORM_API void batch_norm(const BatchNormArgs& args);
 struct BatchNormTrainArgs {
     ConstTensor x{};
     Tensor y{};
+    ConstTensor residual{};
     ConstChannels gamma{}, beta{};
     Channels running_mean{}, running_var{};  // both or neither
     double decay = 0.9;                      // weight of the old value, in [0, 1]
@@ -160,6 +168,8 @@ struct BatchNormTrainArgs {
     double eps = 1e-5;
     Activation activation = Activation::none;
     std::span<double> mean{}, inv_std{};  // out, C each: what backward needs, unrounded
+    std::span<std::uint8_t> mask{};       // out
+    int num_threads = 0;
     bool disjoint = false;
 };
 BATCHNORM_API void batch_norm_train(const BatchNormTrainArgs& args);
@@ -168,21 +178,23 @@ BATCHNORM_API void batch_norm_train(const BatchNormTrainArgs& args);
 //     dbeta = sum dy, dgamma = sum dy * x_hat,
 //     Stats::batch  dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)
 //     Stats::fixed  dx = gamma * inv_std * dy
-// Outputs that are absent are not computed. dx may be dy itself.
+// The residual's gradient is the masked dy. Outputs that are absent are not computed. dx or dresidual may be dy itself.
 struct BatchNormBackwardArgs {
     ConstTensor dy{}, x{};
     ConstChannels mean{}, inv_std{};  // as the forward returned them; NaN is passed on
     ConstChannels gamma{}, beta{};    // beta is read only with an activation
     Stats stats = Stats::batch;
     Activation activation = Activation::none;
-    Tensor dx{};
+    std::span<const std::uint8_t> mask{};  // the forward's; empty: where ReLU was on is recomputed from x
+    Tensor dx{}, dresidual{};
     Channels dgamma{}, dbeta{};
+    int num_threads = 0;
     bool disjoint = false;
 };
 BATCHNORM_API void batch_norm_backward(const BatchNormBackwardArgs& args);
 
 // Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n = 0 gives NaN; 0 < n <= ddof is an error.
-BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0);
+BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0, int num_threads = 0);
 
 // The running-statistics step of batch_norm_train by itself; `var` is the population variance of `count` values.
 struct UpdateRunningArgs {
@@ -197,6 +209,11 @@ BATCHNORM_API void update_running(const UpdateRunningArgs& args);
 // Threads that a call may use; at least 1. The default is what OpenMP offers (OMP_NUM_THREADS, CPU affinity).
 BATCHNORM_API int num_threads();
 BATCHNORM_API void set_num_threads(int n);
+
+// What decides how work is laid out: cache sizes, thresholds, each "name=number". Changes speed, never a result. For experiments; the
+// defaults come from the machine, or from the environment variable BATCHNORM_TUNING. A name or number that cannot be throws.
+BATCHNORM_API std::string tuning();                        // all of them, "name=number,name=number"
+BATCHNORM_API void set_tuning(std::string_view settings);  // those named; "" restores the defaults
 
 // Instruction-set levels: "baseline", "avx2", "avx512". A level that this machine or build lacks throws.
 BATCHNORM_API std::string isa();

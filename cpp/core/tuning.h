@@ -1,0 +1,36 @@
+// The numbers that lay out a call's work but cannot change its result: cache sizes as the machine reports them, and thresholds with
+// the measurements behind them. Read by plan.cpp alone; settable for experiments.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace batchnorm::tune {
+
+enum Name : int {
+    // A core's second-level cache. A channel larger than half of it is gone through backwards the second time (D13).
+    l2_bytes,
+    // What a call reads and writes beyond this many bytes will not be found in a cache afterwards, so its stores go past the caches
+    // (D8). A virtual machine reports the L3 of the whole socket, of which its cores keep a part: hence a bound on what is believed.
+    cached_bytes,
+    // Shorter runs are mostly partial cache lines, which stores past the caches write twice.
+    stream_run_bytes,
+    // Channels are grouped until their data reaches this size: long contiguous stretches, still well inside L2 (D7).
+    group_bytes,
+    // Elementwise items.
+    map_bytes,
+    // Below this many elements, waking threads costs more than they save: with threads awake, 2 take 15 us instead of 18 at 65536 float
+    // elements in training, and as long as 1 at 32768.
+    parallel_elements,
+    kNames
+};
+
+std::int64_t get(Name name);
+
+// Takes "name=number,name=number", or nothing at all: then every number is the default again. Returns what is wrong with it, in which
+// case nothing was set, or an empty string.
+std::string set(std::string_view settings);
+std::string text();
+
+}  // namespace batchnorm::tune
