@@ -520,7 +520,7 @@ BATCHNORM_INLINE int64_t elements_to_alignment(const T* p) {
 }
 
 // Asks for the block kAhead bytes behind p, into the second-level cache; past the end of an array it asks in vain. A core by itself
-// keeps too few lines on their way to use the memory's bandwidth (cpp/DESIGN.md, D12).
+// keeps too few lines on their way to use the memory's bandwidth (cpp/DESIGN.md, D13).
 inline constexpr int64_t kAhead = 4096;
 template <class T>
 BATCHNORM_INLINE void prefetch_ahead(const T* p) {
