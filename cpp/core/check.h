@@ -16,6 +16,9 @@ Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::sp
 void arguments(const UpdateRunningArgs& a);
 void thread_count(int n);
 
+// BATCHNORM_CACHE_LIMIT in bytes, if it is set.
+std::int64_t cache_limit(std::int64_t otherwise);
+
 // The table of a named level, or of the level in use.
 const kernels::KernelTable& level(std::string_view name);
 const kernels::KernelTable& active_level();
