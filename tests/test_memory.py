@@ -18,7 +18,7 @@ from batchnorm import _core, cache_info, empty_cache, set_cache_limit
 from processes import output, run
 
 MIB = 2**20
-SMALLEST = 256 * 1024  # bytes; kSmallest in cpp/core/memory.h
+SMALLEST = 128 * 1024  # bytes; kSmallest in cpp/core/memory.h
 
 try:
     from numpy._core.multiarray import get_handler_name
@@ -61,7 +61,7 @@ def change(before):
 # ---- what it keeps ----
 
 
-@pytest.mark.parametrize("mib", [0.25, 0.3, 1, 3, 20])
+@pytest.mark.parametrize("mib", [0.125, 0.3, 1, 3, 20])
 def test_memory_of_a_dead_array_is_used_again(mib):
     x = tensor(mib)
     y = forward(x)
@@ -570,7 +570,7 @@ def test_out_of_memory():
         y = forward(x)
         del y
         layer = b.BatchNorm(8)
-        layer(x[:, :, :2000])
+        layer(x[:, :, :1000])
         kept = [forward(tensor(10))]
         del kept
         assert b.cache_info().buffers == 2

@@ -8,8 +8,8 @@
 
 namespace batchnorm::memory {
 
-// The cache pays from here on; smaller blocks malloc itself keeps warm (D12).
-inline constexpr std::size_t kSmallest = std::size_t{256} << 10;
+// The cache pays from here on: glibc's malloc begins to map blocks of their own at this size, smaller ones it keeps warm itself (D12).
+inline constexpr std::size_t kSmallest = std::size_t{128} << 10;
 
 struct Info {
     std::size_t limit;    // most bytes of free buffers kept

@@ -44,7 +44,7 @@ def cache_info() -> CacheInfo:
 
     Notes
     -----
-    The first touch of fresh memory takes longer than normalising it. So ``y`` and ``dx`` of 256 KiB or more
+    The first touch of fresh memory takes longer than normalising it. So ``y`` and ``dx`` of 128 KiB or more
     come from buffers that go back to the cache, still mapped, when the array and every view of it are gone.
     Such an array owns its data as any other. Buffers are kept up to the limit, and the least recently
     released are given back first.
