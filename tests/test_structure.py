@@ -98,9 +98,18 @@ def test_the_public_header_needs_nothing_else():
 
 
 @needs_source
-def test_bindings_know_the_public_header_alone():
+def test_bindings_know_the_public_header_and_the_memory():
+    # Memory for NumPy arrays, and the limits it keeps to, are no part of the C++ API: its callers own theirs.
+    known = {"include/batchnorm/batchnorm.hpp", "bind/ndarray.h", "bind/output.h"}
     for name in cpp_files("bind"):
-        assert project(includes(name)) <= {"include/batchnorm/batchnorm.hpp", "bind/ndarray.h"}, name
+        assert project(includes(name)) <= known | {"core/memory.h", "core/limits.h"}, name
+
+
+@needs_source
+def test_memory_knows_no_arithmetic():
+    for name in ("core/memory.cpp", "core/limits.cpp"):
+        used = project(includes(name))
+        assert used <= {"core/memory.h", "core/limits.h", "core/check.h"}, name
 
 
 @needs_source
@@ -120,7 +129,9 @@ def test_one_place_for_each():
     assert files_with(r"\bomp\.h|#pragma omp|\bomp_\w+\(") == {"core/parallel.cpp"}
     assert files_with(r"\bthrow\b") <= {"core/check.cpp", "bind/module.cpp"}
     assert files_with(r"immintrin|\b_mm\d*_|\b__m\d+") == {"kernels/vec.h"}
-    assert files_with(r"\bgetenv\b") <= {"core/check.cpp", "kernels/dispatch.cpp"}
+    # limits.cpp: OMP_NUM_THREADS is OpenMP's to read, but whether it is set decides on the CPU quota.
+    assert files_with(r"\bgetenv\b") <= {"core/check.cpp", "core/limits.cpp", "kernels/dispatch.cpp"}
+    assert files_with(r"\bmmap\b|\bmadvise\b") == {"core/memory.cpp"}
     assert files_with(r"(?m)^#(?:el)?if.*(?:__AVX|__SSE|VECTOR_BYTES)") == {"kernels/vec.h"}
 
 

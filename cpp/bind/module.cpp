@@ -14,6 +14,9 @@
 #include <cstring>
 
 #include "bind/ndarray.h"
+#include "bind/output.h"
+#include "core/limits.h"
+#include "core/memory.h"
 
 namespace batchnorm::bind {
 namespace {
@@ -86,10 +89,8 @@ bool as_activation(py::handle h, Activation& out) {
 }
 
 // An array of x's kind and memory order.
-PyObject* empty_like_function = nullptr;  // numpy.empty_like, from import on
-
 py::object empty_like(py::handle x) {
-    PyObject* const result = PyObject_CallOneArg(empty_like_function, x.ptr());
+    PyObject* const result = new_like(x);
     if (result == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(result);
 }
@@ -334,11 +335,21 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.def("isa_levels", &isa_levels);
     m.def("isa_built", &isa_built);
     m.def("isa_reason", &isa_reason);
+    m.def("cache_info", [] {
+        const memory::Info i = memory::info();
+        return py::make_tuple(i.limit, i.held, i.in_use, i.buffers, i.hits, i.misses);
+    });
+    m.def("set_cache_limit", &memory::set_limit);
+    m.def("empty_cache", &memory::empty);
+    m.def("container_limits", [](const std::string& root, const std::string& groups) {
+        const limits::Container c = limits::container(root, groups);
+        return py::make_tuple(c.cpus, c.bytes);
+    });
     m.def("openmp_runtime", &openmp_runtime);
     m.def("compiler", &compiler);
     m.def("version", &version);
     m.def("set_main_thread", [](unsigned long ident) { main_thread = ident; });
-    empty_like_function = py::object(py::module_::import("numpy").attr("empty_like")).release().ptr();
+    start_outputs();
     set_interrupt_poll(&poll_signals);
 }
 

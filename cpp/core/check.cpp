@@ -1,6 +1,7 @@
 #include "check.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
@@ -410,6 +411,18 @@ void tuning(std::string_view settings) {
 
 void thread_count(int n) {
     if (n < 1) fail("num_threads is " + std::to_string(n) + ", expected at least 1");
+}
+
+std::int64_t cache_limit(std::int64_t otherwise) {
+    const char* const value = std::getenv("BATCHNORM_CACHE_LIMIT");
+    if (value == nullptr || *value == '\0') return otherwise;
+    const std::string_view text = value;
+    std::int64_t bytes = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), bytes);
+    if (error != std::errc() || end != text.data() + text.size() || bytes < 0) {
+        fail("environment variable BATCHNORM_CACHE_LIMIT: limit is " + quoted(text) + ", expected an int >= 0, in bytes");
+    }
+    return bytes;
 }
 
 const kernels::KernelTable& level(std::string_view name) {

@@ -18,6 +18,9 @@ void arguments(const UpdateRunningArgs& a);
 void thread_count(int n);
 void tuning(std::string_view settings);  // sets it, or throws
 
+// BATCHNORM_CACHE_LIMIT in bytes, if it is set.
+std::int64_t cache_limit(std::int64_t otherwise);
+
 // The table of a named level, or of the level in use.
 const kernels::KernelTable& level(std::string_view name);
 const kernels::KernelTable& active_level();

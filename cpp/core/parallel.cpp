@@ -5,16 +5,29 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <limits>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
 
+#include "limits.h"
+
 namespace batchnorm::parallel {
 namespace {
 
-std::atomic<int> limit{0};  // 0: what OpenMP offers
+std::atomic<int> limit{0};  // 0: what OpenMP and the container offer
 std::atomic<bool (*)()> poll{nullptr};
+// OpenMP counts the CPUs this process may run on, not the share of their time that a container grants: threads beyond that only wait.
+// Read at the first use, not under a lock, which a fork could leave locked.
+std::atomic<int> quota{-1};
+
+int container_cpus() {
+    int n = quota.load(std::memory_order_relaxed);
+    if (n < 0) quota.store(n = limits::cpus(), std::memory_order_relaxed);
+    return n > 0 ? n : std::numeric_limits<int>::max();
+}
+
 // libgomp's pool does not survive fork: a parallel region in the child waits for threads that are not there. So a child runs serially.
 std::atomic<bool> forked{false};
 
@@ -47,7 +60,7 @@ private:
 
 int threads() {
     const int n = limit.load(std::memory_order_relaxed);
-    return n > 0 ? n : std::max(1, std::min(omp_get_max_threads(), omp_get_num_procs()));
+    return n > 0 ? n : std::max(1, std::min({omp_get_max_threads(), omp_get_num_procs(), container_cpus()}));
 }
 
 void set_threads(int n) { limit.store(n, std::memory_order_relaxed); }

@@ -6,6 +6,7 @@
 - ``batch_norm_backward``: gradients of either
 - ``moments``, ``update_running``: the parts
 - ``show_config``, ``set_num_threads``, ``set_isa``: this build, threads, instruction set
+- ``cache_info``, ``set_cache_limit``, ``empty_cache``: the memory kept warm for results
 - ``get_cmake_dir``, ``get_include``: the C++ library inside this package
 
 >>> import numpy as np, batchnorm
@@ -46,10 +47,12 @@ from ._info import (
     show_config,
 )
 from ._layer import BatchNorm, Parameter
+from ._memory import CacheInfo, cache_info, empty_cache, set_cache_limit
 from ._version import __version__
 
 __all__ = [
     "BatchNorm",
+    "CacheInfo",
     "Gradients",
     "MaskedTrainResult",
     "MeanVar",
@@ -60,7 +63,9 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_train",
+    "cache_info",
     "config",
+    "empty_cache",
     "get_cmake_dir",
     "get_include",
     "get_isa",
@@ -68,6 +73,7 @@ __all__ = [
     "isa_levels",
     "mask_bytes",
     "moments",
+    "set_cache_limit",
     "set_isa",
     "set_num_threads",
     "show_config",
@@ -79,5 +85,6 @@ _core.set_main_thread(_threading.main_thread().ident or 0)
 if hasattr(_os, "register_at_fork"):
     _os.register_at_fork(after_in_child=lambda: _core.set_main_thread(_threading.get_ident()))
 
-# A BATCHNORM_ISA that names no usable level fails here, not in the middle of somebody's program.
+# A BATCHNORM_ISA or BATCHNORM_CACHE_LIMIT of no use fails here, not in the middle of somebody's program.
 _core.isa()
+_core.cache_info()

@@ -730,6 +730,14 @@ def thread_count(num_threads: object) -> int:
     return value
 
 
+def cache_limit(limit: object) -> int:
+    """A number of bytes: an int >= 0."""
+    value = check_int(limit, "limit", "an int >= 0, in bytes")
+    if value < 0:
+        raise ValueError(f"limit is {value}, expected an int >= 0, in bytes")
+    return value
+
+
 def isa_name(name: object) -> str:
     """The name of an ISA level of this build that this CPU can run."""
     if not isinstance(name, str):

@@ -43,7 +43,8 @@ def set_num_threads(num_threads: int) -> None:
     Parameters
     ----------
     num_threads : int
-        1 to 65536. The default is what OpenMP offers: OMP_NUM_THREADS, or the CPUs this process may run on.
+        1 to 65536. The default is OMP_NUM_THREADS, or else the CPUs this process may run on, but no more than
+        a container's CPU quota.
 
     Raises
     ------
@@ -153,6 +154,8 @@ def config() -> dict[str, Any]:
         "isa_reason": _core.isa_reason(),
         "openmp": _core.openmp_runtime(),
         "threads": _core.num_threads(),
+        "cache_limit": _core.cache_info()[0],
+        "cache_held": _core.cache_info()[1],
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cuda": False,
         "python": platform.python_version(),
@@ -162,7 +165,7 @@ def config() -> dict[str, Any]:
 
 
 def show_config() -> None:
-    """Print version, compiler, instruction-set levels, OpenMP runtime, threads, CUDA or not."""
+    """Print version, compiler, instruction-set levels, OpenMP runtime, threads, output cache, CUDA or not."""
     c = config()
     print(f"batchnorm {c['version']}")
     print(f"  compiler     {c['compiler']}")
@@ -170,5 +173,6 @@ def show_config() -> None:
     print(f"  ISA in use   {c['isa']} ({c['isa_reason']})")
     print(f"  OpenMP       {c['openmp']}")
     print(f"  threads      {c['threads']} of {c['cpus']} CPUs")
+    print(f"  cache        {c['cache_held'] / 2**20:.0f} of {c['cache_limit'] / 2**20:.0f} MiB held")
     print(f"  CUDA         {'yes' if c['cuda'] else 'no'}")
     print(f"  Python       {c['python']}, NumPy {c['numpy']}, {c['machine']}")

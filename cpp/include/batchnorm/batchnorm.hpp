@@ -206,7 +206,8 @@ struct UpdateRunningArgs {
 };
 BATCHNORM_API void update_running(const UpdateRunningArgs& args);
 
-// Threads that a call may use; at least 1. The default is what OpenMP offers (OMP_NUM_THREADS, CPU affinity).
+// Threads that a call may use; at least 1. The default is OMP_NUM_THREADS, or else the CPUs this process may run on (affinity), but no
+// more than a container's CPU quota.
 BATCHNORM_API int num_threads();
 BATCHNORM_API void set_num_threads(int n);
 
