@@ -95,19 +95,27 @@ py::object empty_like(py::handle x) {
     return py::reinterpret_steal<py::object>(result);
 }
 
-// A mask without bits set.
-py::object zeros(std::int64_t bytes) {
-    py::array_t<std::uint8_t> mask(bytes);
-    std::memset(mask.mutable_data(), 0, static_cast<std::size_t>(bytes));
-    return mask;
-}
+// A new vector of n values. (py::array_t's constructor takes three times the instructions.)
+template <class T>
+struct Vector {
+    py::object array;
+    std::span<T> values;
+
+    explicit Vector(std::int64_t n) {
+        const auto& numpy = py::detail::npy_api::get();
+        Py_intptr_t length = n;
+        PyObject* const made =
+            numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, py::dtype::of<T>().release().ptr(), 1, &length, nullptr, nullptr, 0, nullptr);
+        if (made == nullptr) throw py::error_already_set();
+        array = py::reinterpret_steal<py::object>(made);
+        values = {reinterpret_cast<T*>(py::detail::array_proxy(made)->data), static_cast<std::size_t>(n)};
+    }
+};
 
 template <bool writable>
 std::int64_t elements(const AnyView<writable>& v) {
     return v.outer * v.channels * v.inner;
 }
-
-std::span<double> span(py::array_t<double>& a) { return {a.mutable_data(), static_cast<std::size_t>(a.size())}; }
 
 // Runs one operation as described at the top: `op` returns the result, or a null object to refuse.
 template <class Op>
@@ -209,17 +217,18 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
             return {};
         }
         a.disjoint = disjoint;
-        py::array_t<double> mean(a.x.channels), inv_std(a.x.channels);
-        a.mean = span(mean);
-        a.inv_std = span(inv_std);
+        Vector<double> mean(a.x.channels), inv_std(a.x.channels);
+        a.mean = mean.values;
+        a.inv_std = inv_std.values;
         if (residual.is_none() || a.activation == Activation::none) {
             without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
-            return py::make_tuple(std::move(y), std::move(mean), std::move(inv_std));
+            return py::make_tuple(std::move(y), std::move(mean.array), std::move(inv_std.array));
         }
-        py::object mask = zeros(mask_bytes(a.x));
-        as_mask(mask, a.mask);
+        Vector<std::uint8_t> mask(mask_bytes(a.x));
+        std::memset(mask.values.data(), 0, mask.values.size());  // the bits between runs
+        a.mask = mask.values;
         without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
-        return py::make_tuple(std::move(y), std::move(mean), std::move(inv_std), std::move(mask));
+        return py::make_tuple(std::move(y), std::move(mean.array), std::move(inv_std.array), std::move(mask.array));
     });
 }
 
@@ -256,9 +265,11 @@ py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py:
                                   Channels& destination) -> py::object {
             if (!needed) return py::none();
             const bool is_double = parameter ? parameter.is_double : other ? other.is_double : together.dtype() == Dtype::float64;
-            py::array g = is_double ? py::array(py::array_t<double>(a.x.channels)) : py::array(py::array_t<float>(a.x.channels));
-            destination = Channels(g.mutable_data(), is_double, a.x.channels, 1);
-            return g;
+            const auto make = [&](auto vector) {
+                destination = vector.values;
+                return std::move(vector.array);
+            };
+            return is_double ? make(Vector<double>(a.x.channels)) : make(Vector<float>(a.x.channels));
         };
         py::object dgamma = gradient(need_dgamma, a.gamma, a.beta, a.dgamma), dbeta = gradient(need_dbeta, a.beta, a.gamma, a.dbeta);
         without_gil(elements(a.x), [&] { batchnorm::batch_norm_backward(a); });
@@ -277,10 +288,9 @@ py::object moments(py::handle x, py::handle axis, py::handle ddof, py::handle nu
             !together.look(channel_axis)) {
             return {};
         }
-        py::array_t<double> mean(view.channels), var(view.channels);
-        const std::span<double> mean_values = span(mean), var_values = span(var);
-        without_gil(elements(view), [&] { batchnorm::moments(view, mean_values, var_values, delta, threads); });
-        return py::make_tuple(std::move(mean), std::move(var));
+        Vector<double> mean(view.channels), var(view.channels);
+        without_gil(elements(view), [&] { batchnorm::moments(view, mean.values, var.values, delta, threads); });
+        return py::make_tuple(std::move(mean.array), std::move(var.array));
     });
 }
 
@@ -316,12 +326,54 @@ bool has_view(const std::vector<py::object>& objects, std::int64_t axis) {
     return together.look(axis);
 }
 
+// A function of Python objects and bools as CPython calls it fastest: pybind11's own dispatch costs as much as all the rest of a small
+// call. Exceptions become Python's here, as pybind11 would translate them.
+template <auto f>
+struct Direct;
+template <class... A, py::object (*f)(A...)>
+struct Direct<f> {
+    template <class T>
+    static T as(PyObject* o) {
+        if constexpr (std::is_same_v<T, bool>) {
+            return o == Py_True;
+        } else {
+            return T(o);
+        }
+    }
+    template <std::size_t... i>
+    static py::object spread(PyObject* const* arguments, std::index_sequence<i...>) {
+        return f(as<A>(arguments[i])...);
+    }
+    static PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t n) noexcept {
+        constexpr Py_ssize_t expected = sizeof...(A);
+        if (n != expected) return PyErr_Format(PyExc_TypeError, "takes %zd arguments, got %zd", expected, n);
+        try {
+            return spread(arguments, std::index_sequence_for<A...>()).release().ptr();
+        } catch (py::error_already_set& e) {
+            e.restore();
+        } catch (const std::bad_alloc&) {
+            PyErr_NoMemory();
+        } catch (const std::invalid_argument& e) {
+            PyErr_SetString(PyExc_ValueError, e.what());
+        } catch (const std::exception& e) {
+            PyErr_SetString(PyExc_RuntimeError, e.what());
+        }
+        return nullptr;
+    }
+};
+template <auto f>
+PyMethodDef direct(const char* name) {
+    return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Direct<f>::call)), METH_FASTCALL, nullptr};
+}
+
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.doc() = "Batch normalization kernels; use the functions of the package instead.";
-    m.def("batch_norm", &batch_norm);
-    m.def("batch_norm_train", &batch_norm_train);
-    m.def("batch_norm_backward", &batch_norm_backward);
-    m.def("moments", &moments);
+    static PyMethodDef functions[] = {direct<&batch_norm>("batch_norm"),
+                                      direct<&batch_norm_train>("batch_norm_train"),
+                                      direct<&batch_norm_backward>("batch_norm_backward"),
+                                      direct<&moments>("moments"),
+                                      {}};
+    if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
     m.def("update_running", &update_running);
     m.def("has_view", &has_view);
     m.def("mask_bytes", &mask_bytes_of);
