@@ -88,13 +88,15 @@ public:
           shift_(ws, plan),
           sums_(ws, plan.channels),
           mean_(mean),
-          var_(var) {
-        for (int64_t c = 0; c < plan.channels; ++c) shift_.set(c, shift_of(x, c));
-    }
+          var_(var),
+          x_(x) {}
 
     // `then(c0, c1)` runs when mean and var of those channels are final; map as in sums_then_map.
     template <class Then, class Map>
     void run(const Then& then, const Map* map) {
+        const auto prepare = [&](int64_t c0, int64_t c1) {
+            for (int64_t c = c0; c < c1; ++c) shift_.set(c, shift_of(x_, c));
+        };
         const auto kernel = [&](const Where& where, double* sum, double* sum_sq) {
             kernels::MomentsArgs a = args_;
             a.where = where;
@@ -118,7 +120,7 @@ public:
             if (content) then(c0, c1);
             return content;
         };
-        sums_then_map(plan_, kernel, sums_, finish, map);
+        sums_then_map(plan_, prepare, kernel, sums_, finish, map);
     }
 
 private:
@@ -129,14 +131,15 @@ private:
     Row<double> shift_;
     ChannelSums sums_;
     std::span<double> mean_, var_;
+    const ConstTensor& x_;
 };
 
 using NoMap = void (*)(const Where&);
 constexpr const NoMap* kNoMap = nullptr;
 
-void update_channels(const Channels& running_mean, const Channels& running_var, int64_t channels, auto mean, auto var, double decay,
+void update_channels(const Channels& running_mean, const Channels& running_var, int64_t c0, int64_t c1, auto mean, auto var, double decay,
                      double n, double ddof) {
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = c0; c < c1; ++c) {
         set(running_mean, c, coeffs::running(at(running_mean, c), mean(c), decay));
         set(running_var, c, coeffs::running(at(running_var, c), coeffs::with_ddof(var(c), n, ddof), decay));
     }
@@ -185,10 +188,12 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
     // The caller's arrays are written at the end, so that an interrupt leaves them as they were.
     const std::span<double> m(ws.take<double>(g.channels), index(g.channels)), v(ws.take<double>(g.channels), index(g.channels));
     Statistics(ws, plan, table, x, m, v).run([](int64_t, int64_t) {}, kNoMap);
-    for (int64_t c = 0; c < g.channels; ++c) {
-        mean[index(c)] = m[index(c)];
-        var[index(c)] = coeffs::with_ddof(v[index(c)], n, static_cast<double>(ddof));
-    }
+    for_channels(plan, [&](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c) {
+            mean[index(c)] = m[index(c)];
+            var[index(c)] = coeffs::with_ddof(v[index(c)], n, static_cast<double>(ddof));
+        }
+    });
 }
 
 void batch_norm(const BatchNormArgs& a) {
@@ -200,10 +205,12 @@ void batch_norm(const BatchNormArgs& a) {
     with_compute(g.dtype, [&]<class C>() {
         Workspace ws;
         AffineRows<C> affine(ws, plan);
-        for (int64_t c = 0; c < g.channels; ++c) {
-            affine.set(
-                c, coeffs::affine<C>(at(a.mean, c), coeffs::inv_std(at(a.var, c), a.eps), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
-        }
+        for_channels(plan, [&](int64_t c0, int64_t c1) {
+            for (int64_t c = c0; c < c1; ++c) {
+                const double inv_std = coeffs::inv_std(at(a.var, c), a.eps);
+                affine.set(c, coeffs::affine<C>(at(a.mean, c), inv_std, value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
+            }
+        });
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
         const kernels::ApplyArgs args = apply_args(a, g, plan);
         for_each(plan.map_items(), plan, [&](int64_t i) { apply(kernel, args, plan.map_item(i), affine); });
@@ -223,12 +230,13 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
     Workspace ws;
     // The caller's arrays receive the statistics at the end, so that an interrupt leaves them as they were.
     const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
+    const std::span<double> inv_std(ws.take<double>(g.channels), index(g.channels));
     with_compute(g.dtype, [&]<class C>() {
         AffineRows<C> affine(ws, plan);
         const auto then = [&](int64_t c0, int64_t c1) {
             for (int64_t c = c0; c < c1; ++c) {
-                affine.set(c, coeffs::affine<C>(mean[index(c)], coeffs::inv_std(var[index(c)], a.eps), value_or(a.gamma, c, 1),
-                                                value_or(a.beta, c, 0)));
+                inv_std[index(c)] = coeffs::inv_std(var[index(c)], a.eps);
+                affine.set(c, coeffs::affine<C>(mean[index(c)], inv_std[index(c)], value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
             }
         };
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
@@ -236,15 +244,17 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
         const auto map = [&](const Where& where) { apply(kernel, args, where, affine); };
         Statistics(ws, plan, table, a.x, mean, var).run(then, &map);
     });
-    for (int64_t c = 0; c < g.channels; ++c) {
-        a.mean[index(c)] = mean[index(c)];
-        a.inv_std[index(c)] = coeffs::inv_std(var[index(c)], a.eps);
-    }
-    if (a.running_mean) {
-        update_channels(
-            a.running_mean, a.running_var, g.channels, [&](int64_t c) { return mean[index(c)]; }, [&](int64_t c) { return var[index(c)]; },
-            a.decay, static_cast<double>(g.count()), a.running_ddof);
-    }
+    for_channels(plan, [&](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c) {
+            a.mean[index(c)] = mean[index(c)];
+            a.inv_std[index(c)] = inv_std[index(c)];
+        }
+        if (a.running_mean) {
+            update_channels(
+                a.running_mean, a.running_var, c0, c1, [&](int64_t c) { return mean[index(c)]; }, [&](int64_t c) { return var[index(c)]; },
+                a.decay, static_cast<double>(g.count()), a.running_ddof);
+        }
+    });
 }
 
 void batch_norm_backward(const BatchNormBackwardArgs& a) {
@@ -254,57 +264,71 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
     const bool fixed = a.stats == Stats::fixed;
     const bool want_sums = a.dgamma || a.dbeta || (a.dx && !fixed);
     const double n = static_cast<double>(g.count());
-    const Plan plan = g.count() == 0 ? Plan{} : make_plan(g, 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
+    if (g.count() == 0) {
+        for (int64_t c = 0; c < g.channels; ++c) {
+            if (a.dgamma) set(a.dgamma, c, 0);
+            if (a.dbeta) set(a.dbeta, c, 0);
+        }
+        return;
+    }
+    const Plan plan = make_plan(g, 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
     Workspace ws;
     ChannelSums sums(ws, g.channels);
-    if (g.count() != 0) {
-        with_compute(g.dtype, [&]<class C>() {
-            AffineRows<C> affine(ws, plan);
-            Row<double> mean(ws, plan);
-            Row<C> k_dy(ws, plan), x_scale(ws, plan), k_x(ws, plan), k_0(ws, plan);
-            for (int64_t c = 0; c < g.channels; ++c) {
+    with_compute(g.dtype, [&]<class C>() {
+        AffineRows<C> affine(ws, plan);
+        Row<double> mean(ws, plan);
+        Row<C> k_dy(ws, plan), x_scale(ws, plan), k_x(ws, plan), k_0(ws, plan);
+        const auto prepare = [&](int64_t c0, int64_t c1) {
+            for (int64_t c = c0; c < c1; ++c) {
                 mean.set(c, at(a.mean, c));
                 affine.set(c, coeffs::affine<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
             }
-            const kernels::Gate gate = gate_of(a.activation, !a.mask.empty());
-            const kernels::Mask mask = to_mask(g, const_cast<std::uint8_t*>(a.mask.data()));  // only read
-            const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
-            const auto sum_tile = [&](const Where& where, double* dy, double* dy_xc) {
-                const int64_t c = where.box.channel_begin;
-                sums_kernel({where, to_operand(a.dy), to_operand(a.x), mean.from(c), affine.from(c), dy, dy_xc, gate, mask});
-            };
-            const auto finish = [&](int64_t c0, int64_t c1, bool) {
-                for (int64_t c = c0; c < c1; ++c) {
-                    const coeffs::Gradient<C> k =
-                        coeffs::gradient<C>(mean[c], at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c), sums.second(c), n);
-                    k_dy.set(c, a.dx ? k.k_dy : C{1});
-                    x_scale.set(c, k.x_scale);
-                    k_x.set(c, k.k_x);
-                    k_0.set(c, k.k_0);
-                }
-                return true;
-            };
-            const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
-            // The residual's gradient alone is dx with fixed statistics and k_dy = 1.
-            const Tensor& dx = a.dx ? a.dx : a.dresidual;
-            const auto map = [&](const Where& where) {
-                const int64_t c = where.box.channel_begin;
-                apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(dx), a.dx ? to_operand(a.dresidual) : kernels::Operand{},
-                              affine.from(c), k_dy.from(c), x_scale.from(c), k_x.from(c), k_0.from(c), gate, mask, fixed || !a.dx,
-                              plan.stream});
-            };
-            if (want_sums) {
-                sums_then_map(plan, sum_tile, sums, finish, dx ? &map : nullptr);
-            } else if (dx) {
-                finish(0, g.channels, false);
-                for_each(plan.map_items(), plan, [&](int64_t i) { map(plan.map_item(i)); });
+        };
+        const kernels::Gate gate = gate_of(a.activation, !a.mask.empty());
+        const kernels::Mask mask = to_mask(g, const_cast<std::uint8_t*>(a.mask.data()));  // only read
+        const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
+        const auto sum_tile = [&](const Where& where, double* dy, double* dy_xc) {
+            const int64_t c = where.box.channel_begin;
+            sums_kernel({where, to_operand(a.dy), to_operand(a.x), mean.from(c), affine.from(c), dy, dy_xc, gate, mask});
+        };
+        const auto finish = [&](int64_t c0, int64_t c1, bool) {
+            for (int64_t c = c0; c < c1; ++c) {
+                const coeffs::Gradient<C> k =
+                    coeffs::gradient<C>(mean[c], at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c), sums.second(c), n);
+                k_dy.set(c, a.dx ? k.k_dy : C{1});
+                x_scale.set(c, k.x_scale);
+                k_x.set(c, k.k_x);
+                k_0.set(c, k.k_0);
             }
-        });
-    }
-    for (int64_t c = 0; c < g.channels; ++c) {
-        if (a.dgamma) set(a.dgamma, c, g.count() == 0 ? 0 : sums.second(c) * at(a.inv_std, c));
-        if (a.dbeta) set(a.dbeta, c, sums.first(c));
-    }
+            return true;
+        };
+        const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
+        // The residual's gradient alone is dx with fixed statistics and k_dy = 1.
+        const Tensor& dx = a.dx ? a.dx : a.dresidual;
+        const auto map = [&](const Where& where) {
+            const int64_t c = where.box.channel_begin;
+            apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(dx), a.dx ? to_operand(a.dresidual) : kernels::Operand{},
+                          affine.from(c), k_dy.from(c), x_scale.from(c), k_x.from(c), k_0.from(c), gate, mask, fixed || !a.dx,
+                          plan.stream});
+        };
+        if (want_sums) {
+            sums_then_map(plan, prepare, sum_tile, sums, finish, dx ? &map : nullptr);
+        } else if (dx) {
+            for_channels(plan, [&](int64_t c0, int64_t c1) {
+                prepare(c0, c1);
+                sums.clear(c0, c1);
+                finish(c0, c1, false);
+            });
+            for_each(plan.map_items(), plan, [&](int64_t i) { map(plan.map_item(i)); });
+        }
+    });
+    if (!a.dgamma && !a.dbeta) return;
+    for_channels(plan, [&](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c) {
+            if (a.dgamma) set(a.dgamma, c, sums.second(c) * at(a.inv_std, c));
+            if (a.dbeta) set(a.dbeta, c, sums.first(c));
+        }
+    });
 }
 
 std::int64_t mask_bytes(const ConstTensor& x) { return mask_bytes(check::mask_geometry(x)); }
@@ -312,7 +336,7 @@ std::int64_t mask_bytes(const ConstTensor& x) { return mask_bytes(check::mask_ge
 void update_running(const UpdateRunningArgs& a) {
     check::arguments(a);
     update_channels(
-        a.running_mean, a.running_var, a.running_mean.size, [&](int64_t c) { return at(a.mean, c); },
+        a.running_mean, a.running_var, 0, a.running_mean.size, [&](int64_t c) { return at(a.mean, c); },
         [&](int64_t c) { return at(a.var, c); }, a.decay, static_cast<double>(a.count), a.ddof);
 }
 

@@ -43,16 +43,17 @@ thread_local int limit_of_call = 0;
 // Asks the poll at most every 50 ms, so that it costs nothing and Ctrl-C is answered well within half a second.
 class Poll {
 public:
+    explicit Poll(bool wanted) : poll_(wanted ? poll.load(std::memory_order_relaxed) : nullptr) {}
     bool stop() {
-        bool (*const f)() = poll.load(std::memory_order_relaxed);
-        if (f == nullptr) return false;
+        if (poll_ == nullptr) return false;
         const auto now = std::chrono::steady_clock::now();
         if (now - last_ < std::chrono::milliseconds(50)) return false;
         last_ = now;
-        return f();
+        return poll_();
     }
 
 private:
+    bool (*poll_)();
     std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
@@ -84,20 +85,21 @@ std::string runtime() {
     return name + " (OpenMP " + specification + ")";
 }
 
-bool for_each(std::int64_t n, bool worth_it, Body body, bool backwards) {
-    // libgomp ends the process when the system refuses it a thread; far more threads than processors help nobody.
-    const int most = std::max(64, 4 * omp_get_num_procs());
-    const int n_threads = worth_it && !forked.load(std::memory_order_relaxed) && !omp_in_parallel()
-                              ? static_cast<int>(std::min<std::int64_t>({limit_of_call > 0 ? limit_of_call : threads(), most, n}))
-                              : 1;
+bool for_each(std::int64_t n, const How& how, Body body) {
+    int n_threads = 1;
+    if (how.worth_it && n > 1 && !forked.load(std::memory_order_relaxed) && !omp_in_parallel()) {
+        // libgomp ends the process when the system refuses it a thread; far more threads than processors help nobody.
+        const int most = std::max(64, 4 * omp_get_num_procs());
+        n_threads = static_cast<int>(std::min<std::int64_t>({limit_of_call > 0 ? limit_of_call : threads(), most, n}));
+    }
     if (n_threads <= 1) {
         if (n == 1) {
             body(0);
             return true;
         }
-        Poll asked;
+        Poll asked(how.interruptible);
         for (std::int64_t i = 0; i < n; ++i) {
-            body(backwards ? n - 1 - i : i);
+            body(how.backwards ? n - 1 - i : i);
             if (asked.stop()) return false;
         }
         return true;
@@ -106,11 +108,11 @@ bool for_each(std::int64_t n, bool worth_it, Body body, bool backwards) {
 #pragma omp parallel num_threads(n_threads)
     {
         const std::int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
-        Poll asked;
+        Poll asked(how.interruptible && t == 0);
         const std::int64_t first = n * t / team, last = n * (t + 1) / team;
         for (std::int64_t i = first; i < last && !stopped.load(std::memory_order_relaxed); ++i) {
-            body(backwards ? first + last - 1 - i : i);
-            if (t == 0 && asked.stop()) stopped = true;
+            body(how.backwards ? first + last - 1 - i : i);
+            if (asked.stop()) stopped = true;
         }
     }
     return !stopped;

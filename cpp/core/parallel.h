@@ -36,8 +36,14 @@ private:
     void (*call_)(const void*, std::int64_t);
 };
 
-// Calls body(i) for i in [0, n), on up to threads() threads, or what a Limit says, if `worth_it`. Each thread has a stretch of items, which
-// it takes in order or backwards. The body must not throw. Returns false if the poll asked to stop: some items were then not run.
-[[nodiscard]] bool for_each(std::int64_t n, bool worth_it, Body body, bool backwards = false);
+struct How {
+    bool worth_it;              // to wake other threads
+    bool backwards = false;     // the order in which a thread takes its items, which are a stretch of all
+    bool interruptible = true;  // by the poll
+};
+
+// Calls body(i) for i in [0, n), on up to threads() threads, or what a Limit says. The body must not throw. Returns false if the poll asked
+// to stop: some items were then not run.
+[[nodiscard]] bool for_each(std::int64_t n, const How& how, Body body);
 
 }  // namespace batchnorm::parallel

@@ -75,9 +75,14 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.tile_outer = round_up(ceil_div(p.outer, tiles), p.fold);
     p.tiles_outer = ceil_div(p.outer, p.tile_outer);
     p.by_channel = !p.parallel;
+    if (p.tiles_outer == 1 && p.fold == 1 && p.parallel) {
+        // Few rows of many channels: all is done by blocks of channels, at least 16 of them if that leaves whole cache lines.
+        p.by_channel = true;
+        p.channel_block = std::clamp<int64_t>(round_up(ceil_div(p.channels, 16), 64), 64, p.channel_block);
+    }
 
     p.map_channels = p.channel_block;
-    p.map_backwards = !p.stream;
+    p.map_backwards = !p.by_channel && !p.stream;
     const int64_t row_bytes = p.channel_block * element_bytes;
     p.map_outer = std::min(p.outer, round_up(std::max<int64_t>(tune::get(tune::map_bytes) / row_bytes, 1), p.fold));
 }

@@ -19,7 +19,17 @@ using std::int64_t;
 
 // Runs items, or throws if the user interrupted.
 inline void for_each(int64_t n, const Plan& plan, parallel::Body body, bool backwards = false) {
-    if (!parallel::for_each(n, plan.parallel, body, backwards)) check::interrupted();
+    if (!parallel::for_each(n, {.worth_it = plan.parallel, .backwards = backwards}, body)) check::interrupted();
+}
+
+// Runs f(c0, c1) over stretches of channels, on several threads where that is many; not to be interrupted, so it may write what the
+// caller sees.
+template <class F>
+void for_channels(const Plan& plan, const F& f) {
+    constexpr int64_t kStretch = 512;  // about 5 us of work
+    const int64_t n = (plan.channels + kStretch - 1) / kStretch;
+    const auto stretch = [&](int64_t i) { f(i * kStretch, std::min((i + 1) * kStretch, plan.channels)); };
+    (void)parallel::for_each(n, {.worth_it = plan.parallel && n > 1, .interruptible = false}, stretch);
 }
 
 // A per-channel array as the kernels read it: each value `fold` times over, then the first ones again, padded to whole blocks.
@@ -27,7 +37,9 @@ template <class T>
 class Row {
 public:
     Row() = default;
-    Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {}
+    Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {
+        std::fill(data_ + plan.width(), data_ + plan.padded_width(), T{0});
+    }
     void set(int64_t c, T value) {
         for (int64_t i = c; i < fold_ * channels_; i += channels_) {
             data_[i] = value;
@@ -88,9 +100,10 @@ void block_sums(const Plan& plan, int64_t block, const Kernel& kernel, ChannelSu
     }
 }
 
-// All sums of all blocks: every tile is an item, then each block's tiles are added as block_sums would.
-template <class Kernel>
-void all_sums(const Plan& plan, const Kernel& kernel, ChannelSums& sums) {
+// All sums of all blocks: every tile is an item, then each channel's tiles are added as block_sums would, and finish(c0, c1) takes the
+// result. Whether that was content everywhere.
+template <class Kernel, class Finish>
+bool all_sums(const Plan& plan, const Kernel& kernel, ChannelSums& sums, const Finish& finish) {
     const int64_t tiles = plan.tiles(), channels = plan.channels;
     Workspace partial;
     double* const first = partial.take<double>(tiles * channels);
@@ -102,26 +115,28 @@ void all_sums(const Plan& plan, const Kernel& kernel, ChannelSums& sums) {
             second[tile * channels + c] = b;
         });
     });
-    for_each(plan.blocks(), plan, [&](int64_t block) {
-        const Where where = plan.block_of_channels(block);
-        sums.clear(where.box.channel_begin, where.box.channel_end);
+    std::atomic<bool> content{true};
+    for_channels(plan, [&](int64_t c0, int64_t c1) {
+        sums.clear(c0, c1);
         for (int64_t t = 0; t < tiles; ++t) {
-            for (int64_t c = where.box.channel_begin; c < where.box.channel_end; ++c) {
-                sums.add(c, first[t * channels + c], second[t * channels + c]);
-            }
+            for (int64_t c = c0; c < c1; ++c) sums.add(c, first[t * channels + c], second[t * channels + c]);
         }
+        if (!finish(c0, c1)) content = false;
     });
+    return content;
 }
 
-// The shape of every call with statistics: sums, then `finish` per block of channels, then `map` over all elements. finish(c0, c1,
-// again) turns sums into what map needs and returns false if it wants the sums of this block once more; the second time it must
-// be content. Map is void(const Where&).
-template <class Kernel, class Finish, class Map>
-void sums_then_map(const Plan& plan, const Kernel& kernel, ChannelSums& sums, const Finish& finish, const Map* map) {
+// The shape of every call with statistics: `prepare` per channel, sums, then `finish` per channel, then `map` over all elements.
+// prepare(c0, c1) makes what the sums need. finish(c0, c1, again) turns sums into what map needs and returns false if it wants the sums of
+// these channels once more; the second time it must be content. Map is void(const Where&).
+template <class Prepare, class Kernel, class Finish, class Map>
+void sums_then_map(const Plan& plan, const Prepare& prepare, const Kernel& kernel, ChannelSums& sums, const Finish& finish,
+                   const Map* map) {
     if (plan.by_channel) {
         for_each(plan.blocks(), plan, [&](int64_t block) {
             const Where where = plan.block_of_channels(block);
             const int64_t c0 = where.box.channel_begin, c1 = where.box.channel_end;
+            prepare(c0, c1);
             block_sums(plan, block, kernel, sums);
             if (!finish(c0, c1, false)) {
                 block_sums(plan, block, kernel, sums);
@@ -138,18 +153,9 @@ void sums_then_map(const Plan& plan, const Kernel& kernel, ChannelSums& sums, co
         });
         return;
     }
-    all_sums(plan, kernel, sums);
-    const auto finish_all = [&](bool again) {
-        std::atomic<bool> content{true};
-        for_each(plan.blocks(), plan, [&](int64_t block) {
-            const Where where = plan.block_of_channels(block);
-            if (!finish(where.box.channel_begin, where.box.channel_end, again)) content = false;
-        });
-        return content.load();
-    };
-    if (!finish_all(false)) {
-        all_sums(plan, kernel, sums);
-        finish_all(true);
+    for_channels(plan, prepare);
+    if (!all_sums(plan, kernel, sums, [&](int64_t c0, int64_t c1) { return finish(c0, c1, false); })) {
+        all_sums(plan, kernel, sums, [&](int64_t c0, int64_t c1) { return finish(c0, c1, true); });
     }
     if (map != nullptr) {
         const auto item = [&](int64_t i) { (*map)(plan.map_item(i)); };

@@ -1,33 +1,48 @@
-// Scratch memory of one call: C-sized arrays, zeroed, released together. Small calls need no heap.
+// Scratch memory of one call: arrays of one value per channel and tile, uninitialized, released together. Small calls need no heap; large
+// ones get warm memory.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <vector>
+
+#include "memory.h"
 
 namespace batchnorm {
 
 class Workspace {
 public:
+    Workspace() = default;
+    Workspace(const Workspace&) = delete;
+    Workspace& operator=(const Workspace&) = delete;
+    ~Workspace() {
+        for (void* p : cached_) memory::release(p);
+    }
     template <class T>
     T* take(std::int64_t n) {
         const std::size_t bytes = (static_cast<std::size_t>(n) * sizeof(T) + 63) / 64 * 64;
-        if (used_ + bytes > sizeof inline_) {
-            heap_.push_back(std::make_unique<std::byte[]>(bytes));  // zeroed
-            return reinterpret_cast<T*>(heap_.back().get());
+        if (used_ + bytes <= sizeof inline_) {
+            std::byte* const p = inline_ + used_;
+            used_ += bytes;
+            return reinterpret_cast<T*>(p);
         }
-        std::byte* const p = inline_ + used_;
-        used_ += bytes;
-        std::memset(p, 0, bytes);
-        return reinterpret_cast<T*>(p);
+        if (bytes >= memory::kSmallest) {
+            cached_.reserve(cached_.size() + 1);
+            if (void* const p = memory::acquire(bytes)) {
+                cached_.push_back(p);
+                return static_cast<T*>(p);
+            }
+        }
+        heap_.push_back(std::make_unique_for_overwrite<std::byte[]>(bytes));
+        return reinterpret_cast<T*>(heap_.back().get());
     }
 
 private:
     alignas(64) std::byte inline_[4096];
     std::size_t used_ = 0;
     std::vector<std::unique_ptr<std::byte[]>> heap_;
+    std::vector<void*> cached_;
 };
 
 }  // namespace batchnorm
