@@ -49,7 +49,7 @@ class Setting:
         return cpus()[: self.threads]
 
     def environment(self) -> dict[str, str]:
-        """Thread counts and places for all kinds of pools; the affinity mask serves those that read neither."""
+        """Thread counts and places for all kinds of pools; the CPU mask serves those that read neither."""
         n = str(self.threads)
         env = dict(os.environ)
         env |= {
@@ -100,7 +100,7 @@ class Contestant:
     def __init__(self, name: str, setting: Setting) -> None:
         self.name = name
         self.threads = setting.threads
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115: closed with the process
+        self._log = tempfile.TemporaryFile("w+")
         affinity = functools.partial(os.sched_setaffinity, 0, setting.cpus())
         self._process = subprocess.Popen(
             command(name, setting), cwd=HERE, env=setting.environment(), preexec_fn=affinity,

@@ -23,6 +23,7 @@ COLOURS = {
     "numpy": "#999999",
 }  # fmt: skip
 SHAPES_PER_PANEL = 24
+ROOF = "roof: best of copy and triad"
 
 
 def name_of(group: tuple[str, ...]) -> str:
@@ -55,13 +56,15 @@ def draw_panel(ax: Any, title: str, rows: list[dict[str, Any]], names: list[str]
     width = 0.84 / len(names)
     for i, name in enumerate(names):
         there = [(x, r) for x, r in enumerate(rows) if name in r["seconds"]]
+        if not there:
+            continue
         speeds = [r["minimal"] / statistics.median(r["seconds"][name]) / 1e9 for _, r in there]
         places = [x - 0.42 + (i + 0.5) * width for x, _ in there]
         bars = ax.bar(places, speeds, width, label=name, color=COLOURS[name], zorder=2)
         if name == "batchnorm" and len(rows) * len(names) <= 80:
             ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
     for x, r in enumerate(rows):
-        label = "roof: best of copy and triad" if x == 0 else None
+        label = ROOF if x == 0 else None
         ax.hlines(roof(r), x - 0.46, x + 0.46, color="black", linewidth=1.6, zorder=3, label=label)
     ax.set_title(title, loc="left", fontsize=10)
     ax.set_xticks(range(len(rows)), [r["shape"] for r in rows], rotation=35, ha="right", fontsize=8)
@@ -70,6 +73,21 @@ def draw_panel(ax: Any, title: str, rows: list[dict[str, Any]], names: list[str]
     ax.grid(axis="y", color="#dddddd", zorder=0)
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_ylim(bottom=0)
+
+
+def canvas(panels: int, shapes: int, bars: int) -> tuple[Any, list[Any]]:
+    """A figure with room for that many panels of so many shapes with so many bars each; narrow ones stand
+    side by side."""
+    from matplotlib import pyplot as plt
+
+    width = max(3.2, 0.8 + shapes * max(0.35, 0.13 * bars))
+    columns = 2 if width < 7 and panels > 1 else 1
+    lines = -(-panels // columns)
+    size = (max(7.5, min(width * columns + 2, 26)), 3.6 * lines + 0.6)
+    fig, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[panels:]:
+        ax.axis("off")
+    return fig, list(axes.flat[:panels])
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[Path]:
@@ -87,20 +105,12 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
             continue
         names = [n for n in COLOURS if any(n in r["seconds"] for r in results)]
         pieces = panels(results)
-        widest = max(len(rows) for _, rows in pieces)
-        width = max(7.5, 2.6 + widest * max(0.35, 0.13 * len(names)))
-        fig, axes = plt.subplots(
-            len(pieces),
-            1,
-            figsize=(min(width, 26), 3.6 * len(pieces) + 0.6),
-            squeeze=False,
-            layout="constrained",
-        )
-        for ax, (title, rows) in zip(axes[:, 0], pieces, strict=True):
-            draw_panel(ax, title, rows, names)
+        fig, axes = canvas(len(pieces), max(len(rows) for _, rows in pieces), len(names))
         handles: dict[str, Any] = {}
-        for ax in axes[:, 0]:
+        for ax, (title, rows) in zip(axes, pieces, strict=True):
+            draw_panel(ax, title, rows, names)
             handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        handles = {n: handles[n] for n in (*names, ROOF) if n in handles}
         fig.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9, frameon=False)
         threads = report["options"]["threads"]
         fig.suptitle(

@@ -12,10 +12,9 @@ from traffic import Traffic
 
 from shapes import Shape
 
-
-EXPLAINED = """GB/s: minimal bytes / median time. spread: interquartile range over rounds / median. roof: the fastest of
-copy and triad, GB/s. min, real: share of the roof if the minimal, or the real, bytes move. Peers: their time
-/ ours. *: over those shapes that the peer did."""
+EXPLAINED = """GB/s: minimal bytes / median time. spread: interquartile range over rounds / median. roof: GB/s
+of the fastest of copy and triad. min, real: share of the roof if the minimal, or the real, bytes move.
+Peers: their time / ours. *: over those shapes that the peer did."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ def cells(row: Row, peers: list[str]) -> list[str]:
 
 
 def totals(group: Group, peers: list[str]) -> list[list[str]]:
-    """The group's two lines: sums by weight, and geometric means of the shapes' ratios. A peer that lacks some
-    shapes is compared over the others and marked with an asterisk."""
+    """The group's two lines: sums by weight, and geometric means of the shapes' ratios. A peer that lacks
+    some shapes is compared over the others and marked with an asterisk."""
     rows = [r for r in group.rows if "batchnorm" in r.measured.seconds]
     if not rows:
         return [["total", "-"]]

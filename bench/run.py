@@ -172,7 +172,8 @@ def entry(
     """A case in the JSON file."""
     return {
         "op": case.op, "layout": layout, "dtype": case.dtype, "activation": case.activation,
-        "outputs": case.outputs, "shape": str(shape), "dims": case.dims, "weight": shape.weight, "minimal": minimal, "real": real,
+        "outputs": case.outputs, "shape": str(shape), "dims": case.dims, "weight": shape.weight,
+        "minimal": minimal, "real": real,
         **measured.to_json(),
     }  # fmt: skip
 
