@@ -7,8 +7,9 @@ case's cost is its time multiplied by the roof of its own round (bytes per secon
 triad; --by roof, the default where both files have it), or divided by the time of a peer that both files
 hold (--by torch, say; better for cases too small to be limited by memory), or the bare time (--by seconds).
 
-A case is slower if its median cost grew by more than the threshold and the middle halves (the quartiles) of the
-rounds of both runs do not overlap. Exit code 1 if any is, 0 if none, 2 for files that cannot be compared.
+A case is slower if its median cost grew by more than the threshold and the middle halves (between the
+quartiles) of the rounds of both runs do not overlap. Exit code 1 if any is, 0 if none, 2 for files that
+cannot be compared.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure import quartiles
 from rich.console import Console
 from rich.table import Table
+
+from measure import quartiles
 
 KEY = ("op", "layout", "dtype", "activation", "outputs", "shape")
 MACHINE = ("cpu", "cpus", "caches", "huge_pages", "kernel")

@@ -14,7 +14,6 @@ from typing import Any
 
 import native
 from machine import cpus
-
 from peers import PROGRAMS
 from peers.protocol import Case
 
@@ -100,15 +99,17 @@ class Contestant:
     def __init__(self, name: str, setting: Setting) -> None:
         self.name = name
         self.threads = setting.threads
-        self._log = tempfile.TemporaryFile("w+")
+        arguments = command(name, setting)
         affinity = functools.partial(os.sched_setaffinity, 0, setting.cpus())
+        self._log = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
-            command(name, setting), cwd=HERE, env=setting.environment(), preexec_fn=affinity,
+            arguments, cwd=HERE, env=setting.environment(), preexec_fn=affinity,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
         )  # fmt: skip
         try:
             first = self._read()
         except Died as e:
+            self.close()
             raise Absent(str(e)) from None
         if "absent" in first:
             self.close()
@@ -159,11 +160,12 @@ class Contestant:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.close()
         except BrokenPipeError:
             pass
+        self._process.stdout.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

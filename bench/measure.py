@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from contestants import Contestant, Died, Field
-
 from peers.protocol import Case
 
 ROOFS = ("bandwidth", "numpy.copyto")
 SAMPLES = 16
+TARGET = 0.02  # seconds of one measurement: long against the clock, short against a neighbour's moods
 # Largest difference from our values that rounding explains, relative to the largest value of the sample.
 TOLERANCE = {"float32": 1e-3, "float64": 1e-4, "float16": 2e-2, "bfloat16": 6e-2}
 # Bytes a roof kernel moves per byte of the array.
@@ -38,7 +38,7 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
-@dataclass
+@dataclass(eq=False)
 class Measured:
     """Times of one case: seconds by contestant and round, GB/s of the roof's kernels by round, and why some
     contestants have none."""
@@ -105,47 +105,67 @@ def ready(field_: Field, case: Case, result: Measured) -> list[Contestant]:
     return able
 
 
-Lane = tuple[str, Contestant, str | None]  # the name in the results, who is asked, for which of its kernels
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """Somebody who gets a turn in every round: a contestant, or one kernel of the roof."""
 
+    field_: Field
+    result: Measured
+    contestant: Contestant
+    kernel: str | None = None
 
-def lanes_of(contestants: list[Contestant]) -> list[Lane]:
-    """Everybody once, the roof once per kernel."""
-    lanes: list[Lane] = []
-    for c in contestants:
-        if c.name in ROOFS:
-            lanes += [(kernel, c, kernel) for kernel in c.kernels] or [("copy", c, None)]
+    def time(self, inner: int, repeat: int) -> list[float]:
+        return self.contestant.time(inner, repeat, kernel=self.kernel)
+
+    def note(self, seconds: float) -> None:
+        """Write a round's time down."""
+        result, name = self.result, self.contestant.name
+        if name in ROOFS:
+            kernel = self.kernel or "copy"
+            speed = MOVED[kernel] * result.case.bytes / seconds / 1e9
+            result.bandwidth.setdefault(kernel, []).append(speed)
         else:
-            lanes.append((c.name, c, None))
-    return lanes
+            result.seconds.setdefault(name, []).append(seconds)
 
 
-def measure(field_: Field, case: Case, rounds: int, target: float = 0.02) -> Measured:
-    """All contestants, another one first in every round, each for about `target` seconds or one call."""
-    result = Measured(case)
-    lanes = lanes_of(ready(field_, case, result))
-    counts: dict[str, tuple[int, int]] = {}
+def lanes_of(field_: Field, result: Measured) -> list[Lane]:
+    """Everybody who can do the case once, the roof once per kernel."""
+    able = ready(field_, result.case, result)
+    return [Lane(field_, result, c, kernel) for c in able for kernel in c.kernels or [None]]
+
+
+def measure(field_: Field, case: Case, rounds: int) -> Measured:
+    """One case by all contestants."""
+    (result,) = measure_fields([field_], case, rounds)
+    return result
+
+
+def measure_fields(fields: list[Field], case: Case, rounds: int) -> list[Measured]:
+    """One case by all contestants of all fields in turn, another one first in every round, each for about
+    TARGET seconds or one call."""
+    results = [Measured(case) for _ in fields]
+    lanes = [lane for pair in zip(fields, results, strict=True) for lane in lanes_of(*pair)]
+    counts: dict[Lane, tuple[int, int]] = {}
+    gone: set[Contestant] = set()
     for i in range(rounds):
         start = i % max(1, len(lanes))
         for lane in lanes[start:] + lanes[:start]:
-            name, c, kernel = lane
-            try:
-                if name not in counts:
-                    once = min(c.time(1, 2, 1, kernel))
-                    counts[name] = (
-                        max(1, min(20_000, int(target / max(once, 1e-7)))),
-                        3 if once < target else 1,
-                    )
-                seconds = statistics.median(c.time(*counts[name], kernel=kernel))
-            except Died as e:
-                field_.contestants.remove(c)
-                lanes = [other for other in lanes if other[1] is not c]
-                result.seconds.pop(name, None)
-                result.reasons[c.name] = str(e)
+            if lane.contestant in gone:
                 continue
-            if c.name in ROOFS:
-                result.bandwidth.setdefault(name, []).append(MOVED[name] * case.bytes / seconds / 1e9)
-            else:
-                result.seconds.setdefault(name, []).append(seconds)
-    for c in field_.contestants:
-        c.drop()
-    return result
+            try:
+                if lane not in counts:
+                    once = min(lane.time(1, 2))
+                    counts[lane] = (
+                        max(1, min(20_000, int(TARGET / max(once, 1e-7)))),
+                        3 if once < TARGET else 1,
+                    )
+                lane.note(statistics.median(lane.time(*counts[lane])))
+            except Died as e:
+                gone.add(lane.contestant)
+                lane.field_.contestants.remove(lane.contestant)
+                lane.result.seconds.pop(lane.contestant.name, None)
+                lane.result.reasons[lane.contestant.name] = str(e)
+    for field_ in fields:
+        for c in field_.contestants:
+            c.drop()
+    return results

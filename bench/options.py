@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from machine import cpus
-
 from peers import PEERS
 from peers.protocol import ITEM
 

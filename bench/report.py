@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from measure import Measured, geometric_mean, spread
 from rich.console import Console
 from rich.table import Table
-from traffic import Traffic
 
+from measure import Measured, geometric_mean, spread
 from shapes import Shape
+from traffic import Traffic
 
 EXPLAINED = """GB/s: minimal bytes / median time. spread: interquartile range over rounds / median. roof: GB/s
 of the fastest of copy and triad. min, real: share of the roof if the minimal, or the real, bytes move.

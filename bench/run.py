@@ -21,19 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 import machine
 import options
 import picture
 import report
 from contestants import Field, Setting
 from measure import Measured, measure
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from traffic import traffic, usable_cache
-
 from peers import PEERS
 from peers.protocol import ACTIVATIONS, ITEM, LAYOUTS, OPS, OUTPUTS, Case
 from shapes import NAMES, Shape, shapes_of
+from traffic import traffic, usable_cache
 
 SCHEMA = 1
 TENSORS = 7  # of a case, the most that one contestant holds: x, dy, residual, y, dx, dz, a temporary

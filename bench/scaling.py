@@ -18,17 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import machine
-import options
-from contestants import Field, Setting
-from measure import Measured, measure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from traffic import traffic, usable_cache
 
+import machine
+import options
+from contestants import Field, Setting
+from measure import Measured, measure, measure_fields
 from peers.protocol import ITEM, LAYOUTS, OPS, Case
 from shapes import SETS, Shape
+from traffic import traffic, usable_cache
 
 SCHEMA = 1
 # Tensors alive at once, per contestant: x, dy, the output; the roof's three arrays.
@@ -89,10 +89,10 @@ def measure_sizes(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         content["versions"], content["absent"] = field.versions(), field.absent
         counts = sizes(bounded(args, len(field.contestants), console), ITEM[args.dtype])
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("sizes", total=len(counts) * len(OPS) * len(LAYOUTS))
+            task = progress.add_task("sizes", total=len(counts) * len(args.op) * len(args.layout))
             for count in counts:
-                for op in OPS:
-                    for layout in LAYOUTS:
+                for op in args.op:
+                    for layout in args.layout:
                         case = case_of(op, layout, shape_of(count), args.dtype)
                         m = measure(field, case, args.rounds)
                         cache = usable_cache(content["machine"], args.threads)
@@ -135,10 +135,10 @@ def measure_threads(args: argparse.Namespace, console: Console) -> dict[str, Any
             fields[n] = Field.start([], Setting(n))
         tell(console, fields[counts[0]])
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("threads", total=len(shapes) * len(OPS) * len(LAYOUTS))
+            task = progress.add_task("threads", total=len(shapes) * len(args.op) * len(args.layout))
             for shape in shapes:
-                for op in OPS:
-                    for layout in LAYOUTS:
+                for op in args.op:
+                    for layout in args.layout:
                         case = case_of(op, layout, shape, args.dtype)
                         content["results"].append(thread_entry(case, layout, shape, fields, args.rounds))
                         progress.advance(task)
@@ -151,14 +151,10 @@ def measure_threads(args: argparse.Namespace, console: Console) -> dict[str, Any
 def thread_entry(
     case: Case, layout: str, shape: Shape, fields: dict[int, Field], rounds: int
 ) -> dict[str, Any]:
-    """One case by every number of threads. One round by each in turn, so that all see the same neighbours."""
-    seconds: dict[int, list[float]] = {n: [] for n in fields}
-    roofs: dict[int, list[float]] = {n: [] for n in fields}
-    for _ in range(rounds):
-        for n, field in fields.items():
-            m = measure(field, case, 1)
-            seconds[n] += m.seconds["batchnorm"]
-            roofs[n].append(m.roof()[1])
+    """One case by every number of threads; all numbers take turns, so that they meet the same neighbours."""
+    measured = dict(zip(fields, measure_fields(list(fields.values()), case, rounds), strict=True))
+    seconds = {n: m.seconds["batchnorm"] for n, m in measured.items()}
+    roofs = {n: m.bandwidth[m.roof()[0]] for n, m in measured.items()}
     cache = usable_cache(machine.describe(), max(fields))
     moved = {n: traffic(case, cache, n) for n in fields}
     share = {
@@ -213,7 +209,7 @@ def axes(rows: int, columns: int, height: float) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
     size = (4.2 * columns + 1.6, height * rows + 0.5)
-    fig, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    fig, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", sharey="row")
     for ax in grid.flat:
         ax.grid(color="#dddddd", zorder=0)
         ax.spines[["top", "right"]].set_visible(False)
@@ -232,9 +228,10 @@ def draw_sizes(content: dict[str, Any], path: Path) -> None:
     """Nanoseconds per element over bytes, a diagram per operation and layout."""
     from picture import COLOURS
 
-    fig, grid = axes(len(LAYOUTS), len(OPS), 3.0)
-    for row, layout in zip(grid, LAYOUTS, strict=True):
-        for ax, op in zip(row, OPS, strict=True):
+    ops, layouts = content["options"]["op"], content["options"]["layout"]
+    fig, grid = axes(len(layouts), len(ops), 3.0)
+    for row, layout in zip(grid, layouts, strict=True):
+        for ax, op in zip(row, ops, strict=True):
             results = [r for r in content["results"] if (r["op"], r["layout"]) == (op, layout)]
             names = dict.fromkeys(n for r in content["results"] for n in r["nanoseconds"])
             for name in names:
@@ -265,10 +262,11 @@ def byte_text(count: int) -> str:
 
 def draw_threads(content: dict[str, Any], path: Path) -> None:
     """Speed-up (above) and share of the roof (below) over threads, a column per operation."""
-    fig, grid = axes(2, len(OPS), 3.0)
+    ops = content["options"]["op"]
+    fig, grid = axes(2, len(ops), 3.0)
     counts = content["threads"]
     kinds = list(dict.fromkeys((r["layout"], r["shape"]) for r in content["results"]))
-    for column, op in enumerate(OPS):
+    for column, op in enumerate(ops):
         above, below = grid[0, column], grid[1, column]
         above.plot(counts, [n / counts[0] for n in counts], color="black", linestyle="--", label="ideal")
         below.axhline(100, color="black", linestyle="--")
@@ -312,6 +310,8 @@ def parser() -> argparse.ArgumentParser:
     )
     by_threads.set_defaults(measure=measure_threads)
     for command in (by_size, by_threads):
+        command.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
+        command.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
         command.add_argument("--dtype", choices=ITEM, default="float32")
         command.add_argument("--rounds", type=options.at_least(1), default=5, metavar="N")
         command.add_argument("--json", type=options.new_file, metavar="FILE", help="write what was measured")

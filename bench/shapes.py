@@ -44,13 +44,13 @@ def _r50(batch: int) -> list[Shape]:
 
 
 def _listed() -> list[Shape]:
-    """The distinct shapes of bnorm_shapes.csv; a name that ends in *18 is a layer that occurs 18 times."""
+    """The distinct shapes of bnorm_shapes.csv; "a*18&b" is a layer that occurs 18 times and once more."""
     weights: dict[tuple[int, ...], int] = {}
     with LISTED.open(newline="") as file:
         for row in csv.DictReader(file):
             sizes = tuple(int(row[key]) for key in ("mb", "ic", "id", "ih", "iw"))
-            _, _, times = row["name"].partition("*")
-            weights[sizes] = weights.get(sizes, 0) + int(times or 1)
+            counts = [int(name.partition("*")[2] or 1) for name in row["name"].split("&")]
+            weights[sizes] = weights.get(sizes, 0) + sum(counts)
     shapes = []
     for (batch, channels, *space), weight in weights.items():
         while space and space[0] == 1:  # a 2-D layer is written with depth 1, a matrix with 1x1x1

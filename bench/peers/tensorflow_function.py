@@ -50,8 +50,13 @@ class Peer:
             y = y if z is None else y + z
             return tf.nn.relu(y) if case.relu else y, statistics
 
+        # Traced once: otherwise every call looks for the trace that fits its arguments.
+        arguments = (x, z, gamma, beta, mean, var)
+        traced = normalise.get_concrete_function(*arguments)
+        tensors = [a for a in arguments if a is not None]
+
         def call() -> Any:
-            return normalise(x, z, gamma, beta, mean, var)
+            return traced(*tensors)
 
         return Work(call, lambda: [call()[0].numpy()])
 
@@ -75,7 +80,11 @@ class Peer:
             )  # fmt: skip
             return dx, dgamma, dbeta, *((g,) if case.residual else ())
 
+        arguments = (dy, x, y, gamma, reserved)
+        traced = gradients.get_concrete_function(*arguments)
+        tensors = [a for a in (dy, x, y, gamma, *reserved) if a is not None]
+
         def call() -> Any:
-            return gradients(dy, x, y, gamma, reserved)
+            return traced(*tensors)
 
         return Work(call, lambda: [t.numpy() for t in call()])
