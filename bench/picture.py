@@ -24,6 +24,7 @@ COLOURS = {
 }  # fmt: skip
 SHAPES_PER_PANEL = 24
 ROOF = "roof: best of copy and triad"
+BOX = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # behind the numbers
 
 
 def name_of(group: tuple[str, ...]) -> str:
@@ -62,7 +63,7 @@ def draw_panel(ax: Any, title: str, rows: list[dict[str, Any]], names: list[str]
         places = [x - 0.42 + (i + 0.5) * width for x, _ in there]
         bars = ax.bar(places, speeds, width, label=name, color=COLOURS[name], zorder=2)
         if name == "batchnorm" and len(rows) * len(names) <= 80:
-            ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+            ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=1, zorder=4, bbox=BOX)
     for x, r in enumerate(rows):
         label = ROOF if x == 0 else None
         ax.hlines(roof(r), x - 0.46, x + 0.46, color="black", linewidth=1.6, zorder=3, label=label)
