@@ -85,6 +85,7 @@ private:
     // Axes as oneDNN wants them, (N, C, H, W), in the memory order of the case; `tensor_` may be blocked, `plain_` never is.
     void describe(const Case& c) {
         case_.emplace(c);
+        if (c.outputs == "returned") throw Unsupported("oneDNN returns nothing: its caller brings the memory");
         if (c.dtype != "float32" && c.dtype != "bfloat16") throw Unsupported("this contestant has float32 and bfloat16 alone");
         type_ = c.dtype == "float32" ? memory::data_type::f32 : memory::data_type::bf16;
         if (blocked_ && c.inner == 1) throw Unsupported("nChw16c is a blocking of NCHW");

@@ -35,12 +35,16 @@ inline std::vector<std::int64_t> numbers(const std::string& list) {
 }
 
 struct Case {
-    std::string op, dtype, activation;
+    std::string op, dtype, activation, outputs;
     std::vector<std::int64_t> dims;
     std::int64_t outer = 1, channels = 0, inner = 1;
 
     explicit Case(const Words& words)
-        : op(words.at("op")), dtype(words.at("dtype")), activation(words.at("activation")), dims(numbers(words.at("dims"))) {
+        : op(words.at("op")),
+          dtype(words.at("dtype")),
+          activation(words.at("activation")),
+          outputs(words.at("outputs")),
+          dims(numbers(words.at("dims"))) {
         const auto axis = static_cast<std::size_t>(std::stoi(words.at("axis")));
         for (std::size_t i = 0; i < dims.size(); ++i) (i < axis ? outer : i == axis ? channels = 1 : inner) *= dims[i];
     }
