@@ -30,8 +30,9 @@ BOX = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # behind
 def name_of(group: tuple[str, ...]) -> str:
     """The title of a panel."""
     layout, dtype, activation, outputs = group
-    words = [layout.upper(), dtype, *([activation.replace("_", " + ")] if activation != "none" else [])]
-    return " ".join([*words, "returned outputs"] if outputs == "returned" else words)
+    extra = [activation.replace("_", " + ")] if activation != "none" else []
+    extra += ["returned outputs"] if outputs == "returned" else []
+    return f"{layout.upper()} {dtype}" + (f"\n{', '.join(extra)}" if extra else "")
 
 
 def panels(results: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

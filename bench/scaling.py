@@ -34,7 +34,7 @@ SCHEMA = 1
 # Tensors alive at once, per contestant: x, dy, dx, and y while backward is made ready.
 TENSORS = 4
 # Of ResNet-50: the largest tensor, the one with the largest channels, and one of many small channels.
-BIG = [s for s in SETS["r50"] if s.channels * s.spatial[0] in (256 * 56, 64 * 112, 1024 * 14)]
+BIG = [s for s in SETS["r50"] if (s.channels, s.spatial[0]) in ((256, 56), (64, 112), (1024, 14))]
 
 
 def shape_of(elements: int) -> Shape:
@@ -279,9 +279,10 @@ def draw_threads(content: dict[str, Any], path: Path) -> None:
             below.plot(counts, [100 * r["share"][n] for n in counts], **style)
         above.set_title(op, loc="left", fontsize=10)
         below.set_xlabel("threads")
-        for ax in (above, below):
-            ax.set_xticks(counts)
-            ax.set_ylim(bottom=0)
+        above.set_xticks(counts)
+        below.set_xticks(counts)
+    for ax in grid.flat:
+        ax.set_ylim(bottom=0)  # when all is drawn: rows share their axis
     grid[0, 0].set_ylabel(f"speed-up over {counts[0]} thread{'s' * (counts[0] > 1)}")
     grid[1, 0].set_ylabel("% of as many threads' roof")
     finish(fig, grid[0, 0], content, "scaling with threads", path)
