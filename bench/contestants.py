@@ -143,7 +143,8 @@ class Contestant:
     def sample(self, count: int) -> list[float] | str:
         """Values of the results, or why there are none."""
         answer = self._ask(f"sample count={count}")
-        return answer["sample"] if "sample" in answer else answer["unsupported"]
+        values: list[float] | str = answer["sample"] if "sample" in answer else answer["unsupported"]
+        return values
 
     def time(self, inner: int, repeat: int, warm: int = 1, kernel: str | None = None) -> list[float]:
         """Seconds per call, `repeat` means of `inner` calls."""

@@ -134,7 +134,7 @@ def lanes_of(field_: Field, result: Measured) -> list[Lane]:
     able = ready(field_, result.case, result)
     if all(c.name != "batchnorm" for c in able):
         return []
-    return [Lane(field_, result, c, kernel) for c in able for kernel in c.kernels or [None]]
+    return [Lane(field_, result, c, kernel) for c in able for kernel in (*c.kernels,) or (None,)]
 
 
 def measure(field_: Field, case: Case, rounds: int) -> Measured:

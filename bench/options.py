@@ -63,8 +63,8 @@ def new_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} is a folder")
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder of {text!r} does not exist")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"the folder of {text!r} cannot be written to")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
     return path
 
 
@@ -75,6 +75,8 @@ def folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder that should hold {text!r} does not exist")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
     return path
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ ROOF = "roof: best of copy and triad"
 BOX = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.5}  # behind the numbers
 
 
-def name_of(group: tuple[str, ...]) -> str:
+def name_of(group: tuple[str, str, str, str]) -> str:
     """The title of a panel."""
     layout, dtype, activation, outputs = group
     extra = [activation.replace("_", " + ")] if activation != "none" else []
@@ -37,7 +36,7 @@ def name_of(group: tuple[str, ...]) -> str:
 
 def panels(results: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Results by layout, type, activation and outputs, in pieces of a readable width."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, str], list[dict[str, Any]]] = {}
     for r in results:
         key = (r["layout"], r["dtype"], r["activation"], r["outputs"])
         groups.setdefault(key, []).append(r)
@@ -50,7 +49,7 @@ def panels(results: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]
 
 def roof(result: dict[str, Any]) -> float:
     """GB/s."""
-    return max(statistics.median(v) for v in result["bandwidth"].values())
+    return max(float(statistics.median(v)) for v in result["bandwidth"].values())
 
 
 def draw_panel(ax: Any, title: str, rows: list[dict[str, Any]], names: list[str]) -> None:
@@ -147,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -126,8 +126,8 @@ def show(console: Console, groups: list[Group], peers: list[str], totals_only: b
             table.add_row(group.title(), style="italic")
             for row in [] if totals_only else group.rows:
                 table.add_row(*cells(row, peers))
-            for line in totals(group, peers):
-                table.add_row(*line, style="bold")
+            for summed in totals(group, peers):
+                table.add_row(*summed, style="bold")
             table.add_section()
         console.print(table)
         for line in reasons(mine):

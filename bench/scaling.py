@@ -33,7 +33,7 @@ from traffic import traffic, usable_cache
 SCHEMA = 1
 # Tensors alive at once, per contestant: x, dy, dx, and y while backward is made ready.
 TENSORS = 4
-# Of ResNet-50: the largest tensor, the one with the largest channels, and one of many small channels.
+# Of ResNet-50: the two largest tensors, one with few large channels, and one of many small channels.
 BIG = [s for s in SETS["r50"] if (s.channels, s.spatial[0]) in ((256, 56), (64, 112), (1024, 14))]
 
 

@@ -122,8 +122,9 @@ def storage(dtype: str) -> np.dtype[Any]:
             import ml_dtypes
         except ImportError:
             raise Unsupported("bfloat16 needs the package ml_dtypes in this interpreter") from None
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(dtype)
+        dtype = ml_dtypes.bfloat16
+    kind: np.dtype[Any] = np.dtype(dtype)
+    return kind
 
 
 @dataclass(frozen=True)
