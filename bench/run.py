@@ -32,11 +32,10 @@ from contestants import Field, Setting
 from measure import Measured, measure
 from peers import PEERS
 from peers.protocol import ACTIVATIONS, ITEM, LAYOUTS, OPS, OUTPUTS, Case
-from shapes import NAMES, Shape, shapes_of
+from shapes import NAMES, Shape, shapes_of, thinned
 from traffic import traffic, usable_cache
 
 SCHEMA = 1
-TENSORS = 7  # of a case, the most that one contestant holds: x, dy, residual, y, dx, dz, a temporary
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,7 +101,9 @@ def case_of(op: str, layout: str, dtype: str, activation: str, outputs: str, sha
 def fitting(shapes: list[Shape], args: argparse.Namespace, console: Console) -> list[Shape]:
     """The shapes whose arrays fit the free memory with everybody alive; the others are named."""
     item = max(ITEM[d] for d in args.dtype)
-    most = machine.free_memory() // ((len(args.peers) + 2) * TENSORS * item)
+    # x, y and a temporary; dy and dx; the residual and its gradient.
+    tensors = 3 + 2 * ("backward" in args.op) + 2 * ("residual_relu" in args.activation)
+    most = machine.free_memory() // ((len(args.peers) + 2) * tensors * item)
     left_out = [str(s) for s in shapes if s.elements > most]
     if left_out:
         console.print(
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[report.Group],
     """Everything measured, as groups for the table and as the JSON file's content."""
     about = machine.describe()
     cache = args.cache or usable_cache(about, args.threads)
-    wanted = shapes_of(args.set, args.limit)
+    wanted = shapes_of(args.set)
     groups: list[report.Group] = []
     results: list[dict[str, Any]] = []
     content: dict[str, Any] = {
@@ -142,7 +143,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[list[report.Group],
             announce(console, field, args, outputs)
             content["versions"] |= field.versions()
             content["absent"] |= field.absent
-            shapes = fitting(wanted, args, console)
+            shapes = thinned(fitting(wanted, args, console), args.limit)
             kinds = list(itertools.product(args.op, args.activation, args.dtype, args.layout))
             columns = (
                 TextColumn("{task.description}"),

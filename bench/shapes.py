@@ -59,9 +59,13 @@ def _listed() -> list[Shape]:
     return shapes
 
 
-def shapes_of(name: str, limit: int | None = None) -> list[Shape]:
-    """A set, or `limit` of its shapes, evenly spread from the smallest to the largest."""
-    shapes = SETS[name] if name in SETS else _listed()
+def shapes_of(name: str) -> list[Shape]:
+    """A set."""
+    return SETS[name] if name in SETS else _listed()
+
+
+def thinned(shapes: list[Shape], limit: int | None) -> list[Shape]:
+    """`limit` of the shapes, evenly spread from the smallest to the largest; all without a limit."""
     if limit is None or limit >= len(shapes):
         return shapes
     ordered = sorted(shapes, key=lambda s: s.elements)
