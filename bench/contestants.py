@@ -85,7 +85,8 @@ def command(name: str, setting: Setting) -> list[str]:
     program, arguments = PROGRAMS[name]
     folder = programs(setting.dnnl_prefix)
     if isinstance(folder, str):
-        raise Absent(f"bench/cpp cannot be built: {folder}")
+        why = folder if name == "bandwidth" else "see bandwidth"  # one reason for all programs, told once
+        raise Absent(f"bench/cpp cannot be built: {why}")
     if not (folder / program).exists():
         raise Absent(
             f"{program} is not built: oneDNN 3 (headers and library) not found in {setting.dnnl_prefix}"
