@@ -1,217 +1,207 @@
 """Measure batch normalization against its peers.
 
-    python bench/run.py --set r50 --op forward backward inference --layout nchw nhwc --peers torch numpy
+    python bench/run.py                                        every operation, ResNet-50, all peers there are
+    python bench/run.py --set small --op backward --peers torch numba --activation none relu
+    python bench/run.py --json report.json --picture pictures  keep it, draw it
 
-Every contestant lives in a process of its own (see peers.py), threads pinned, outputs reused. Each case is
-run by all in turn, several rounds, so that a noisy neighbour meets them alike; reported is the median over
-rounds. Absolute times mean nothing on a shared machine: read the ratios (peer's time / ours; above 1 we are
-faster) and the share of the copy bandwidth measured in the same rounds on the same number of bytes.
+Every contestant lives in a process of its own, threads pinned. Each case is run by all in turn, several
+rounds, so that a noisy neighbour meets them alike; reported is the median over rounds. The roof is the best
+of copy and triad (bench/cpp/bandwidth.cpp) in the same rounds on arrays of the same size. Absolute times mean
+nothing on a shared machine: read the ratios (peer's time / ours; above 1 we are faster) and the share of the
+roof. README.md beside this file explains both.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import math
-import os
-import platform
-import statistics
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from shapes import SETS, Shape
+import machine
+import options
+import picture
+import report
+from contestants import Field, Setting
+from measure import Measured, measure
+from peers import PEERS
+from peers.protocol import ACTIVATIONS, ITEM, LAYOUTS, OPS, OUTPUTS, Case
+from shapes import NAMES, Shape, shapes_of, thinned
+from traffic import traffic, usable_cache
 
-HERE = Path(__file__).resolve().parent
-# Fewest passes over memory, in units of the tensor: forward reads x and writes y, backward reads dy and x
-# and writes dx.
-TRAFFIC = {"forward": 2, "backward": 3, "inference": 2}
-ITEM = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+SCHEMA = 1
 
 
-class Contestant:
-    """One peer's process."""
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument(
+        "--set", choices=NAMES, default="r50",
+        help="r50: ResNet-50's layers at batch 32; r50-1: at batch 1; small; tiny: call overhead; "
+        "shapes: those of tests/data/bnorm_shapes.csv (use --limit)",
+    )  # fmt: skip
+    p.add_argument(
+        "--limit", type=options.at_least(1), metavar="N", help="N shapes of the set, evenly spread by size"
+    )
+    p.add_argument("--op", nargs="+", choices=OPS, default=list(OPS), help="operations")
+    p.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="memory orders")
+    options.add_dtype(p)
+    p.add_argument(
+        "--activation", nargs="+", choices=ACTIVATIONS, default=["none"], help="what follows in the same call"
+    )
+    p.add_argument(
+        "--outputs", nargs="+", choices=OUTPUTS, default=["reused"],
+        help="reused: out= and a heap that keeps its memory; returned: new arrays, as users call it",
+    )  # fmt: skip
+    everybody = len(machine.cpus())
+    p.add_argument(
+        "--threads",
+        type=options.threads,
+        default=everybody,
+        metavar="N",
+        help=f"pinned to as many CPUs (default: {everybody})",
+    )
+    options.add_contestants(p, list(PEERS))
+    p.add_argument(
+        "--rounds",
+        type=options.at_least(1),
+        default=7,
+        metavar="N",
+        help="times everybody's turn comes (default: 7)",
+    )
+    p.add_argument(
+        "--cache", type=options.size, metavar="SIZE",
+        help="last-level cache for the real traffic, e.g. 32M (default: what the system says, in a VM at "
+        "most 16M a thread)",
+    )  # fmt: skip
+    p.add_argument(
+        "--json", type=options.new_file, metavar="FILE", help="write everything measured to this file"
+    )
+    p.add_argument(
+        "--picture",
+        type=options.folder,
+        metavar="FOLDER",
+        help="draw forward.png, backward.png, inference.png there",
+    )
+    p.add_argument("--totals", action="store_true", help="only the weighted totals, not every shape")
+    return p
 
-    def __init__(self, name: str, threads: int) -> None:
-        cpus = sorted(os.sched_getaffinity(0))[:threads]
-        env = dict(os.environ)
-        env |= {
-            "OMP_NUM_THREADS": str(threads),
-            "OMP_PROC_BIND": "close",
-            "OMP_PLACES": ",".join(f"{{{c}}}" for c in cpus),
-            "MKL_NUM_THREADS": str(threads),
-            # Outputs of peers without out= come back from the heap warm instead of as fresh pages.
-            "MALLOC_MMAP_MAX_": "0",
-            "MALLOC_TRIM_THRESHOLD_": "100000000000",
-            "MALLOC_TOP_PAD_": "1000000000",
-        }
-        self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "peers.py"), name, str(threads)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
-        )  # fmt: skip
-        self.version = self._answer()["version"]
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"peer {self.name} ended with exit code {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+def case_of(op: str, layout: str, dtype: str, activation: str, outputs: str, shape: Shape) -> Case:
+    dims = shape.dims(layout)
+    return Case(op, dims, 1 if layout == "nchw" else len(dims) - 1, dtype, activation, outputs)
 
-    def run(self, case: dict[str, Any], inner: int, repeat: int, warm: int) -> list[float]:
-        """Seconds of `repeat` measurements of `inner` calls each."""
-        assert self._process.stdin is not None
-        print(
-            json.dumps({"case": case, "inner": inner, "repeat": repeat, "warm": warm}),
-            file=self._process.stdin,
-            flush=True,
+
+def fitting(shapes: list[Shape], args: argparse.Namespace, console: Console) -> list[Shape]:
+    """The shapes whose arrays fit the free memory with everybody alive; the others are named."""
+    item = max(ITEM[d] for d in args.dtype)
+    # x, y and a temporary; dy and dx; the residual and its gradient.
+    tensors = 3 + 2 * ("backward" in args.op) + 2 * ("residual_relu" in args.activation)
+    most = machine.free_memory() // ((len(args.peers) + 2) * tensors * item)
+    left_out = [str(s) for s in shapes if s.elements > most]
+    if left_out:
+        console.print(
+            f"[yellow]left out, too large for this machine's memory: {', '.join(left_out)}[/yellow]"
         )
-        seconds: list[float] = self._answer()["seconds"]
-        return seconds
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+    return [s for s in shapes if s.elements <= most]
 
 
-def measure(contestants: list[Contestant], case: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Median seconds per round and contestant."""
-    inner = {}
-    for c in contestants:
-        once = min(c.run(case, 1, 2, 1))
-        inner[c.name] = max(1, min(20_000, int(0.02 / max(once, 1e-7))))
-    times: dict[str, list[float]] = {c.name: [] for c in contestants}
-    for _ in range(rounds):
-        for c in contestants:
-            times[c.name].append(statistics.median(c.run(case, inner[c.name], 3, 1)))
-    return times
+def announce(console: Console, field: Field, args: argparse.Namespace, outputs: str) -> None:
+    """Who takes part and who does not."""
+    console.print(f"[bold]outputs {outputs}, {args.threads} threads[/bold]", highlight=False)
+    for c in field.contestants:
+        console.print(f"  {c.name} {c.version}", markup=False, highlight=False)
+    for name, reason in field.absent.items():
+        instead = "; numpy.copyto is the roof, a weak one" if name == "bandwidth" else "; left out"
+        console.print(
+            f"  {name} is missing{instead}: {reason}", style="yellow", markup=False, highlight=False
+        )
 
 
-def geometric_mean(values: list[float]) -> float:
-    """The mean of ratios."""
-    return math.exp(statistics.fmean(map(math.log, values)))
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--set", choices=SETS, default="r50", help="shapes (shapes.py)")
-    parser.add_argument("--op", nargs="+", choices=TRAFFIC, default=list(TRAFFIC), help="operations")
-    parser.add_argument("--layout", nargs="+", choices=("nchw", "nhwc"), default=["nchw", "nhwc"])
-    parser.add_argument("--dtype", choices=ITEM, default="float32")
-    parser.add_argument("--activation", choices=("relu",), default=None)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--peers", nargs="*", choices=("torch", "numpy"), default=["torch"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument("--totals", action="store_true", help="only the weighted totals, not every shape")
-    args = parser.parse_args()
-
-    console = Console(width=120 if not sys.stdout.isatty() else None)
-    contestants = []
-    for name in ["copy", "batchnorm", *args.peers]:
-        try:
-            contestants.append(Contestant(name, args.threads))
-        except RuntimeError:
-            console.print(f"[yellow]peer {name} is not installed or does not start; left out[/yellow]")
-    peers = [c.name for c in contestants if c.name not in ("copy", "batchnorm")]
-    console.print(
-        ", ".join(f"{c.name} {c.version}" for c in contestants if c.name != "copy"),
-        f"{args.threads} threads",
-        sep="; ",
-    )
-
-    shapes: list[Shape] = SETS[args.set]
-    results = []
-    table = Table("op", "layout", "shape", "GB/s", "of copy", *(f"{p} / ours" for p in peers))
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("measuring", total=len(args.op) * len(args.layout) * len(shapes))
-        for op in args.op:
-            for layout in args.layout:
-                totals = dict.fromkeys((c.name for c in contestants), 0.0)
-                ratios: dict[str, list[float]] = {p: [] for p in peers}
-                moved = 0.0
-                for shape in shapes:
-                    dims = shape.dims(layout)
-                    axis = 1 if layout == "nchw" else len(dims) - 1
-                    case = {
-                        "op": op,
-                        "dims": dims,
-                        "axis": axis,
-                        "dtype": args.dtype,
-                        "activation": args.activation,
-                    }
-                    times = measure(contestants, case, args.rounds)
-                    # What a shared machine does to one contestant in one round is noise; the median over
-                    # rounds is not.
-                    seconds = {name: statistics.median(t) for name, t in times.items()}
-                    size = math.prod(dims) * ITEM[args.dtype]
-                    traffic = size * TRAFFIC[op]
-                    share = (seconds["copy"] / (2 * size)) / (seconds["batchnorm"] / traffic)
-                    results.append(
-                        {
-                            "op": op,
-                            "layout": layout,
-                            "shape": str(shape),
-                            "weight": shape.weight,
-                            "seconds": times,
-                        }
-                    )
-                    for name in totals:
-                        totals[name] += shape.weight * seconds[name]
-                    moved += shape.weight * traffic
-                    for p in peers:
-                        ratios[p].append(seconds[p] / seconds["batchnorm"])
-                    if not args.totals:
-                        table.add_row(
-                            op, layout, str(shape), f"{traffic / seconds['batchnorm'] / 1e9:.1f}",
-                            f"{share:.0%}",
-                            *(f"{seconds[p] / seconds['batchnorm']:.2f}" for p in peers),
-                        )  # fmt: skip
-                    progress.advance(task)
-                copied = totals["copy"] * TRAFFIC[op] / 2
-                table.add_row(
-                    op, layout, f"{args.set} total", f"{moved / totals['batchnorm'] / 1e9:.1f}",
-                    f"{copied / totals['batchnorm']:.0%}",
-                    *(
-                        f"{totals[p] / totals['batchnorm']:.2f} (g.m. {geometric_mean(ratios[p]):.2f})"
-                        for p in peers
-                    ),
-                    style="bold", end_section=True,
-                )  # fmt: skip
-    console.print(table)
-    for c in contestants:
-        c.close()
-    if args.json:
-        machine = {"cpu": cpu_name(), "platform": platform.platform(), "python": platform.python_version()}
-        versions = {c.name: c.version for c in contestants}
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-        args.json.write_text(
-            json.dumps(
-                {"machine": machine, "versions": versions, "options": options, "results": results}, indent=1
+def run(args: argparse.Namespace, console: Console) -> tuple[list[report.Group], dict[str, Any]]:
+    """Everything measured, as groups for the table and as the JSON file's content."""
+    about = machine.describe()
+    cache = args.cache or usable_cache(about, args.threads)
+    wanted = shapes_of(args.set)
+    groups: list[report.Group] = []
+    results: list[dict[str, Any]] = []
+    content: dict[str, Any] = {
+        "schema": SCHEMA, "kind": "run", "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": about, "cache": cache, "library": machine.library(), "versions": {}, "absent": {},
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "results": results,
+    }  # fmt: skip
+    for outputs in args.outputs:
+        setting = Setting(args.threads, outputs, dict(args.python), args.onednn)
+        with Field.start(args.peers, setting) as field:
+            announce(console, field, args, outputs)
+            content["versions"] |= field.versions()
+            content["absent"] |= field.absent
+            shapes = thinned(fitting(wanted, args, console), args.limit)
+            kinds = list(itertools.product(args.op, args.activation, args.dtype, args.layout))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
             )
-        )
+            with Progress(*columns, console=console, transient=True) as progress:
+                task = progress.add_task("measuring", total=len(kinds) * len(shapes))
+                for op, activation, dtype, layout in kinds:
+                    group = report.Group(op, layout, dtype, activation, outputs, [])
+                    groups.append(group)
+                    for shape in shapes:
+                        progress.update(task, description=f"{op} {layout} {shape}")
+                        case = case_of(op, layout, dtype, activation, outputs, shape)
+                        moved = traffic(case, cache, args.threads)
+                        measured = measure(field, case, args.rounds)
+                        group.rows.append(report.Row(shape, moved, measured))
+                        results.append(entry(case, layout, shape, moved.minimal, moved.real, measured))
+                        progress.advance(task)
+    return groups, content
 
 
-def cpu_name() -> str:
-    """The CPU as the system names it."""
+def entry(
+    case: Case, layout: str, shape: Shape, minimal: float, real: float, measured: Measured
+) -> dict[str, Any]:
+    """A case in the JSON file."""
+    return {
+        "op": case.op, "layout": layout, "dtype": case.dtype, "activation": case.activation,
+        "outputs": case.outputs, "shape": str(shape), "dims": case.dims, "weight": shape.weight,
+        "minimal": minimal, "real": real,
+        **measured.to_json(),
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Command line."""
+    args = parser().parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 100 + 14 * len(args.peers))
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        groups, content = run(args, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing is written")
+        return 130
+    used = [p for p in args.peers if p in content["versions"]]
+    report.show(console, groups, used, args.totals)
+    if used:
+        console.print(
+            f"fastest peer / ours, geometric mean over all cells: {report.headline(groups, used):.2f}"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(content, indent=1))
+        console.print(f"wrote {args.json}", highlight=False)
+    if args.picture:
+        for path in picture.draw(content, args.picture):
+            console.print(f"wrote {path}", highlight=False)
+    return 0 if any("batchnorm" in r["seconds"] for r in content["results"]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,12 @@ network."""
 
 from __future__ import annotations
 
+import csv
+import math
+from pathlib import Path
 from typing import NamedTuple
+
+LISTED = Path(__file__).resolve().parents[1] / "tests" / "data" / "bnorm_shapes.csv"
 
 
 class Shape(NamedTuple):
@@ -20,6 +25,10 @@ class Shape(NamedTuple):
             return (self.batch, self.channels, *self.spatial)
         return (self.batch, *self.spatial, self.channels)
 
+    @property
+    def elements(self) -> int:
+        return math.prod((self.batch, self.channels, *self.spatial))
+
     def __str__(self) -> str:
         return "x".join(map(str, (self.batch, self.channels, *self.spatial)))
 
@@ -32,6 +41,37 @@ def _r50(batch: int) -> list[Shape]:
         (1, 256, 28), (11, 256, 14), (7, 1024, 14), (1, 512, 14), (5, 512, 7), (4, 2048, 7),
     ]  # fmt: skip
     return [Shape(weight, batch, channels, (side, side)) for weight, channels, side in layers]
+
+
+def _listed() -> list[Shape]:
+    """The distinct shapes of bnorm_shapes.csv; "a*18&b" is a layer that occurs 18 times and once more."""
+    weights: dict[tuple[int, ...], int] = {}
+    with LISTED.open(newline="") as file:
+        for row in csv.DictReader(file):
+            sizes = tuple(int(row[key]) for key in ("mb", "ic", "id", "ih", "iw"))
+            counts = [int(name.partition("*")[2] or 1) for name in row["name"].split("&")]
+            weights[sizes] = weights.get(sizes, 0) + sum(counts)
+    shapes = []
+    for (batch, channels, *space), weight in weights.items():
+        while space and space[0] == 1:  # a 2-D layer is written with depth 1, a matrix with 1x1x1
+            space = space[1:]
+        shapes.append(Shape(weight, batch, channels, tuple(space)))
+    return shapes
+
+
+def shapes_of(name: str) -> list[Shape]:
+    """A set."""
+    return SETS[name] if name in SETS else _listed()
+
+
+def thinned(shapes: list[Shape], limit: int | None) -> list[Shape]:
+    """`limit` of the shapes, evenly spread from the smallest to the largest; all without a limit."""
+    if limit is None or limit >= len(shapes):
+        return shapes
+    ordered = sorted(shapes, key=lambda s: s.elements)
+    if limit == 1:
+        return [ordered[len(ordered) // 2]]
+    return [ordered[i * (len(ordered) - 1) // (limit - 1)] for i in range(limit)]
 
 
 SETS: dict[str, list[Shape]] = {
@@ -50,3 +90,5 @@ SETS: dict[str, list[Shape]] = {
     ],
     "tiny": [Shape(1, 2, 3, (4, 4))],
 }
+
+NAMES = (*SETS, "shapes")
