@@ -54,7 +54,7 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
     p.map_channels = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes, 1), 1, p.channels);
     p.map_outer = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes * p.channels, 1), 1, p.outer);
     if (p.by_channel) {
-        p.map_outer = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes * p.channel_block, 1), 1, p.outer);
+        p.piece_outer = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes * p.channel_block, 1), 1, p.outer);
         p.map_backwards = channel_bytes * p.channel_block > tune::get(tune::l2_bytes) / 2;
     }
 }
