@@ -41,40 +41,23 @@ struct AffineRows {
 
 // ---- statistics ----------------------------------------------------------------------------------------------------------------
 
-double value_at(const ConstTensor& x, int64_t outer, int64_t channel, int64_t inner) {
-    const int64_t offset = outer * x.outer_stride + channel * x.channel_stride + inner * x.inner_stride;
-    switch (x.dtype) {
-        case Dtype::float32:
-            return static_cast<const float*>(x.data)[offset];
-        case Dtype::float64:
-            return static_cast<const double*>(x.data)[offset];
-        default:
-            break;
-    }
-    const std::uint32_t bits = static_cast<const std::uint16_t*>(x.data)[offset];
-    if (x.dtype == Dtype::bfloat16) return std::bit_cast<float>(bits << 16);
-    const int exponent = static_cast<int>(bits >> 10 & 31);
-    const double significand = bits & 1023, sign = bits >> 15 ? -1 : 1;
-    if (exponent == 31) return significand == 0 ? sign * std::numeric_limits<double>::infinity() : kNaN;
-    return sign * (exponent == 0 ? std::ldexp(significand, -24) : std::ldexp(significand + 1024, exponent - 25));
-}
-
-// The value about which a channel is summed: its first one; for double data, whose digits are all needed, the mean of the first 16,
-// or 8, 4, 2, which lies within a fraction of the standard deviation. Sums of equal values halve exactly, so a constant stays exact.
+// The value about which a channel of double data is summed: the mean of its first 16 values, or 8, 4, 2, which lies within a fraction of
+// the standard deviation. Sums of equal values halve exactly, so a constant stays exact.
 double shift_of(const ConstTensor& x, int64_t channel) {
-    const int64_t n = x.dtype == Dtype::float64
-                          ? std::min<int64_t>(16, static_cast<int64_t>(std::bit_floor(static_cast<std::uint64_t>(x.outer * x.inner))))
-                          : 1;
+    const int64_t n = std::min<int64_t>(16, static_cast<int64_t>(std::bit_floor(static_cast<std::uint64_t>(x.outer * x.inner))));
     double values[16];
-    for (int64_t i = 0; i < n; ++i) values[i] = value_at(x, i / x.inner, channel, i % x.inner);
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t offset = i / x.inner * x.outer_stride + channel * x.channel_stride + i % x.inner * x.inner_stride;
+        values[i] = static_cast<const double*>(x.data)[offset];
+    }
     for (int64_t half = n / 2; half > 0; half /= 2) {
         for (int64_t i = 0; i < half; ++i) values[i] = (values[i] + values[i + half]) * 0.5;
     }
     return values[0];
 }
 
-// Mean and population variance of x: sums about a value near each channel's data, and once more about the mean where that lay too
-// far off.
+// Mean and population variance of x: sums about 0, of double data about a value near each channel's, and once more about the mean where
+// that lay too far off.
 class Statistics {
 public:
     Statistics(Workspace& ws, const Plan& plan, const KernelTable& table, const ConstTensor& x, std::span<double> mean,
@@ -83,8 +66,10 @@ public:
           args_{{}, to_operand(x), nullptr, nullptr, nullptr},
           kernel_(table.moments[plan.direction][to_kernel(x.dtype)]),
           n_(static_cast<double>(plan.outer * plan.inner)),
-          // In double the rounding of the sums is all there is, and must stay below 1e-14; in float storage one ulp is 1e-7.
-          most_amplification_(x.dtype == Dtype::float64 ? 4 : 1024),
+          is_double_(x.dtype == Dtype::float64),
+          // A sum of squares errs by 1e-13 at worst (1024 additions per lane), 4e-15 as a rule. Of double data that must stay below 1e-14;
+          // of float data, where half an ulp is 3e-8 or more, it may grow: up to |mean| / std = 128 one pass is enough.
+          most_amplification_(is_double_ ? 4 : 16384),
           shift_(ws, plan),
           sums_(ws, plan.channels),
           mean_(mean),
@@ -95,12 +80,12 @@ public:
     template <class Then, class Map>
     void run(const Then& then, const Map* map) {
         const auto prepare = [&](int64_t c0, int64_t c1) {
-            for (int64_t c = c0; c < c1; ++c) shift_.set(c, shift_of(x_, c));
+            for (int64_t c = c0; c < c1; ++c) shift_.set(c, is_double_ ? shift_of(x_, c) : 0);
         };
-        const auto kernel = [&](const Where& where, double* sum, double* sum_sq) {
+        const auto kernel = [&](const Where& where, bool again, double* sum, double* sum_sq) {
             kernels::MomentsArgs a = args_;
             a.where = where;
-            a.shift = shift_.from(where.box.channel_begin);
+            a.shift = is_double_ || again ? shift_.from(where.box.channel_begin) : nullptr;
             a.sum = sum;
             a.sum_sq = sum_sq;
             kernel_(a);
@@ -113,7 +98,8 @@ public:
                 mean_[static_cast<std::size_t>(c)] = m.mean;
                 var_[static_cast<std::size_t>(c)] = m.var;
                 if (!m.trusted && !again) {
-                    shift_.set(c, m.better_shift);
+                    // A float for float data: then a constant differs from it by exactly 0.
+                    shift_.set(c, is_double_ ? m.better_shift : static_cast<float>(m.better_shift));
                     content = false;
                 }
             }
@@ -127,7 +113,9 @@ private:
     const Plan& plan_;
     kernels::MomentsArgs args_;
     kernels::MomentsFn kernel_;
-    double n_, most_amplification_;
+    double n_;
+    bool is_double_;
+    double most_amplification_;
     Row<double> shift_;
     ChannelSums sums_;
     std::span<double> mean_, var_;
@@ -274,6 +262,10 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
     const Plan plan = make_plan(g, 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
     Workspace ws;
     ChannelSums sums(ws, g.channels);
+    // The kernels sum dy * x for float data, and dy * (x - mean) for double.
+    const auto sum_dy_xc = [&](int64_t c) {
+        return g.dtype == Dtype::float64 ? sums.second(c) : sums.second(c) - at(a.mean, c) * sums.first(c);
+    };
     with_compute(g.dtype, [&]<class C>() {
         AffineRows<C> affine(ws, plan);
         Row<double> mean(ws, plan);
@@ -287,14 +279,14 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         const kernels::Gate gate = gate_of(a.activation, !a.mask.empty());
         const kernels::Mask mask = to_mask(g, const_cast<std::uint8_t*>(a.mask.data()));  // only read
         const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
-        const auto sum_tile = [&](const Where& where, double* dy, double* dy_xc) {
+        const auto sum_tile = [&](const Where& where, bool, double* dy, double* dy_x) {
             const int64_t c = where.box.channel_begin;
-            sums_kernel({where, to_operand(a.dy), to_operand(a.x), mean.from(c), affine.from(c), dy, dy_xc, gate, mask});
+            sums_kernel({where, to_operand(a.dy), to_operand(a.x), mean.from(c), affine.from(c), dy, dy_x, gate, mask});
         };
         const auto finish = [&](int64_t c0, int64_t c1, bool) {
             for (int64_t c = c0; c < c1; ++c) {
                 const coeffs::Gradient<C> k =
-                    coeffs::gradient<C>(mean[c], at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c), sums.second(c), n);
+                    coeffs::gradient<C>(mean[c], at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c), sum_dy_xc(c), n);
                 k_dy.set(c, a.dx ? k.k_dy : C{1});
                 x_scale.set(c, k.x_scale);
                 k_x.set(c, k.k_x);
@@ -325,7 +317,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
     if (!a.dgamma && !a.dbeta) return;
     for_channels(plan, [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; ++c) {
-            if (a.dgamma) set(a.dgamma, c, sums.second(c) * at(a.inv_std, c));
+            if (a.dgamma) set(a.dgamma, c, sum_dy_xc(c) * at(a.inv_std, c));
             if (a.dbeta) set(a.dbeta, c, sums.first(c));
         }
     });

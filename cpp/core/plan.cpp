@@ -20,7 +20,9 @@ constexpr int64_t kTileValues = 16384;
 
 // Elements of a tile of rows (nsc), and the fewest rows: sums of 2 doubles per channel are written per tile.
 constexpr int64_t kTileElements = 65536;
-constexpr int64_t kMinTileRows = 128;
+constexpr int64_t kMinTileRows = 256;
+// Of double data one lane adds at most so many (folded) rows: that keeps its rounding within the contract's 1e-14.
+constexpr int64_t kMostDoubleRows = 128;
 
 // A channel larger than this is no work item by itself: an interrupt must not wait for it, nor other threads.
 constexpr int64_t kLargestChannelBytes = 16 << 20;
@@ -65,8 +67,7 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.channel_block = std::min(p.channels, kMaxChannelBlock);
     // With enough blocks of channels to share out, rows need not be cut finely; the sums of a tile cost memory.
     const int64_t rows = p.blocks() >= 16 ? 1024 : std::max(kMinTileRows, kTileElements / p.channels);
-    // One lane adds all (folded) rows of a tile; for double data 128 additions keep its rounding within the contract's 1e-14.
-    int64_t tiles = ceil_div(p.outer, is_double ? std::min(rows, kMinTileRows * p.fold) : rows);
+    int64_t tiles = ceil_div(p.outer, is_double ? std::min(rows, kMostDoubleRows * p.fold) : rows);
     // Multiples of 16 share out evenly.
     if (p.blocks() < 16 && p.outer >= 16 * 32) tiles = round_up(tiles, 16);
     // A bound for the memory of their sums. It binds beyond 2^28 values of one channel, where a lane then adds up to 2^15 of them (2^33

@@ -54,74 +54,92 @@ private:
     int64_t channels_ = 0, fold_ = 1;
 };
 
-// The two sums of every channel, as the tiles added so far make them.
+// The two sums of every channel, as the tiles added so far make them, with the rounding errors carried along (coeffs::Sum), in arrays
+// that a loop over channels takes several at a time.
 class ChannelSums {
 public:
-    ChannelSums(Workspace& ws, int64_t channels) : first_(ws.take<coeffs::Sum>(channels)), second_(ws.take<coeffs::Sum>(channels)) {}
+    ChannelSums(Workspace& ws, int64_t channels) {
+        for (auto* s : {&first_, &second_}) *s = {ws.take<double>(channels), ws.take<double>(channels)};
+    }
     void clear(int64_t c0, int64_t c1) {
-        for (int64_t c = c0; c < c1; ++c) first_[c] = second_[c] = {0, 0};
+        for (const auto* s : {&first_, &second_}) {
+            std::fill(s->value + c0, s->value + c1, 0.0);
+            std::fill(s->error + c0, s->error + c1, 0.0);
+        }
     }
-    void add(int64_t c, double a, double b) {
-        first_[c].add(a);
-        second_[c].add(b);
+    // Adds a tile's sums of the channels from c on.
+    void add(int64_t c, int64_t channels, const double* a, const double* b) {
+        add(first_, c, channels, a);
+        add(second_, c, channels, b);
     }
-    double first(int64_t c) const { return first_[c].total(); }
-    double second(int64_t c) const { return second_[c].total(); }
+    double first(int64_t c) const { return coeffs::Sum{first_.value[c], first_.error[c]}.total(); }
+    double second(int64_t c) const { return coeffs::Sum{second_.value[c], second_.error[c]}.total(); }
 
 private:
-    coeffs::Sum *first_, *second_;
+    struct Sums {
+        double *value, *error;
+    };
+    static void add(const Sums& s, int64_t c0, int64_t channels, const double* x) {
+        double* const value = s.value + c0;
+        double* const error = s.error + c0;
+        for (int64_t c = 0; c < channels; ++c) {
+            coeffs::Sum sum{value[c], error[c]};
+            sum.add(x[c]);
+            value[c] = sum.value;
+            error[c] = sum.error;
+        }
+    }
+    Sums first_, second_;
 };
 
-// Two sums of one tile of one block of channels, folded rows added up in order: take(c, a, b) per channel. Kernel: void(const Where&,
-// double*, double*), writing fold * channels sums.
+// Two sums of one tile of one block of channels, folded rows added up in order: take(c0, channels, a, b). Kernel: void(const Where&, bool
+// again, double*, double*), writing fold * channels sums.
 template <class Kernel, class Take>
-void tile_sums(const Plan& plan, int64_t tile, int64_t block, const Kernel& kernel, const Take& take) {
+void tile_sums(const Plan& plan, int64_t tile, int64_t block, const Kernel& kernel, bool again, const Take& take) {
     alignas(64) double a[kMaxChannelBlock], b[kMaxChannelBlock];
     const Where where = plan.tile(tile, block);
-    kernel(where, a, b);
+    kernel(where, again, a, b);
     const int64_t c0 = where.box.channel_begin, channels = where.box.channel_end - c0;
-    for (int64_t c = 0; c < channels; ++c) {
-        double s = a[c], t = b[c];
-        for (int64_t j = 1; j < plan.fold; ++j) {
-            s += a[j * channels + c];
-            t += b[j * channels + c];
+    for (int64_t j = 1; j < plan.fold; ++j) {
+        for (int64_t c = 0; c < channels; ++c) {
+            a[c] += a[j * channels + c];
+            b[c] += b[j * channels + c];
         }
-        take(c0 + c, s, t);
     }
+    take(c0, channels, a, b);
 }
 
 // All sums of one block: its tiles one after another.
 template <class Kernel>
-void block_sums(const Plan& plan, int64_t block, const Kernel& kernel, ChannelSums& sums) {
+void block_sums(const Plan& plan, int64_t block, const Kernel& kernel, bool again, ChannelSums& sums) {
     const Where where = plan.block_of_channels(block);
     sums.clear(where.box.channel_begin, where.box.channel_end);
     for (int64_t t = 0; t < plan.tiles(); ++t) {
-        tile_sums(plan, t, block, kernel, [&](int64_t c, double a, double b) { sums.add(c, a, b); });
+        tile_sums(plan, t, block, kernel, again,
+                  [&](int64_t c, int64_t channels, const double* a, const double* b) { sums.add(c, channels, a, b); });
     }
 }
 
-// All sums of all blocks: every tile is an item, then each channel's tiles are added as block_sums would, and finish(c0, c1) takes the
-// result. Whether that was content everywhere.
+// All sums of all blocks: every tile is an item, then each channel's tiles are added as block_sums would, and finish(c0, c1, again)
+// takes the result. Whether that was content everywhere.
 template <class Kernel, class Finish>
-bool all_sums(const Plan& plan, const Kernel& kernel, ChannelSums& sums, const Finish& finish) {
+bool all_sums(const Plan& plan, const Kernel& kernel, bool again, ChannelSums& sums, const Finish& finish) {
     const int64_t tiles = plan.tiles(), channels = plan.channels;
     Workspace partial;
     double* const first = partial.take<double>(tiles * channels);
     double* const second = partial.take<double>(tiles * channels);
     for_each(tiles * plan.blocks(), plan, [&](int64_t item) {
         const int64_t tile = item / plan.blocks(), block = item % plan.blocks();
-        tile_sums(plan, tile, block, kernel, [&](int64_t c, double a, double b) {
-            first[tile * channels + c] = a;
-            second[tile * channels + c] = b;
+        tile_sums(plan, tile, block, kernel, again, [&](int64_t c, int64_t n, const double* a, const double* b) {
+            std::copy(a, a + n, first + tile * channels + c);
+            std::copy(b, b + n, second + tile * channels + c);
         });
     });
     std::atomic<bool> content{true};
     for_channels(plan, [&](int64_t c0, int64_t c1) {
         sums.clear(c0, c1);
-        for (int64_t t = 0; t < tiles; ++t) {
-            for (int64_t c = c0; c < c1; ++c) sums.add(c, first[t * channels + c], second[t * channels + c]);
-        }
-        if (!finish(c0, c1)) content = false;
+        for (int64_t t = 0; t < tiles; ++t) sums.add(c0, c1 - c0, first + t * channels + c0, second + t * channels + c0);
+        if (!finish(c0, c1, again)) content = false;
     });
     return content;
 }
@@ -137,9 +155,9 @@ void sums_then_map(const Plan& plan, const Prepare& prepare, const Kernel& kerne
             const Where where = plan.block_of_channels(block);
             const int64_t c0 = where.box.channel_begin, c1 = where.box.channel_end;
             prepare(c0, c1);
-            block_sums(plan, block, kernel, sums);
+            block_sums(plan, block, kernel, false, sums);
             if (!finish(c0, c1, false)) {
-                block_sums(plan, block, kernel, sums);
+                block_sums(plan, block, kernel, true, sums);
                 finish(c0, c1, true);
             }
             if (map == nullptr) return;
@@ -154,9 +172,7 @@ void sums_then_map(const Plan& plan, const Prepare& prepare, const Kernel& kerne
         return;
     }
     for_channels(plan, prepare);
-    if (!all_sums(plan, kernel, sums, [&](int64_t c0, int64_t c1) { return finish(c0, c1, false); })) {
-        all_sums(plan, kernel, sums, [&](int64_t c0, int64_t c1) { return finish(c0, c1, true); });
-    }
+    if (!all_sums(plan, kernel, false, sums, finish)) all_sums(plan, kernel, true, sums, finish);
     if (map != nullptr) {
         const auto item = [&](int64_t i) { (*map)(plan.map_item(i)); };
         for_each(plan.map_items(), plan, item, plan.map_backwards);

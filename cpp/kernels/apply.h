@@ -45,9 +45,11 @@ BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t pe
         if constexpr (gate == kernels::masked) mask.put(positive_bits(v), m);
         store_part(p.y + e, m, gated(v));
     };
-    const int64_t head = with_stream ? elements_to_alignment(p.y) : 0;
-    if (with_stream && head >= 0) {
-        for_blocks(head, n, period, [&](int64_t e, int64_t k) { store_stream(p.y + e, whole(e, k)); }, part);
+    const int64_t head = with_stream || n >= kWorthAligning ? elements_to_alignment(p.y) : -1;
+    if (head >= 0) {
+        for_blocks(
+            head, n, period, [&](int64_t e, int64_t k) { with_stream ? store_stream(p.y + e, whole(e, k)) : store(p.y + e, whole(e, k)); },
+            part);
     } else {
         for_blocks(0, n, period, [&](int64_t e, int64_t k) { store(p.y + e, whole(e, k)); }, part);
     }

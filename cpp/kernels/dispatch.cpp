@@ -26,6 +26,7 @@ bool has_f16c() {
 }
 #define BATCHNORM_CPU_HAS_f16c has_f16c()
 #define BATCHNORM_CPU_HAS_avx2 static_cast<bool>(__builtin_cpu_supports("avx2"))
+#define BATCHNORM_CPU_HAS_fma static_cast<bool>(__builtin_cpu_supports("fma"))
 #define BATCHNORM_CPU_HAS_avx512f static_cast<bool>(__builtin_cpu_supports("avx512f"))
 #define BATCHNORM_CPU_HAS_avx512bw static_cast<bool>(__builtin_cpu_supports("avx512bw"))
 #define BATCHNORM_CPU_HAS_avx512dq static_cast<bool>(__builtin_cpu_supports("avx512dq"))

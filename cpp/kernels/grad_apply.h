@@ -49,12 +49,14 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
         if constexpr (with_dz) store_part(p.dz + e, m, g);
         store_part(p.dx + e, m, value(g, v, k));
     };
-    int64_t head = with_stream ? elements_to_alignment(p.dx) : -1;
-    if (with_dz && head >= 0 && elements_to_alignment(p.dz) != head) head = -1;  // one of the two would not be aligned
-    if (with_stream && head >= 0) {
-        for_blocks(head, n, period, [&](int64_t e, int64_t k) { whole(e, k, [](T* to, Block<T> v) { store_stream(to, v); }); }, part);
+    int64_t head = with_stream || n >= kWorthAligning ? elements_to_alignment(p.dx) : -1;
+    if (with_dz && with_stream && head >= 0 && elements_to_alignment(p.dz) != head) head = -1;  // one of the two would not be aligned
+    const auto put = [](T* to, Block<T> v) { store(to, v); };
+    const auto put_stream = [](T* to, Block<T> v) { with_stream ? store_stream(to, v) : store(to, v); };
+    if (head >= 0) {
+        for_blocks(head, n, period, [&](int64_t e, int64_t k) { whole(e, k, put_stream); }, part);
     } else {
-        for_blocks(0, n, period, [&](int64_t e, int64_t k) { whole(e, k, [](T* to, Block<T> v) { store(to, v); }); }, part);
+        for_blocks(0, n, period, [&](int64_t e, int64_t k) { whole(e, k, put); }, part);
     }
 }
 

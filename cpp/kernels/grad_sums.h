@@ -1,4 +1,4 @@
-// Kernel `grad_sums`: the two sums backward needs, sum of dy and sum of dy * (x - mean) per channel over one box, in double. With
+// Kernel `grad_sums`: the two sums backward needs, sum of dy and sum of dy * (x - shift) per channel over one box, in double. With
 // ReLU, dy counts only where the forward value was positive: recomputed by the same expression, or read from the forward's mask.
 #pragma once
 
@@ -9,12 +9,27 @@ namespace {
 
 using kernels::GradSumsArgs;
 
-template <class V>
+// Of float data the products are exact, and a shift after the fact costs nothing: sum g (x - m) = sum g x - m sum g loses the digits of
+// |m| / std out of the 53. In double these digits are needed, so the shift comes first.
+template <class T>
 struct GradSums {
-    V dy, dy_xc;
-    BATCHNORM_INLINE void add(V g, V xc) {
+    F64 dy, dy_x;
+    BATCHNORM_INLINE void add(F64 g, F64 x, F64 shift) {
         dy = dy + g;
-        dy_xc = dy_xc + g * xc;
+        if constexpr (is_double<T>) {
+            dy_x = dy_x + g * (x - shift);
+        } else {
+            dy_x = add_product(dy_x, g, x);
+        }
+    }
+    // The first n lanes alone; of g and x the others are 0.
+    BATCHNORM_INLINE void add_first(F64 g, F64 x, F64 shift, int64_t n) {
+        if constexpr (is_double<T>) {
+            dy = dy + g;
+            dy_x = dy_x + g * keep_first(x - shift, n);
+        } else {
+            add(g, x, shift);
+        }
     }
 };
 
@@ -44,8 +59,8 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
         memset(lanes, 0, (size_t)group * sizeof lanes[0]);
         for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
             for (int64_t c = 0; c < group; ++c) {
-                GradSums<F64> sums{Ops<F64>::load(lanes[c][0]), Ops<F64>::load(lanes[c][1])};
-                const F64 mean = Ops<F64>::broadcast(a.mean[c0 + c]);
+                GradSums<T> sums{Ops<F64>::load(lanes[c][0]), Ops<F64>::load(lanes[c][1])};
+                const F64 shift = Ops<F64>::broadcast(is_double<T> ? a.shift[c0 + c] : 0);
                 const T* const dy_run = dy.at(n, c0 + c);
                 const T* const x_run = x.at(n, c0 + c);
                 const auto fetch = [&](int64_t e) {
@@ -63,30 +78,30 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                         [&](int64_t e, int64_t) {
                             fetch(e);
                             const Block<T> v = load(x_run + e);
-                            sums.add(gated(load(dy_run + e), v, e), to_double(v) - mean);
+                            sums.add(gated(load(dy_run + e), v, e), to_double(v), shift);
                         },
                         [&](int64_t e, int64_t, int64_t m) {
                             const Block<T> v = load_part(x_run + e, m);
-                            sums.add(gated(load_part(dy_run + e, m), v, e), keep_first(to_double(v) - mean, m));
+                            sums.add_first(gated(load_part(dy_run + e, m), v, e), to_double(v), shift, m);
                         });
                 } else {
                     for_blocks(
                         0, run, kNoPeriod,
                         [&](int64_t e, int64_t) {
                             fetch(e);
-                            sums.add(load_double(dy_run + e), load_double(x_run + e) - mean);
+                            sums.add(load_double(dy_run + e), load_double(x_run + e), shift);
                         },
                         [&](int64_t e, int64_t, int64_t m) {
-                            sums.add(to_double(load_part(dy_run + e, m)), keep_first(to_double(load_part(x_run + e, m)) - mean, m));
+                            sums.add_first(to_double(load_part(dy_run + e, m)), to_double(load_part(x_run + e, m)), shift, m);
                         });
                 }
                 Ops<F64>::store(lanes[c][0], sums.dy);
-                Ops<F64>::store(lanes[c][1], sums.dy_xc);
+                Ops<F64>::store(lanes[c][1], sums.dy_x);
             }
         }
         for (int64_t c = 0; c < group; ++c) {
             a.sum_dy[c0 + c] = sum_lanes(lanes[c][0]);
-            a.sum_dy_xc[c0 + c] = sum_lanes(lanes[c][1]);
+            a.sum_dy_x[c0 + c] = sum_lanes(lanes[c][1]);
         }
     }
 }
@@ -98,8 +113,8 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
     const auto rows = [&](int64_t e, auto load_double_at, auto load_at) {
-        const F64 mean = Ops<F64>::load(a.mean + e);
-        GradSums<F64> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_xc + e)};
+        const F64 shift = is_double<T> ? Ops<F64>::load(a.shift + e) : F64{};
+        GradSums<T> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_x + e)};
 #pragma GCC unroll 8
         for (int j = 0; j < R; ++j) {
             prefetch_ahead(dy[j] + e);
@@ -107,15 +122,15 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
             if constexpr (gate != kernels::open) {
                 const Block<T> v = load_at(x[j] + e);
                 const Block<T> g = through_gate<gate>(load_at(dy[j] + e), v, center, scale, offset, e, a.mask.bits, bit + j * bit_step + e);
-                sums.add(to_double(g), to_double(v) - mean);
+                sums.add(to_double(g), to_double(v), shift);
             } else {
-                sums.add(load_double_at(dy[j] + e), load_double_at(x[j] + e) - mean);
+                sums.add(load_double_at(dy[j] + e), load_double_at(x[j] + e), shift);
             }
         }
         Ops<F64>::store(a.sum_dy + e, sums.dy);
-        Ops<F64>::store(a.sum_dy_xc + e, sums.dy_xc);
+        Ops<F64>::store(a.sum_dy_x + e, sums.dy_x);
     };
-    // Lanes past the width meet dy = x = 0 (load_part) and the mean of their own channel: they add 0, or NaN to a channel whose mean is.
+    // Lanes past the width meet dy = x = 0 (load_part) and the shift of their own channel: they add 0, or NaN to a channel whose mean is.
     for_blocks(
         0, width, kNoPeriod,
         [&](int64_t e, int64_t) { rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }); },
@@ -130,7 +145,7 @@ BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const FoldedRows<T> dy(a.dy, a.where), x(a.x, a.where);
     const int64_t fold = a.where.fold, width = fold * x.channels;
     memset(a.sum_dy, 0, (size_t)round_up(width) * sizeof(double));
-    memset(a.sum_dy_xc, 0, (size_t)round_up(width) * sizeof(double));
+    memset(a.sum_dy_x, 0, (size_t)round_up(width) * sizeof(double));
     T dy_buffer[kMaxFoldedWidth], x_buffer[kMaxFoldedWidth];
     const int64_t bit_step = fold * a.mask.outer_stride;
     int64_t r = b.outer_begin;

@@ -9,7 +9,7 @@
 // Kernels are noexcept, allocate nothing, start no threads, and never read or write an element outside the box. They accept
 // any alignment that suits the element type and any n, 0 included. An output may be the same array as an input (same data,
 // same strides), never a partly overlapping one. NaN and Inf propagate within their channel. Results depend on the values
-// alone: lanes are assigned by index, sums run in one order on every ISA, and nothing is contracted to fma.
+// alone: lanes are assigned by index, sums run in one order on every ISA, and a product is fused with a sum only where it is exact.
 #pragma once
 
 #include <stddef.h>
@@ -69,7 +69,8 @@ inline constexpr int64_t kMaskSlack = 4;
 
 // Per-channel arrays below start at box.channel_begin. `Compute` is double for float64 storage and float otherwise.
 
-// sum[c] = sum of (x - shift[c]), sum_sq[c] = sum of (x - shift[c])^2 over the box, in double; overwritten.
+// sum[c] = sum of (x - shift[c]), sum_sq[c] = sum of (x - shift[c])^2 over the box, in double; overwritten. No shift (null) means 0, which
+// is faster; float64 storage always has one.
 struct MomentsArgs {
     Where where;
     Operand x;
@@ -96,14 +97,14 @@ struct ApplyArgs {
 };
 
 // g = dy where the gate lets through, else 0: open always, relu where apply(x) > 0, masked where the bit is set. sum_dy[c] = sum of g,
-// sum_dy_xc[c] = sum of g * (x - mean[c]), in double.
+// sum_dy_x[c] = sum of g * (x - shift[c]), in double; the shift is read for float64 storage and 0 otherwise.
 struct GradSumsArgs {
     Where where;
     Operand dy, x;
-    const double* mean;
+    const double* shift;
     Affine affine;  // read only with gate relu
     double* sum_dy;
-    double* sum_dy_xc;
+    double* sum_dy_x;
     Gate gate;
     Mask mask;
 };

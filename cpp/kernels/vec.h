@@ -126,7 +126,12 @@ struct Ops<Pair<V>> {
 
 // ---- leaf operations that want an instruction ------------------------------------------------------------------------------
 
+// sum + a * b, of which a * b must be exact, so that an instruction that rounds once gives the same as two that round twice. (Of two
+// floats the product has at most 48 bits.)
+
 #if BATCHNORM_VECTOR_BYTES == 64
+
+BATCHNORM_INLINE VD add_product(VD sum, VD a, VD b) { return (VD)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum); }
 
 BATCHNORM_INLINE Pair<VD> widen(VF v) {
     return {(VD)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)), (VD)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1))};
@@ -155,6 +160,8 @@ BATCHNORM_INLINE VF half_to_float(VH v) { return (VF)_mm512_cvtph_ps((__m256i)v)
 BATCHNORM_INLINE VH float_to_half(VF v) { return (VH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 #elif BATCHNORM_VECTOR_BYTES == 32
+
+BATCHNORM_INLINE VD add_product(VD sum, VD a, VD b) { return (VD)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum); }
 
 BATCHNORM_INLINE Pair<VD> widen(VF v) {
     return {(VD)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)), (VD)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1))};
@@ -212,6 +219,10 @@ BATCHNORM_INLINE void stream(float* p, VF v) { memcpy(p, &v, sizeof v); }
 BATCHNORM_INLINE void stream(double* p, VD v) { memcpy(p, &v, sizeof v); }
 BATCHNORM_INLINE void stream(void* p, VH v) { memcpy(p, &v, sizeof v); }
 
+#endif
+
+#if BATCHNORM_VECTOR_BYTES == 16
+BATCHNORM_INLINE VD add_product(VD sum, VD a, VD b) { return sum + a * b; }
 #endif
 
 #if BATCHNORM_VECTOR_BYTES < 64
@@ -317,6 +328,10 @@ template <class V>
 BATCHNORM_INLINE Pair<V> where_positive(Pair<V> y, Pair<V> v) {
     return {where_positive(y.lo, v.lo), where_positive(y.hi, v.hi)};
 }
+template <class V>
+BATCHNORM_INLINE Pair<V> add_product(Pair<V> sum, Pair<V> a, Pair<V> b) {
+    return {add_product(sum.lo, a.lo, b.lo), add_product(sum.hi, a.hi, b.hi)};
+}
 // Bit i tells whether lane i is above 0; and lanes of v where their bit is set, else 0 (bits past the lanes do not matter).
 template <class V>
 BATCHNORM_INLINE uint32_t positive_bits(Pair<V> y) {
@@ -399,6 +414,8 @@ struct ComputeOf<double> {
 };
 template <class T>
 using Compute = typename ComputeOf<T>::type;
+template <class T>
+inline constexpr bool is_double = sizeof(Compute<T>) == sizeof(double);
 
 template <class C>
 struct BlockOf;

@@ -76,8 +76,11 @@ struct PerElement {
     BATCHNORM_INLINE typename BlockOf<C>::type at(int64_t k) const { return Ops<typename BlockOf<C>::type>::load(values + k); }
 };
 
-// Covers n elements by a head up to alignment (streamed stores only), full blocks and a tail: full(e, k) for 16 elements from e, part(e,
-// k, m) for m < 16, the same expression on fewer lanes. k is where the element's per-channel values start: e modulo `period`, for
+// From so many elements on, stores of whole cache lines are worth a head: a store across two lines reads both before it writes.
+inline constexpr int64_t kWorthAligning = 512;
+
+// Covers n elements by a head up to alignment, full blocks and a tail: full(e, k) for 16 elements from e,
+// part(e, k, m) for m < 16, the same expression on fewer lanes. k is where the element's per-channel values start: e modulo `period`, for
 // rows that follow one another without a gap; a single run or row has no period. A block may reach 15 values past the period, where
 // the per-channel arrays repeat their start.
 inline constexpr int64_t kNoPeriod = INT64_MAX;
