@@ -157,6 +157,12 @@ def gradient_of(shape, dtype, seed=0):
     return shape.array(dy.astype(dtype))
 
 
+def residual_of(shape, dtype, seed=0):
+    """A residual for x of this shape."""
+    z = rng("residual", str(shape), seed).standard_normal((shape.outer, shape.channels, shape.inner)) * 2
+    return shape.array(z.astype(dtype))
+
+
 def parameters(channels, dtype=np.float32, seed=0):
     """gamma of either sign and beta, both of size about 1."""
     generator = rng("parameters", channels, seed)

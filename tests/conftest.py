@@ -6,6 +6,7 @@ import os
 
 import batchnorm
 import pytest
+from batchnorm import _core
 from hypothesis import HealthCheck, settings
 
 from cases import THREADS
@@ -35,3 +36,11 @@ def threads(request):
     batchnorm.set_num_threads(request.param)
     yield request.param
     batchnorm.set_num_threads(before)
+
+
+@pytest.fixture
+def set_tuning():
+    """A function that changes how work is laid out, until the test ends."""
+    before = _core.tuning()
+    yield _core.set_tuning
+    _core.set_tuning(before)

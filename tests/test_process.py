@@ -3,31 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import textwrap
 
 import batchnorm
 import pytest
 
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a fresh process with these environment variables set."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("BATCHNORM_", "OMP_", "GOMP_"))}
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=env | environment,
-    )
-
-
-def output(code: str, **environment: str) -> str:
-    """Standard output of a process that must succeed in silence otherwise."""
-    done = run(code, **environment)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    return done.stdout.strip()
+from processes import output, run
 
 
 @pytest.mark.parametrize("name", batchnorm.isa_levels())

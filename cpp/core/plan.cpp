@@ -54,7 +54,7 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
     p.map_channels = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes, 1), 1, p.channels);
     p.map_outer = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes * p.channels, 1), 1, p.outer);
     if (p.by_channel) {
-        p.map_outer = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes * p.channel_block, 1), 1, p.outer);
+        p.part_outer = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes * p.channel_block, 1), 1, p.outer);
         p.map_backwards = channel_bytes * p.channel_block > tune::get(tune::l2_bytes) / 2;
     }
 }
@@ -79,7 +79,7 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.map_channels = p.channel_block;
     p.map_backwards = !p.stream;
     const int64_t row_bytes = p.channel_block * element_bytes;
-    p.map_outer = std::min(p.outer, round_up(std::max<int64_t>(tune::get(tune::map_bytes) / row_bytes, 1), p.fold));
+    p.map_outer = p.part_outer = std::min(p.outer, round_up(std::max<int64_t>(tune::get(tune::map_bytes) / row_bytes, 1), p.fold));
 }
 
 }  // namespace

@@ -25,10 +25,10 @@ struct Plan {
     // tiles of all channels come first, then the elementwise pass over the map grid.
     bool by_channel = true;
 
-    // Elementwise pass on its own: items of map_outer x map_channels x map_inner, in memory order. In a pass by channel, map_outer alone
-    // counts, if it goes backwards.
+    // Elementwise pass on its own: items of map_outer x map_channels x map_inner, in memory order.
     std::int64_t map_outer = 1, map_channels = 1, map_inner = 1;
-    bool map_backwards = false;  // starting with what the sums read last, which is the likeliest to be in cache still
+    std::int64_t part_outer = 1;  // in a pass by channel that goes backwards: parts of all the block's channels, this far in outer
+    bool map_backwards = false;   // starting with what the sums read last, which is the likeliest to be in cache still
 
     bool parallel = false;  // enough work to wake other threads
     bool stream = false;    // the output will not stay in any cache

@@ -129,9 +129,9 @@ void sums_then_map(const Plan& plan, const Kernel& kernel, ChannelSums& sums, co
             }
             if (map == nullptr) return;
             if (!plan.map_backwards) return (*map)(where);
-            for (int64_t end = plan.outer; end > 0; end -= plan.map_outer) {
+            for (int64_t end = plan.outer; end > 0; end -= plan.part_outer) {
                 Where part = where;
-                part.box.outer_begin = std::max<int64_t>(0, end - plan.map_outer);
+                part.box.outer_begin = std::max<int64_t>(0, end - plan.part_outer);
                 part.box.outer_end = end;
                 (*map)(part);
             }
