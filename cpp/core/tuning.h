@@ -31,6 +31,8 @@ std::int64_t get(Name name);
 // Takes "name=number,name=number", or nothing at all: then every number is the default again. Returns what is wrong with it, in which
 // case nothing was set, or an empty string.
 std::string set(std::string_view settings);
+// The same, and they are the defaults from now on. Called once, before any other call that reads or sets.
+std::string set_defaults(std::string_view settings);
 std::string text();
 
 }  // namespace batchnorm::tune
