@@ -213,8 +213,8 @@ def batch_norm_train(
     -----
     ``y = act((x - mean) / sqrt(var + eps) * gamma + beta + residual)`` with mean and population variance of
     the n values of each channel [1]_; ``running = decay * running + (1 - decay) * batch``. Sums run in
-    float64 about a value of the channel, so mean and variance keep their digits for any ``|mean| / std`` up to
-    1e6, and the result has the same bits for any number of threads.
+    float64 about a value of the channel, so mean and variance keep their digits for any ``|mean| / std`` up
+    to 1e6, and the result has the same bits for any number of threads.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 1.
 
