@@ -3,7 +3,8 @@
 A kernel works on blocks of 16 lanes; a channel is cut into tiles of at most 16384 values if its values are
 contiguous (direction ncs), and into tiles of rows if the channels are (direction nsc), from 512 rows on into
 multiples of 16 tiles. Fewer than 64 channels are folded, several rows to one; more than 2048 are divided.
-32768 elements and more are shared among threads. The lists below step over those edges by one on either side.
+65536 elements and more are shared among threads, or any number where the tuning parallel_elements is 0, as
+with the fixture `threads`. The lists below step over those edges by one on either side.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ SOME_SHAPES = [
     Shape("ncs", 300, 2, 7), Shape("nsc", 17, 3, 1), Shape("nsc", 4097, 3, 1), Shape("nsc", 245, 20, 1),
     Shape("nsc", 33, 65, 1), Shape("nsc", 9, 16, 49), Shape("nsc", 37, 1000, 1),
 ]  # fmt: skip
-# Enough elements to be shared among threads, in every way of cutting them: by channel, by tile, by rows.
+# Enough elements for a few threads, in every way of cutting them: by channel, by tile, by rows.
 SHARED_SHAPES = [
     Shape("ncs", 2, 2, 16385), Shape("ncs", 1, 1, 40001), Shape("ncs", 17, 64, 35), Shape("ncs", 3, 33, 529),
     Shape("ncs", 1500, 3, 9), Shape("nsc", 40001, 1, 1), Shape("nsc", 16385, 3, 1), Shape("nsc", 90, 20, 49),

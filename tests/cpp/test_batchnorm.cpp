@@ -465,7 +465,7 @@ void compare(const Inputs<T>& in, const Results<T>& r) {
     CHECK(fixed_good);
 }
 
-// Around lanes (16), folded rows (64 channels), tiles, and above what is shared between threads (32768 elements); 2,048 channels are
+// Around lanes (16), folded rows (64 channels), tiles, and above what is shared between threads (65536 elements); 2,048 channels are
 // the most of one work item.
 constexpr Shape kShapes[] = {{2, 1, 1},     {2, 3, 1},     {1, 3, 2},     {7, 2, 3},    {2, 5, 15},   {3, 2, 16},
                              {2, 17, 17},   {5, 15, 1},    {5, 16, 1},    {129, 17, 1}, {2, 63, 4},   {3, 64, 5},
