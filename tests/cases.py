@@ -3,7 +3,9 @@
 A kernel works on blocks of 16 lanes; a channel is cut into tiles of at most 16384 values if its values are
 contiguous (direction ncs), and into tiles of rows if the channels are (direction nsc), from 512 rows on into
 multiples of 16 tiles. Fewer than 64 channels are folded, several rows to one; more than 2048 are divided.
-32768 elements and more are shared among threads. The lists below step over those edges by one on either side.
+65536 elements and more (of runs half of that) are shared among threads, or any number where the tuning
+parallel_elements is 0, as with the fixture `threads`. The lists below step over those edges by one on either
+side.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ SOME_SHAPES = [
     Shape("ncs", 300, 2, 7), Shape("nsc", 17, 3, 1), Shape("nsc", 4097, 3, 1), Shape("nsc", 245, 20, 1),
     Shape("nsc", 33, 65, 1), Shape("nsc", 9, 16, 49), Shape("nsc", 37, 1000, 1),
 ]  # fmt: skip
-# Enough elements to be shared among threads, in every way of cutting them: by channel, by tile, by rows.
+# Enough elements for a few threads, in every way of cutting them: by channel, by tile, by rows.
 SHARED_SHAPES = [
     Shape("ncs", 2, 2, 16385), Shape("ncs", 1, 1, 40001), Shape("ncs", 17, 64, 35), Shape("ncs", 3, 33, 529),
     Shape("ncs", 1500, 3, 9), Shape("nsc", 40001, 1, 1), Shape("nsc", 16385, 3, 1), Shape("nsc", 90, 20, 49),
@@ -155,6 +157,12 @@ def gradient_of(shape, dtype, seed=0):
     """A dy for x of this shape."""
     dy = rng("dy", str(shape), seed).standard_normal((shape.outer, shape.channels, shape.inner)) + 0.25
     return shape.array(dy.astype(dtype))
+
+
+def residual_of(shape, dtype, seed=0):
+    """A residual for x of this shape."""
+    z = rng("residual", str(shape), seed).standard_normal((shape.outer, shape.channels, shape.inner)) * 2
+    return shape.array(z.astype(dtype))
 
 
 def parameters(channels, dtype=np.float32, seed=0):

@@ -15,13 +15,15 @@ def precision(dtype):
     return np.longdouble if dtype == FLOAT64 else np.float64
 
 
-def assert_forward(got, x, want, gamma=None, beta=None, axis=1, exact_mean=False):
-    """Every element of `got` within its bound of the reference `want`."""
+def assert_forward(got, x, want, gamma=None, beta=None, axis=1, exact_mean=False, with_residual=False):
+    """Every element of `got` within its bound of the reference `want`, which contains any residual."""
     per_channel = (want.mean, want.inv_std, 1.0 if gamma is None else gamma, 0.0 if beta is None else beta)
     mean, inv_std, gamma, beta = (
         v if np.ndim(v) == 0 else spread(widen(v, want.mean.dtype.type), x, axis) for v in per_channel
     )
-    bound = tolerances.y_error(x.dtype, want.y, want.x_hat, mean, inv_std, gamma, beta, exact_mean)
+    bound = tolerances.y_error(
+        x.dtype, want.y, want.x_hat, mean, inv_std, gamma, beta, exact_mean, with_residual
+    )
     error = np.abs(widen(got, want.y.dtype.type) - want.y)
     assert got.shape == x.shape and got.dtype == x.dtype
     assert np.all(error <= bound), f"worst error is {(error / bound).max():.3g} of its bound"

@@ -6,6 +6,7 @@ import os
 
 import batchnorm
 import pytest
+from batchnorm import _core
 from hypothesis import HealthCheck, settings
 
 from cases import THREADS
@@ -28,10 +29,19 @@ def isa(request):
     batchnorm.set_isa(before)
 
 
+@pytest.fixture
+def set_tuning():
+    """A function that changes how work is laid out, until the test ends."""
+    before = _core.tuning()
+    yield _core.set_tuning
+    _core.set_tuning(before)
+
+
 @pytest.fixture(params=THREADS, ids=lambda n: f"{n} threads")
-def threads(request):
-    """Each thread count, in force during the test."""
+def threads(request, set_tuning):
+    """Each thread count, in force during the test; work of any size is shared among them."""
     before = batchnorm.get_num_threads()
+    set_tuning("parallel_elements=0")
     batchnorm.set_num_threads(request.param)
     yield request.param
     batchnorm.set_num_threads(before)

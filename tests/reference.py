@@ -41,22 +41,25 @@ def moments(x, axis=1, dtype=np.float64):
     return mean, (deviation * deviation).sum(axis=others(x, axis)) / n
 
 
-def normalize(x, mean, var, gamma=None, beta=None, eps=1e-5, axis=1, activation=None, dtype=np.float64):
+def normalize(
+    x, mean, var, gamma=None, beta=None, eps=1e-5, axis=1, activation=None, dtype=np.float64, residual=None
+):
     x, mean, var = widen(x, dtype), widen(mean, dtype), widen(var, dtype)
     inv_std = 1 / np.sqrt(var + dtype(eps))
     x_hat = (x - spread(mean, x, axis)) * spread(inv_std, x, axis)
     y = x_hat if gamma is None else x_hat * spread(widen(gamma, dtype), x, axis)
     y = y if beta is None else y + spread(widen(beta, dtype), x, axis)
+    y = y if residual is None else y + widen(residual, dtype)
     return Forward(np.maximum(y, 0) if activation == "relu" else y, x_hat, mean, var, inv_std)
 
 
-def train(x, gamma=None, beta=None, eps=1e-5, axis=1, activation=None, dtype=np.float64):
+def train(x, gamma=None, beta=None, eps=1e-5, axis=1, activation=None, dtype=np.float64, residual=None):
     mean, var = moments(x, axis, dtype)
-    return normalize(x, mean, var, gamma, beta, eps, axis, activation, dtype)
+    return normalize(x, mean, var, gamma, beta, eps, axis, activation, dtype, residual)
 
 
 def backward(dy, x, mean, inv_std, gamma=None, axis=1, stats="batch", dtype=np.float64):
-    """Gradients without activation; for relu the caller masks dy."""
+    """Gradients without activation; for relu the caller masks dy, which is then the residual's gradient."""
     dy, x, mean, inv_std = (widen(a, dtype) for a in (dy, x, mean, inv_std))
     n = x.size // x.shape[axis]
     x_hat = (x - spread(mean, x, axis)) * spread(inv_std, x, axis)

@@ -86,7 +86,8 @@ def test_isa_at_every_edge(shape, dtype, isa):
 
 @pytest.mark.parametrize("n_threads", [16, 64])
 @pytest.mark.parametrize("shape", SHARED_SHAPES, ids=str)
-def test_more_threads_than_cores(shape, n_threads):
+def test_more_threads_than_cores(shape, n_threads, set_tuning):
+    set_tuning("parallel_elements=0")
     before = batchnorm.get_num_threads()
     batchnorm.set_num_threads(n_threads)
     try:
@@ -99,7 +100,8 @@ def test_more_threads_than_cores(shape, n_threads):
     "shape", [Shape("ncs", 3, 33, 529), Shape("nsc", 1025, 100, 1), Shape("nsc", 16385, 3, 1)], ids=str
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_hundred_runs(shape, dtype):
+def test_a_hundred_runs(shape, dtype, set_tuning):
+    set_tuning("parallel_elements=0")
     x, dy = normal(shape, dtype), gradient_of(shape, dtype)
     before = batchnorm.get_num_threads()
     try:

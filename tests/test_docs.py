@@ -37,7 +37,10 @@ def test_docstring(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["BatchNorm", "batch_norm", "batch_norm_train", "batch_norm_backward", "moments", "update_running"],
+    [
+        *("BatchNorm", "batch_norm", "batch_norm_train", "batch_norm_backward", "mask_bytes", "moments"),
+        "update_running",
+    ],
 )
 def test_has_an_example(name):
     assert _run(doctest.DocTestFinder().find(getattr(batchnorm, name), name, globs={})) >= 2
@@ -47,7 +50,9 @@ def test_package_docstring():
     assert _run(doctest.DocTestFinder(exclude_empty=True).find(batchnorm, "batchnorm", globs={})) >= 2
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "batch_norm_train", "batch_norm_backward", "moments"])
+@pytest.mark.parametrize(
+    "name", ["batch_norm", "batch_norm_train", "batch_norm_backward", "mask_bytes", "moments"]
+)
 def test_docstring_names_every_parameter(name):
     function = getattr(batchnorm, name)
     text = inspect.getdoc(function)

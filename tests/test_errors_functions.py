@@ -63,15 +63,16 @@ def arguments(function):
             stats="batch",
             out=np.ones_like(x),
         )
-    if function == "moments":
+    if function in ("moments", "mask_bytes"):
         return dict(x=x)
     if function == "update_running":
         return dict(**running, mean=mean, var=var, decay=0.5, count=40, ddof=1)
     raise AssertionError(function)
 
 
-FUNCTIONS = ("batch_norm", "batch_norm_train", "batch_norm_backward", "moments", "update_running")
-TENSOR_FUNCTIONS = FUNCTIONS[:4]
+THREADED = ("batch_norm", "batch_norm_train", "batch_norm_backward", "moments")
+TENSOR_FUNCTIONS = (*THREADED, "mask_bytes")
+FUNCTIONS = (*TENSOR_FUNCTIONS, "update_running")
 CASES: list[Case] = []
 
 
@@ -112,7 +113,7 @@ WRONG_X = {
 }
 for name, (value, got, expected) in WRONG_X.items():
     for function in TENSOR_FUNCTIONS:
-        change = {"x": value} if function == "moments" else {"x": value, "out": None}
+        change = {"x": value} if function in ("moments", "mask_bytes") else {"x": value, "out": None}
         case(function, f"x {name}", change, TypeError, r"\bx\b", got, expected)
     change = {"dy": value, "out": None}
     case("batch_norm_backward", f"dy {name}", change, TypeError, r"\bdy\b", got, expected)
@@ -435,6 +436,11 @@ for function, wrong, right in (
     ("moments", "keepdim", "keepdims"),
     ("moments", "dataformat", "data_format"),
     ("moments", "axes", "axis"),
+    ("batch_norm", "residuals", "residual"),
+    ("batch_norm", "masks", "mask"),
+    ("batch_norm_train", "n_threads", "num_threads"),
+    ("batch_norm_backward", "out_residuals", "out_residual"),
+    ("mask_bytes", "axes", "axis"),
     ("update_running", "dof", "ddof"),
     ("update_running", "counts", "count"),
 ):
@@ -654,6 +660,170 @@ for dtype in ("float64", "float16"):
         "float32",
     )
 
+# ---- num_threads ---------------------------------------------------------------------------------
+
+for value in (0, -1, 65537, 2**40, -(2**40)):
+    match = ("num_threads", re.escape(str(value)), "an int from 1 to 65536")
+    case(THREADED, f"num_threads {value}", {"num_threads": value}, ValueError, *match)
+for value in (2**70, -(2**70)):
+    match = ("num_threads", r"1\.18059e\+21", "an int from 1 to 65536")
+    case(THREADED, f"num_threads {value}", {"num_threads": value}, ValueError, *match)
+NOT_THREADS = {**NOT_INT, "2.5": (2.5, "float"), "list": ([2], "list"), "bytes": (b"2", "bytes")}
+for kind, (value, got) in NOT_THREADS.items():
+    if value is not None:
+        match = ("num_threads", got, "an int from 1 to 65536")
+        case(THREADED, f"num_threads {kind}", {"num_threads": value}, TypeError, *match)
+
+# ---- residual ------------------------------------------------------------------------------------
+
+FORWARD = ("batch_norm", "batch_norm_train")
+for name, (value, got, expected) in WRONG_X.items():
+    if value is not None:
+        change = {"residual": value, "activation": "relu"}
+        case(FORWARD, f"residual {name}", change, TypeError, r"\bresidual\b", got, expected)
+for dtype in ("float64", "float16"):
+    match = (r"\bresidual\b", dtype, "expected float32 as x has", r"residual\.astype")
+    case(FORWARD, f"residual {dtype}", {"residual": np.zeros(SHAPE, dtype)}, TypeError, *match)
+for shape in ((2, 6, 5, 4), (2, 6, 20), (1, 6, 4, 5), (3, 6, 4, 5), (0, 6, 4, 5), (2, 6, 1, 1), (1, 1)):
+    match = (r"\bresidual\b", re.escape(str(shape)), re.escape(f"expected {SHAPE} as x has"))
+    case(FORWARD, f"residual {shape}", {"residual": np.zeros(shape, f32)}, ValueError, *match)
+for shape in ((), (6,)):
+    match = (r"\bresidual\b", re.escape(str(shape)), "at least 2 dim")
+    case(FORWARD, f"residual {len(shape)}-D", {"residual": np.zeros(shape, f32)}, ValueError, *match)
+
+
+def shifted_residual(a):
+    both = shifted({"x": a["x"]})
+    return {"residual": both["x"], "out": both["out"]}
+
+
+def reversed_residual(a):
+    z = a["x"].copy()
+    return {"residual": z, "out": z[::-1]}
+
+
+def residual_of_another_order(a):
+    z = np.zeros((2, 4, 5, 6), f32).transpose(0, 3, 1, 2)
+    return {"residual": z, "out": z}
+
+
+for name, change in {"shifted against": shifted_residual, "reversed": reversed_residual}.items():
+    match = (r"\bout\b", r"\bresidual\b", "separate")
+    case(FORWARD, f"out {name} residual", change, ValueError, *match)
+match = (r"\bout has strides\b", "x of strides", "empty_like")
+case(FORWARD, "out is a residual of another order", residual_of_another_order, ValueError, *match)
+for name in ("running_mean", "running_var"):
+
+    def within_residual(a, name=name):
+        z = a["x"].copy()
+        return {"residual": z, name: z.reshape(-1)[3:9]}
+
+    match = (rf"\b{name}\b", "residual", "separate")
+    case(TRAIN, f"{name} within residual", within_residual, ValueError, *match)
+
+# ---- mask ----------------------------------------------------------------------------------------
+
+MASKED = ("batch_norm", "batch_norm_backward")
+MASK_BYTES = 40  # 12 runs of 20 elements, 3 bytes each, and 4
+mask0 = np.zeros(MASK_BYTES, np.uint8)
+WRONG_MASK = {
+    "list": ([0] * MASK_BYTES, TypeError, "list"),
+    "bytes": (bytes(MASK_BYTES), TypeError, "bytes"),
+    "bytearray": (bytearray(MASK_BYTES), TypeError, "bytearray"),
+    "int": (1, TypeError, "1 .int"),
+    "True": (True, TypeError, "bool"),
+    "NumPy scalar": (np.uint8(1), TypeError, "uint8"),
+    "bool array": (mask0.astype(bool), TypeError, "dtype bool"),
+    "int8": (mask0.view(np.int8), TypeError, "dtype int8"),
+    "uint16": (mask0.astype(np.uint16), TypeError, "dtype uint16"),
+    "float32": (mask0.astype(f32), TypeError, "dtype float32"),
+    "like x": (np.zeros(SHAPE, bool), TypeError, "dtype bool"),
+    "short": (mask0[:-1], ValueError, r"\(39,\)"),
+    "long": (np.zeros(41, np.uint8), ValueError, r"\(41,\)"),
+    "of the bits alone": (mask0[:-4], ValueError, r"\(36,\)"),
+    "empty": (mask0[:0], ValueError, r"\(0,\)"),
+    "0-D": (np.zeros((), np.uint8), ValueError, r"\(\)"),
+    "2-D": (mask0.reshape(5, 8), ValueError, r"\(5, 8\)"),
+    "strided": (np.zeros(2 * MASK_BYTES, np.uint8)[::2], ValueError, r"strides \(2,\)"),
+    "reversed": (mask0[::-1], ValueError, r"strides \(-1,\)"),
+    "one byte": (np.broadcast_to(mask0[:1], MASK_BYTES), ValueError, r"strides \(0,\)"),
+}
+for name, (value, error, got) in WRONG_MASK.items():
+    change = {"mask": value, "activation": "relu"}
+    case(MASKED, f"mask {name}", change, error, r"\bmask\b", got, "40 uint8", r"mask_bytes\(x\)")
+match = (r"\bmask\b", "without activation='relu'", "drop one")
+case(MASKED, "mask without activation", {"mask": mask0, "activation": None}, ValueError, *match)
+change = {"mask": read_only(mask0), "activation": "relu"}
+case("batch_norm", "mask read-only", change, ValueError, r"\bmask\b", "read-only", "writable")
+
+
+def mask_within(name, a):
+    """This argument and a mask, made of the same memory."""
+    like = a.get(name, a["x"])
+    memory = np.zeros(max(like.nbytes, MASK_BYTES), np.uint8)
+    return {
+        "activation": "relu",
+        name: memory[: like.nbytes].view(like.dtype).reshape(like.shape),
+        "mask": memory[:MASK_BYTES],
+    }
+
+
+for name in ("x", "residual", "out", "mean", "var", "gamma", "beta"):
+    change = lambda a, n=name: mask_within(n, a)  # noqa: E731
+    match = ("mask overlaps", rf"\b{name}\b", "separate")
+    case("batch_norm", f"mask within {name}", change, ValueError, *match)
+
+# ---- gradient of the residual --------------------------------------------------------------------
+
+ALL = ("dx", "dgamma", "dbeta", "dresidual")
+for name in ("out", "out_residual"):
+    change = lambda a, n=name: {"needs": ALL, **mask_within(n, a)}  # noqa: E731
+    match = ("mask overlaps", rf"\b{name}\b", "separate")
+    case(BACKWARD, f"mask within {name}", change, ValueError, *match)
+for needs in (ALL, ("dresidual",)):
+    change = {"needs": needs, "activation": "relu", "out": None}
+    match = (r"\bmask is None\b", "expected the mask of the forward pass", "residual")
+    case(BACKWARD, f"dresidual of {len(needs)} without mask", change, ValueError, *match)
+for needs in (("dx", "dgamma", "dbeta"), ("dgamma",), ()):
+    change = {"needs": needs, "out": None, "out_residual": np.zeros(SHAPE, f32)}
+    match = (r"\bout_residual\b", r"\bneeds\b", "'dresidual'", "drop one")
+    case(BACKWARD, f"out_residual, needs {needs}", change, ValueError, *match)
+change = {"needs": ("dresidual",)}
+case(BACKWARD, "out, needs dresidual alone", change, ValueError, r"\bout\b", r"\bneeds\b", "'dx'")
+for value in ("dresiduals", "residual", "dz"):
+    match = (r"\bneeds\b", repr(value), "'dx', 'dgamma', 'dbeta', 'dresidual'")
+    case(BACKWARD, f"needs {value} as well", {"needs": (*ALL, value)}, ValueError, *match)
+for name, (value, error, got, expected) in WRONG_OUT.items():
+    change = {"needs": ALL, "out_residual": value}
+    case(BACKWARD, f"out_residual {name}", change, error, r"\bout_residual\b", got, expected)
+for name in ("x", "dy"):
+    change = lambda a, n=name: {"needs": ALL, "out_residual": a[n][::-1]}  # noqa: E731
+    match = (r"\bout_residual\b", rf"\b{name}\b", "separate")
+    case(BACKWARD, f"out_residual is {name} reversed", change, ValueError, *match)
+for name in READ[BACKWARD]:
+
+    def within_out_residual(a, name=name):
+        z = np.zeros(SHAPE, f32)
+        return {"needs": ALL, "out_residual": z, name: z.reshape(-1)[7 : 7 + CHANNELS]}
+
+    match = (r"\bout_residual\b", rf"\b{name}\b", "separate")
+    case(BACKWARD, f"{name} within out_residual", within_out_residual, ValueError, *match)
+
+
+def two_outputs(a, shift):
+    """out and out_residual in the same memory."""
+    memory = np.zeros(a["x"].size + shift, f32)
+    out, other = (memory[i : i + a["x"].size].reshape(SHAPE) for i in (0, shift))
+    return {"needs": ALL, "out": out, "out_residual": other}
+
+
+for shift in (0, 1, 239):
+    change = lambda a, s=shift: two_outputs(a, s)  # noqa: E731
+    match = (r"\bout and out_residual\b", "overlap", "two separate arrays")
+    case(BACKWARD, f"out and out_residual shifted by {shift}", change, ValueError, *match)
+change = lambda a: {"needs": ALL, "out": a["dy"], "out_residual": a["dy"]}  # noqa: E731
+case(BACKWARD, "out and out_residual are dy", change, ValueError, "out and out_residual overlap")
+
 
 # ---- the tests -----------------------------------------------------------------------------------
 
@@ -833,3 +1003,21 @@ def test_a_crop_cannot_be_written_in_place():
     ):
         batchnorm.batch_norm(crop, np.zeros(4), np.ones(4), beta=np.ones(4), out=crop)
     assert not whole.any()
+
+
+def test_valid_calls_beside_the_errors():
+    # What the cases above spoil: a mask, a residual, both outputs of backward; memory that is only read may
+    # be shared.
+    a = arguments("batch_norm") | {"activation": "relu"}
+    assert batchnorm.mask_bytes(a["x"]) == MASK_BYTES
+    mask = np.zeros(MASK_BYTES, np.uint8)
+    batchnorm.batch_norm(**a, residual=a["x"], mask=mask)
+    assert mask.any()
+    b = arguments(BACKWARD) | {"activation": "relu", "needs": ALL, "out_residual": np.ones(SHAPE, f32)}
+    want = batchnorm.batch_norm_backward(**b, mask=mask)
+    assert want.dx is b["out"] and want.dresidual is b["out_residual"]
+    for crop in (slice(None), slice(1, -1)):  # as it is, and by way of a copy
+        a = mask_within("x", b) | {"dy": b["dy"], "mean": b["mean"], "inv_std": b["inv_std"]}
+        a["x"], a["dy"] = a["x"][..., crop], a["dy"][..., crop]
+        a["mask"] = a["mask"][: batchnorm.mask_bytes(a["x"])]
+        batchnorm.batch_norm_backward(**a)

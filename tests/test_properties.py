@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import reference
+import tolerances
 from cases import AVAILABLE_DTYPES, FLOAT16, FLOAT32, FLOAT64, rng, same_bits
 from checks import assert_forward, assert_gradients, precision
+from reference import widen
 
 
 class Problem(NamedTuple):
@@ -37,6 +39,11 @@ class Problem(NamedTuple):
         return batchnorm.batch_norm_train(
             x, self.gamma, self.beta, **{"axis": self.axis, "eps": self.eps, **options}
         )
+
+    def residual(self):
+        """A residual in another memory order than x's, or of its own order."""
+        z = rng("residual", self.seed).standard_normal(self.x.shape).astype(self.x.dtype)
+        return z if self.seed % 2 else in_memory_order(z, range(z.ndim)[::-1], ())
 
     def backward(self, forward, dy=None, x=None, **options):
         dy, x = self.dy if dy is None else dy, self.x if x is None else x
@@ -216,6 +223,33 @@ def test_in_place_is_the_same(p):
     want_gradients = p.backward(want)
     gradients = p.backward(want, dy, out=dy)
     assert gradients.dx is dy and all(same_bits(a, b) for a, b in zip(gradients, want_gradients, strict=True))
+
+
+@given(problems(), st.sampled_from(("batch", "fixed")))
+def test_gradient_of_the_residual_is_dy_where_the_forward_let_through(p, stats):
+    assume(p.eps > 0 or spreads(p))
+    forward = p.forward(activation="relu", residual=p.residual())
+    assert len(forward.mask) == batchnorm.mask_bytes(p.x, axis=p.axis)
+    needs = ("dx", "dgamma", "dbeta", "dresidual")
+    got = p.backward(forward, activation="relu", mask=forward.mask, needs=needs, stats=stats)
+    assert same_bits(got.dresidual, np.where(forward.y > 0, p.dy, p.dy.dtype.type(0)))
+    plain = p.backward(forward, got.dresidual, stats=stats)
+    assert all(same_bits(a, b) for a, b in zip(got, plain, strict=True))
+
+
+@given(problems())
+def test_a_residual_is_added(p):
+    assume(p.eps > 0 or spreads(p))
+    z, plain = p.residual(), p.forward()
+    got = p.forward(residual=z)
+    assert same_bits(got.mean, plain.mean) and same_bits(got.inv_std, plain.inv_std)
+    y = widen(plain.y, np.longdouble)
+    total = y + widen(z, np.longdouble)
+    # One rounding of the sum, and that of the plain y, which was stored before z came to it.
+    error = tolerances.u_compute(p.x.dtype) * np.abs(total) + tolerances.stored(p.x.dtype, y, 0.0)
+    assert np.all(np.abs(widen(got.y, np.longdouble) - total) <= tolerances.stored(p.x.dtype, total, error))
+    zero = p.forward(residual=np.zeros_like(p.x))
+    assert np.array_equal(zero.y, plain.y)
 
 
 @given(problems())

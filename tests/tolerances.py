@@ -13,7 +13,8 @@ part of the mean that center lost, times scale):
 has five roundings: the difference, scale and the product (each u * |gamma * x_hat|), offset (u * |offset|)
 and the sum (u * |y|). Storing a 16-bit result adds its own roundoff. In float32 the part lost by center comes
 back through offset, so a mean of any size costs nothing but the size of that part, `lost` below; in float64
-there is no wider type and the mean's own rounding stays in y.
+there is no wider type and the mean's own rounding stays in y. A residual is one sum more: u * |y| is then the
+rounding of that, and what it is added to, at most |gamma * x_hat| + |beta|, has a rounding of its own.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _lost(dtype, mean, inv_std):
     return u_compute(dtype) * np.abs(mean) * inv_std
 
 
-def y_error(dtype, y, x_hat, mean, inv_std, gamma=1.0, beta=0.0, exact_mean=False):
+def y_error(dtype, y, x_hat, mean, inv_std, gamma=1.0, beta=0.0, exact_mean=False, with_residual=False):
     """Bound of |y - reference|. Per-channel arguments broadcast against x.
 
     `exact_mean`: mean and var are arguments (inference), so that only float64's rounding of the mean itself
@@ -88,6 +89,8 @@ def y_error(dtype, y, x_hat, mean, inv_std, gamma=1.0, beta=0.0, exact_mean=Fals
         error = u * (6 * gamma * np.abs(x_hat) + np.abs(beta) + np.abs(y))
     else:
         error = u * (3 * (gamma * np.abs(x_hat) + lost) + (np.abs(beta) + lost) + np.abs(y))
+    if with_residual:
+        error = error + u * (gamma * np.abs(x_hat) + np.abs(beta))
     if not exact_mean:
         error = error + gamma * (2 * U64 * np.abs(mean) * inv_std + var_error(dtype) * (1 + np.abs(x_hat)))
     return stored(dtype, y, error)

@@ -80,7 +80,7 @@ public:
     template <class Then, class Map>
     void run(const Then& then, const Map* map) {
         const auto prepare = [&](int64_t c0, int64_t c1) {
-            for (int64_t c = c0; c < c1; ++c) shift_.set(c, is_double_ ? shift_of(x_, c) : 0);
+            for (int64_t c = c0; c < c1; ++c) shift_.set(c, shift_of(x_, c));
         };
         const auto kernel = [&](const Where& where, bool again, double* sum, double* sum_sq) {
             kernels::MomentsArgs a = args_;
@@ -106,7 +106,12 @@ public:
             if (content) then(c0, c1);
             return content;
         };
-        sums_then_map(plan_, prepare, kernel, sums_, finish, map);
+        if (is_double_) {
+            sums_then_map(plan_, prepare, kernel, sums_, finish, map);
+        } else {
+            shift_.fill(0);
+            sums_then_map(plan_, NothingToPrepare(), kernel, sums_, finish, map);
+        }
     }
 
 private:
@@ -262,17 +267,15 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
     const Plan plan = make_plan(g, 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
     Workspace ws;
     ChannelSums sums(ws, g.channels);
-    // The kernels sum dy * x for float data, and dy * (x - mean) for double.
-    const auto sum_dy_xc = [&](int64_t c) {
-        return g.dtype == Dtype::float64 ? sums.second(c) : sums.second(c) - at(a.mean, c) * sums.first(c);
-    };
+    const bool is_double = g.dtype == Dtype::float64;
+    Row<double> shift(ws, plan);
+    const auto sum_dy_xc = [&](int64_t c) { return coeffs::about_mean(sums.first(c), sums.second(c), at(a.mean, c), shift[c]); };
     with_compute(g.dtype, [&]<class C>() {
         AffineRows<C> affine(ws, plan);
-        Row<double> mean(ws, plan);
         Row<C> k_dy(ws, plan), x_scale(ws, plan), k_x(ws, plan), k_0(ws, plan);
         const auto prepare = [&](int64_t c0, int64_t c1) {
             for (int64_t c = c0; c < c1; ++c) {
-                mean.set(c, at(a.mean, c));
+                shift.set(c, coeffs::gradient_shift(at(a.mean, c), at(a.inv_std, c), is_double));
                 affine.set(c, coeffs::affine<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
             }
         };
@@ -281,13 +284,17 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
         const auto sum_tile = [&](const Where& where, bool, double* dy, double* dy_x) {
             const int64_t c = where.box.channel_begin;
-            sums_kernel({where, to_operand(a.dy), to_operand(a.x), mean.from(c), affine.from(c), dy, dy_x, gate, mask});
+            // Zeros subtracted one by one give the same bits as none, only later.
+            const double* const about = shift.from(c);
+            const int64_t channels = where.box.channel_end - c;
+            const bool shifted = is_double || std::any_of(about, about + channels, [](double s) { return s != 0; });
+            sums_kernel({where, to_operand(a.dy), to_operand(a.x), shifted ? about : nullptr, affine.from(c), dy, dy_x, gate, mask});
         };
         const auto finish = [&](int64_t c0, int64_t c1, bool) {
             for (int64_t c = c0; c < c1; ++c) {
                 const coeffs::Gradient<C> k =
-                    coeffs::gradient<C>(mean[c], at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c), sum_dy_xc(c), n);
-                k_dy.set(c, a.dx ? k.k_dy : C{1});
+                    coeffs::gradient<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c), sum_dy_xc(c), n);
+                k_dy.set(c, k.k_dy);
                 x_scale.set(c, k.x_scale);
                 k_x.set(c, k.k_x);
                 k_0.set(c, k.k_0);
@@ -295,13 +302,28 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
             return true;
         };
         const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
-        // The residual's gradient alone is dx with fixed statistics and k_dy = 1.
+        // The residual's gradient comes on the way of a masked dx. Else it is dx with fixed statistics and k_dy = 1; without an activation,
+        // dy itself.
+        const bool dz_alone = a.dresidual && (!a.dx || gate != kernels::masked);
+        Row<C> ones(ws, plan);
+        ones.fill(1);
         const Tensor& dx = a.dx ? a.dx : a.dresidual;
         const auto map = [&](const Where& where) {
             const int64_t c = where.box.channel_begin;
-            apply_kernel({where, to_operand(a.dy), to_operand(a.x), to_operand(dx), a.dx ? to_operand(a.dresidual) : kernels::Operand{},
-                          affine.from(c), k_dy.from(c), x_scale.from(c), k_x.from(c), k_0.from(c), gate, mask, fixed || !a.dx,
-                          plan.stream});
+            kernels::GradApplyArgs args{where,        to_operand(a.dy), to_operand(a.x), to_operand(dx), {},   affine.from(c),
+                                        k_dy.from(c), x_scale.from(c),  k_x.from(c),     k_0.from(c),    gate, mask,
+                                        fixed,        plan.stream};
+            if (dz_alone) {
+                kernels::GradApplyArgs dz = args;
+                dz.dx = to_operand(a.dresidual);
+                dz.k_dy = ones.from(c);
+                dz.fixed = true;
+                apply_kernel(dz);
+                if (!a.dx) return;
+            } else if (a.dresidual) {
+                args.dz = to_operand(a.dresidual);
+            }
+            apply_kernel(args);
         };
         if (want_sums) {
             sums_then_map(plan, prepare, sum_tile, sums, finish, dx ? &map : nullptr);

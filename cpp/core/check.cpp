@@ -455,7 +455,7 @@ const kernels::KernelTable& level(std::string_view name) {
 const kernels::KernelTable& active_level() {
     static const std::string problem = [] {
         const char* const settings = std::getenv("BATCHNORM_TUNING");
-        return settings == nullptr ? std::string() : tune::set(settings);
+        return settings == nullptr ? std::string() : tune::set_defaults(settings);
     }();
     if (!problem.empty()) fail("environment variable BATCHNORM_TUNING: " + problem);
     const kernels::KernelTable* const table = kernels::active();

@@ -64,6 +64,18 @@ Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
     return {center, static_cast<C>(slope), static_cast<C>(rest == 0 ? beta : beta - rest * slope)};
 }
 
+// The value about which x is taken in the sum of dy * x: the mean of double data, whose digits are all needed. Of float data the products
+// are exact in double and 0 does, as the sum about the mean follows from it, with an error of |mean| / std roundings; where that ratio is
+// large the float nearest to the mean, which a constant channel equals.
+inline double gradient_shift(double mean, double inv_std, bool is_double) {
+    if (is_double) return mean;
+    return std::abs(mean * inv_std) > 128 ? static_cast<double>(static_cast<float>(mean)) : 0;
+}
+inline double about_mean(double sum_dy, double sum_dy_x, double mean, double shift) {
+    const double rest = mean - shift;
+    return rest == 0 ? sum_dy_x : sum_dy_x - rest * sum_dy;
+}
+
 // Numbers of the kernels' dx = dy * k_dy + ((x - center) * x_scale) * k_x + k_0.
 template <class C>
 struct Gradient {

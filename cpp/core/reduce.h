@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "check.h"
 #include "coeffs.h"
@@ -26,7 +27,7 @@ inline void for_each(int64_t n, const Plan& plan, parallel::Body body, bool back
 // caller sees.
 template <class F>
 void for_channels(const Plan& plan, const F& f) {
-    constexpr int64_t kStretch = 512;  // about 5 us of work
+    constexpr int64_t kStretch = 256;  // 5 us of work and more
     const int64_t n = (plan.channels + kStretch - 1) / kStretch;
     const auto stretch = [&](int64_t i) { f(i * kStretch, std::min((i + 1) * kStretch, plan.channels)); };
     (void)parallel::for_each(n, {.worth_it = plan.parallel && n > 1, .interruptible = false}, stretch);
@@ -40,6 +41,7 @@ public:
     Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {
         std::fill(data_ + plan.width(), data_ + plan.padded_width(), T{0});
     }
+    void fill(T value) { std::fill(data_, data_ + channels_ * fold_ + kernels::kLanes, value); }
     void set(int64_t c, T value) {
         for (int64_t i = c; i < fold_ * channels_; i += channels_) {
             data_[i] = value;
@@ -144,6 +146,10 @@ bool all_sums(const Plan& plan, const Kernel& kernel, bool again, ChannelSums& s
     return content;
 }
 
+struct NothingToPrepare {
+    void operator()(int64_t, int64_t) const {}
+};
+
 // The shape of every call with statistics: `prepare` per channel, sums, then `finish` per channel, then `map` over all elements.
 // prepare(c0, c1) makes what the sums need. finish(c0, c1, again) turns sums into what map needs and returns false if it wants the sums of
 // these channels once more; the second time it must be content. Map is void(const Where&).
@@ -171,7 +177,7 @@ void sums_then_map(const Plan& plan, const Prepare& prepare, const Kernel& kerne
         });
         return;
     }
-    for_channels(plan, prepare);
+    if constexpr (!std::is_same_v<Prepare, NothingToPrepare>) for_channels(plan, prepare);
     if (!all_sums(plan, kernel, false, sums, finish)) all_sums(plan, kernel, true, sums, finish);
     if (map != nullptr) {
         const auto item = [&](int64_t i) { (*map)(plan.map_item(i)); };

@@ -14,19 +14,26 @@ using std::int64_t;
 
 constexpr const char* kText[kNames] = {"l2_bytes", "cached_bytes", "stream_run_bytes", "group_bytes", "map_bytes", "parallel_elements"};
 
-std::array<int64_t, kNames> defaults() {
+using Numbers = std::array<int64_t, kNames>;
+
+Numbers of_machine() {
     int64_t l2 = 1 << 20, l3 = 40 << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     if (const long n = sysconf(_SC_LEVEL2_CACHE_SIZE); n > 0) l2 = n;
     if (const long n = sysconf(_SC_LEVEL3_CACHE_SIZE); n > 0) l3 = n;
 #endif
-    std::array<int64_t, kNames> d{};
+    Numbers d{};
     d[l2_bytes] = l2;
     d[cached_bytes] = std::min<int64_t>(l3, 40 << 20);
     d[stream_run_bytes] = 512;
     d[group_bytes] = 256 << 10;
     d[map_bytes] = 256 << 10;
-    d[parallel_elements] = 65536;
+    d[parallel_elements] = 32768;
+    return d;
+}
+
+Numbers& defaults() {
+    static Numbers d = of_machine();
     return d;
 }
 
@@ -40,15 +47,8 @@ std::array<std::atomic<int64_t>, kNames>& values() {
     return v;
 }
 
-}  // namespace
-
-int64_t get(Name name) { return values()[name].load(std::memory_order_relaxed); }
-
-std::string set(std::string_view settings) {
-    auto wanted = defaults();
-    if (!settings.empty()) {
-        for (int i = 0; i < kNames; ++i) wanted[static_cast<std::size_t>(i)] = get(static_cast<Name>(i));
-    }
+// Puts the settings into `numbers`; returns what is wrong with them, or an empty string.
+std::string read(std::string_view settings, Numbers& numbers) {
     while (!settings.empty()) {
         const std::string_view item = settings.substr(0, settings.find(','));
         settings.remove_prefix(std::min(settings.size(), item.size() + 1));
@@ -64,10 +64,34 @@ std::string set(std::string_view settings) {
         if (error != std::errc() || end != number.data() + number.size() || value < 0 || value > int64_t{1} << 50) {
             return std::string("tuning has ").append(name).append("='").append(number).append("', expected an integer from 0 to 2^50");
         }
-        wanted[static_cast<std::size_t>(found - std::begin(kText))] = value;
+        numbers[static_cast<std::size_t>(found - std::begin(kText))] = value;
     }
-    for (int i = 0; i < kNames; ++i) values()[static_cast<std::size_t>(i)] = wanted[static_cast<std::size_t>(i)];
     return "";
+}
+
+void use(const Numbers& numbers) {
+    for (int i = 0; i < kNames; ++i) values()[static_cast<std::size_t>(i)] = numbers[static_cast<std::size_t>(i)];
+}
+
+}  // namespace
+
+int64_t get(Name name) { return values()[name].load(std::memory_order_relaxed); }
+
+std::string set(std::string_view settings) {
+    Numbers wanted = defaults();
+    if (!settings.empty()) {
+        for (int i = 0; i < kNames; ++i) wanted[static_cast<std::size_t>(i)] = get(static_cast<Name>(i));
+    }
+    std::string problem = read(settings, wanted);
+    if (problem.empty()) use(wanted);
+    return problem;
+}
+
+std::string set_defaults(std::string_view settings) {
+    Numbers wanted = of_machine();
+    std::string problem = read(settings, wanted);
+    if (problem.empty()) use(defaults() = wanted);
+    return problem;
 }
 
 std::string text() {

@@ -27,7 +27,7 @@ public:
             used_ += bytes;
             return reinterpret_cast<T*>(p);
         }
-        if (bytes >= memory::kSmallest) {
+        if (bytes >= kCached) {
             cached_.reserve(cached_.size() + 1);
             if (void* const p = memory::acquire(bytes)) {
                 cached_.push_back(p);
@@ -39,6 +39,9 @@ public:
     }
 
 private:
+    // From here on malloc may give the memory back to the system at the end of each call, and the next one pays for the pages again.
+    static constexpr std::size_t kCached = 16 << 10;
+
     alignas(64) std::byte inline_[4096];
     std::size_t used_ = 0;
     std::vector<std::unique_ptr<std::byte[]>> heap_;

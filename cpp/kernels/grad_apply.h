@@ -105,12 +105,18 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     for (int64_t r = b.outer_begin; r < b.outer_end; ++r) rows(r, channels, kNoPeriod);
 }
 
-// Runs `as` with the four choices as constants.
+// Runs `as` with the four choices as constants. dz exists with a mask alone.
 template <class As>
 BATCHNORM_INLINE void grad_apply_flags(const GradApplyArgs& a, As as) {
     with_gate(a.gate, [&](auto gate) {
         with_flag(a.fixed, [&](auto fixed) {
-            with_flag(a.dz.data != nullptr, [&](auto dz) { with_flag(a.stream, [&](auto stream) { as(gate, fixed, dz, stream); }); });
+            with_flag(a.stream, [&](auto stream) {
+                if constexpr (decltype(gate)::value == kernels::masked) {
+                    with_flag(a.dz.data != nullptr, [&](auto dz) { as(gate, fixed, dz, stream); });
+                } else {
+                    as(gate, fixed, Flag<false>{}, stream);
+                }
+            });
         });
     });
     if (a.stream) stream_fence();

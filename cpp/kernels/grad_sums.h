@@ -9,14 +9,13 @@ namespace {
 
 using kernels::GradSumsArgs;
 
-// Of float data the products are exact, and a shift after the fact costs nothing: sum g (x - m) = sum g x - m sum g loses the digits of
-// |m| / std out of the 53. In double these digits are needed, so the shift comes first.
-template <class T>
+// As in moments.h: without a shift the products of float data are exact and can be fused with the sum.
+template <bool shifted>
 struct GradSums {
     F64 dy, dy_x;
     BATCHNORM_INLINE void add(F64 g, F64 x, F64 shift) {
         dy = dy + g;
-        if constexpr (is_double<T>) {
+        if constexpr (shifted) {
             dy_x = dy_x + g * (x - shift);
         } else {
             dy_x = add_product(dy_x, g, x);
@@ -24,7 +23,7 @@ struct GradSums {
     }
     // The first n lanes alone; of g and x the others are 0.
     BATCHNORM_INLINE void add_first(F64 g, F64 x, F64 shift, int64_t n) {
-        if constexpr (is_double<T>) {
+        if constexpr (shifted) {
             dy = dy + g;
             dy_x = dy_x + g * keep_first(x - shift, n);
         } else {
@@ -47,7 +46,7 @@ BATCHNORM_INLINE V through_gate(V dy, V x, const PerChannel& center, const PerCh
     }
 }
 
-template <Gate gate, class T>
+template <Gate gate, bool shifted, class T>
 BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
     const Runs<const T> dy(a.dy, b), x(a.x, b);
@@ -59,8 +58,8 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
         memset(lanes, 0, (size_t)group * sizeof lanes[0]);
         for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
             for (int64_t c = 0; c < group; ++c) {
-                GradSums<T> sums{Ops<F64>::load(lanes[c][0]), Ops<F64>::load(lanes[c][1])};
-                const F64 shift = Ops<F64>::broadcast(is_double<T> ? a.shift[c0 + c] : 0);
+                GradSums<shifted> sums{Ops<F64>::load(lanes[c][0]), Ops<F64>::load(lanes[c][1])};
+                const F64 shift = Ops<F64>::broadcast(shifted ? a.shift[c0 + c] : 0);
                 const T* const dy_run = dy.at(n, c0 + c);
                 const T* const x_run = x.at(n, c0 + c);
                 const auto fetch = [&](int64_t e) {
@@ -107,14 +106,14 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
 }
 
 // R rows at a time; the mask's bits of row j start at bit + j * bit_step.
-template <Gate gate, int R, class T>
+template <Gate gate, bool shifted, int R, class T>
 BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], int64_t width, int64_t bit, int64_t bit_step,
                                      const GradSumsArgs& a) {
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
     const auto rows = [&](int64_t e, auto load_double_at, auto load_at) {
-        const F64 shift = is_double<T> ? Ops<F64>::load(a.shift + e) : F64{};
-        GradSums<T> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_x + e)};
+        const F64 shift = shifted ? Ops<F64>::load(a.shift + e) : F64{};
+        GradSums<shifted> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_x + e)};
 #pragma GCC unroll 8
         for (int j = 0; j < R; ++j) {
             prefetch_ahead(dy[j] + e);
@@ -139,7 +138,7 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
         });
 }
 
-template <Gate gate, class T>
+template <Gate gate, bool shifted, class T>
 BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
     const FoldedRows<T> dy(a.dy, a.where), x(a.x, a.where);
@@ -153,24 +152,36 @@ BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     for (; !dy.gather && !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
         const T* const dy_rows[4] = {dy.rows.at(r), dy.rows.at(r + fold), dy.rows.at(r + 2 * fold), dy.rows.at(r + 3 * fold)};
         const T* const x_rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
-        grad_sums_rows<gate>(dy_rows, x_rows, width, bit(), bit_step, a);
+        grad_sums_rows<gate, shifted>(dy_rows, x_rows, width, bit(), bit_step, a);
     }
     for (; r < b.outer_end; r += fold) {
         const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
         const T* const dy_rows[1] = {dy.at(r, n_rows, dy_buffer)};
         const T* const x_rows[1] = {x.at(r, n_rows, x_buffer)};
-        grad_sums_rows<gate>(dy_rows, x_rows, n_rows * x.channels, bit(), bit_step, a);
+        grad_sums_rows<gate, shifted>(dy_rows, x_rows, n_rows * x.channels, bit(), bit_step, a);
     }
+}
+
+// Runs `as` with the two choices as constants.
+template <class T, class As>
+BATCHNORM_INLINE void grad_sums_flags(const GradSumsArgs& a, As as) {
+    with_gate(a.gate, [&](auto gate) {
+        if constexpr (is_double<T>) {
+            as(gate, Flag<true>{});
+        } else {
+            with_flag(a.shift != nullptr, [&](auto shifted) { as(gate, shifted); });
+        }
+    });
 }
 
 template <class T>
 void grad_sums_ncs(const GradSumsArgs& a) noexcept {
-    with_gate(a.gate, [&](auto gate) { grad_sums_ncs_as<decltype(gate)::value, T>(a); });
+    grad_sums_flags<T>(a, [&](auto gate, auto shifted) { grad_sums_ncs_as<decltype(gate)::value, decltype(shifted)::value, T>(a); });
 }
 
 template <class T>
 void grad_sums_nsc(const GradSumsArgs& a) noexcept {
-    with_gate(a.gate, [&](auto gate) { grad_sums_nsc_as<decltype(gate)::value, T>(a); });
+    grad_sums_flags<T>(a, [&](auto gate, auto shifted) { grad_sums_nsc_as<decltype(gate)::value, decltype(shifted)::value, T>(a); });
 }
 
 }  // namespace

@@ -97,7 +97,7 @@ struct ApplyArgs {
 };
 
 // g = dy where the gate lets through, else 0: open always, relu where apply(x) > 0, masked where the bit is set. sum_dy[c] = sum of g,
-// sum_dy_x[c] = sum of g * (x - shift[c]), in double; the shift is read for float64 storage and 0 otherwise.
+// sum_dy_x[c] = sum of g * (x - shift[c]), in double. As for moments, no shift (null) means 0, and float64 storage always has one.
 struct GradSumsArgs {
     Where where;
     Operand dy, x;
@@ -114,7 +114,7 @@ struct GradSumsArgs {
 // the spread of x.
 struct GradApplyArgs {
     Where where;
-    Operand dy, x, dx, dz;  // dz, the residual's gradient, without data: none
+    Operand dy, x, dx, dz;  // dz, the residual's gradient, with gate masked alone; without data: none
     Affine affine;          // center always; scale and offset only with gate relu
     const void* k_dy;
     const void* x_scale;

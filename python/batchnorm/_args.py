@@ -647,9 +647,8 @@ def backward(
     dx, dresidual = outputs.values()
     if dx is not None and dresidual is not None and _share(dx, dresidual):
         raise ValueError("out and out_residual overlap, expected two separate arrays")
-    apart = {"x": x, "dy": dy, **outputs, **vectors}
     x, other = _in_one_direction(x, dy, outputs, channel_axis)
-    bits = _mask(mask, x, channel_axis, activation, apart)
+    bits = _mask(mask, x, channel_axis, activation, outputs)
     return (
         other, x, m, s, g, b, channel_axis, fixed, activation, bits, need_dx, need_dgamma, need_dbeta,
         need_dresidual, threads, dx, dresidual, True, True,
@@ -676,15 +675,6 @@ def mask_view(x: object, axis: object, data_format: object) -> tuple[Array, int]
     """Arguments of `_core.mask_bytes`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
     return _in_one_direction(x, None, {}, channel_axis)[0], channel_axis
-
-
-def tuning_settings(settings: object) -> str:
-    """Settings for `set_tuning` as one text."""
-    if isinstance(settings, Mapping):
-        for name, value in settings.items():
-            check_int(value, str(name), "an int")
-        return ",".join(f"{name}={int(value)}" for name, value in settings.items())
-    raise TypeError(f"settings is {_kind(settings)}, expected a dict of names and ints")
 
 
 def running_update(

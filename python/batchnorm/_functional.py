@@ -318,8 +318,9 @@ def batch_norm_backward(
         The forward pass's activation. Where it was off is recomputed from ``x``, nothing needs to be kept,
         unless there was a residual.
     mask : uint8 array, optional
-        The forward pass's ``mask``. Required after a residual with an activation: without it the gradients
-        would be those of a forward without the residual, and nothing here can tell.
+        The forward pass's ``mask``, for an ``x`` of the same memory order. Required after a residual with an
+        activation: without it the gradients would be those of a forward without the residual, and nothing
+        here can tell.
     needs : tuple of "dx", "dgamma", "dbeta", "dresidual"
         What to compute; the rest is None and costs nothing. "dresidual" makes the result a
         :class:`ResidualGradients`.
@@ -425,7 +426,8 @@ def mask_bytes(
     Parameters
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
-        Its shape and memory order count, its values do not.
+        Its shape and memory order count, its values do not. The mask fits an ``x`` of the same shape and
+        memory order.
     axis, data_format
         As in :func:`batch_norm`.
 
@@ -507,21 +509,21 @@ def moments(
     >>> mean.shape, mean.tolist()
     ((3,), [7.5, 11.5, 15.5])
     """
-    result = None
-    if data_format is None and not unknown:
+    if data_format is None and not unknown and keepdims is False:
         result = _core.moments(x, axis, ddof, num_threads, False)
-    if result is None or keepdims is not False:
-        if unknown:
-            _args.reject_keywords(moments, unknown)
-        keep = _args.check_flag(keepdims, "keepdims")
-        arguments = _args.statistics(x, axis, data_format, ddof, num_threads)
-        result = _core.moments(*arguments)
-        assert result is not None
-        if keep:
-            shape = [1] * x.ndim
-            shape[arguments[1]] = -1
-            return MeanVar(result[0].reshape(shape), result[1].reshape(shape))
-    return _new(MeanVar, result)
+        if result is not None:
+            return _new(MeanVar, result)
+    if unknown:
+        _args.reject_keywords(moments, unknown)
+    keep = _args.check_flag(keepdims, "keepdims")
+    arguments = _args.statistics(x, axis, data_format, ddof, num_threads)
+    result = _core.moments(*arguments)
+    assert result is not None
+    if not keep:
+        return _new(MeanVar, result)
+    shape = [1] * x.ndim
+    shape[arguments[1]] = -1
+    return MeanVar(result[0].reshape(shape), result[1].reshape(shape))
 
 
 def update_running(

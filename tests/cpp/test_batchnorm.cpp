@@ -205,7 +205,7 @@ private:
 template <class T>
 struct Inputs {
     Shape shape;
-    std::vector<T> x, dy;                       // (outer, channels, inner)
+    std::vector<T> x, dy, z;                    // (outer, channels, inner)
     std::vector<float> gamma, beta;             // empty: absent
     std::vector<double> given_mean, given_var;  // for inference
     Activation activation = Activation::none;
@@ -222,6 +222,7 @@ struct Inputs {
             given_mean.push_back(random.next<double>());
             given_var.push_back(random.next<double>() + 9);
         }
+        for (int64_t i = 0; i < s.elements(); ++i) z.push_back(narrow<T>(random.next<T>()));
     }
 };
 
@@ -231,10 +232,15 @@ struct Results {
     std::vector<T> y, y_given, dx, dx_fixed;
     std::vector<float> running_mean, running_var, dgamma;
     std::vector<double> dbeta;
+    // With a residual.
+    std::vector<T> y_z{}, y_z_given{}, dx_z{}, dz{}, dz_alone{};
+    std::vector<std::uint8_t> mask{}, mask_given{};
+    std::vector<float> dgamma_z{}, dbeta_z{};
 
     template <class F>
     void each(F f) const {
         f(mean), f(var), f(inv_std), f(y), f(y_given), f(dx), f(dx_fixed), f(running_mean), f(running_var), f(dgamma), f(dbeta);
+        f(y_z), f(y_z_given), f(dx_z), f(dz), f(dz_alone), f(mask), f(mask_given), f(dgamma_z), f(dbeta_z);
     }
     std::vector<unsigned char> bytes() const {
         std::vector<unsigned char> all;
@@ -246,13 +252,81 @@ struct Results {
     }
 };
 
+ConstChannels absent_if_empty(const std::vector<float>& v) { return v.empty() ? ConstChannels() : ConstChannels(v); }
+
+// The values of an output that is no longer needed.
+template <class T>
+std::vector<T> finish(Array<T> out) {
+    std::vector<T> values = out.values();
+    CHECK(out.gaps_untouched());
+    return values;
+}
+
+// The part of `run` with a residual; in place of it, and of dy.
+template <class T>
+void run_residual(const Inputs<T>& in, const Layout& layout, bool in_place, Results<T>& r) {
+    const auto c = static_cast<size_t>(in.shape.channels);
+    const Array<T> x(layout, in.shape, in.x), dy(layout, in.shape, in.dy), z(layout, in.shape, in.z);
+    const auto output = [&](const std::vector<T>& source) {
+        return in_place ? Array<T>(layout, in.shape, source) : Array<T>(layout, in.shape);
+    };
+    const auto forward = [&](auto& args, Array<T> y, std::vector<std::uint8_t>& mask) {
+        if (in.activation == Activation::relu) mask.assign(static_cast<size_t>(mask_bytes(x.view())), 0);
+        args.x = x.view();
+        args.y = y.view();
+        args.residual = in_place ? ConstTensor(y.view()) : ConstTensor(z.view());
+        args.gamma = absent_if_empty(in.gamma);
+        args.beta = absent_if_empty(in.beta);
+        args.activation = in.activation;
+        args.mask = mask;
+        if constexpr (std::is_same_v<decltype(args), BatchNormArgs&>) {
+            batch_norm(args);
+        } else {
+            batch_norm_train(args);
+        }
+        return finish(std::move(y));
+    };
+    BatchNormTrainArgs train;
+    std::vector<double> mean(c), inv_std(c);
+    train.mean = mean;
+    train.inv_std = inv_std;
+    r.y_z = forward(train, output(in.z), r.mask);
+    CHECK(mean == r.mean && inv_std == r.inv_std);
+    BatchNormArgs given;
+    given.mean = in.given_mean;
+    given.var = in.given_var;
+    r.y_z_given = forward(given, output(in.z), r.mask_given);
+
+    BatchNormBackwardArgs backward;
+    Array<T> dx = output(in.dy), dz(layout, in.shape), dz_alone = output(in.dy);
+    r.dgamma_z = r.dbeta_z = std::vector<float>(c);
+    backward.x = x.view();
+    backward.mean = mean;
+    backward.inv_std = inv_std;
+    backward.gamma = absent_if_empty(in.gamma);
+    backward.beta = absent_if_empty(in.beta);
+    backward.activation = in.activation;
+    backward.mask = r.mask;
+    backward.dy = in_place ? ConstTensor(dz_alone.view()) : ConstTensor(dy.view());
+    backward.dresidual = dz_alone.view();
+    batch_norm_backward(backward);
+    backward.dy = in_place ? ConstTensor(dx.view()) : ConstTensor(dy.view());
+    backward.dresidual = dz.view();
+    backward.dx = dx.view();
+    backward.dgamma = r.dgamma_z;
+    backward.dbeta = r.dbeta_z;
+    batch_norm_backward(backward);
+    r.dx_z = finish(std::move(dx));
+    r.dz = finish(std::move(dz));
+    r.dz_alone = finish(std::move(dz_alone));
+}
+
 template <class T>
 Results<T> run(const Inputs<T>& in, const Layout& layout, bool in_place = false) {
     const auto c = static_cast<size_t>(in.shape.channels);
     Results<T> r{std::vector<double>(c),      std::vector<double>(c), std::vector<double>(c), {}, {}, {}, {}, std::vector<float>(c, 0.5f),
                  std::vector<float>(c, 2.0f), std::vector<float>(c),  std::vector<double>(c)};
     const Array<T> x(layout, in.shape, in.x), dy(layout, in.shape, in.dy);
-    const auto absent_if_empty = [](const std::vector<float>& v) { return v.empty() ? ConstChannels() : ConstChannels(v); };
     const ConstChannels gamma = absent_if_empty(in.gamma), beta = absent_if_empty(in.beta);
 
     moments(x.view(), r.mean, r.var);
@@ -260,12 +334,6 @@ Results<T> run(const Inputs<T>& in, const Layout& layout, bool in_place = false)
     const auto output = [&](const std::vector<T>& source) {
         return in_place ? Array<T>(layout, in.shape, source) : Array<T>(layout, in.shape);
     };
-    const auto finish = [&](Array<T> out) {
-        std::vector<T> values = out.values();
-        CHECK(out.gaps_untouched());
-        return values;
-    };
-
     BatchNormTrainArgs train;
     Array<T> y = output(in.x);
     train.x = in_place ? y.view() : x.view();
@@ -313,6 +381,7 @@ Results<T> run(const Inputs<T>& in, const Layout& layout, bool in_place = false)
         batch_norm_backward(backward);
         (batch ? r.dx : r.dx_fixed) = finish(std::move(dx));
     }
+    run_residual(in, layout, in_place, r);
     return r;
 }
 
@@ -396,12 +465,39 @@ void compare(const Inputs<T>& in, const Results<T>& r) {
     CHECK(fixed_good);
 }
 
-// Around lanes (16), folded rows (64 channels), tiles, and above what is shared between threads (32768 elements); 2,048 channels are
+// Around lanes (16), folded rows (64 channels), tiles, and above what is shared between threads (65536 elements); 2,048 channels are
 // the most of one work item.
 constexpr Shape kShapes[] = {{2, 1, 1},     {2, 3, 1},     {1, 3, 2},     {7, 2, 3},    {2, 5, 15},   {3, 2, 16},
                              {2, 17, 17},   {5, 15, 1},    {5, 16, 1},    {129, 17, 1}, {2, 63, 4},   {3, 64, 5},
                              {2, 65, 33},   {40, 33, 1},   {4, 40, 210},  {700, 65, 1}, {2, 2, 9000}, {1, 2, 40001},
                              {13000, 3, 1}, {17, 2050, 1}, {3, 1, 12000}, {2100, 4, 4}};
+
+// What a residual adds to the results, given those without it.
+template <class T>
+void compare_residual(const Inputs<T>& in, const Results<T>& r) {
+    const Shape& s = in.shape;
+    const bool relu = in.activation == Activation::relu;
+    const double tiny = std::ldexp(1, Format<T>::low - Format<T>::fraction);
+    bool y_good = true, dz_good = true;
+    for (size_t i = 0; i < in.x.size(); ++i) {
+        const auto c = static_cast<size_t>(static_cast<int64_t>(i) / s.inner % s.channels);
+        const double gamma = in.gamma.empty() ? 1 : in.gamma[c], beta = in.beta.empty() ? 0 : in.beta[c];
+        const auto good = [&](T got, double mean, double inv_std) {
+            const double y = (widen(in.x[i]) - mean) * inv_std * gamma + beta, z = widen(in.z[i]), want = y + z;
+            // Five roundings as without a residual, and that of the sum.
+            const double lost = kIsDouble<T> ? std::abs(mean) + 1 / inv_std : std::abs(mean) * 0x1p-24;
+            const double size = std::abs(gamma) * inv_std * (std::abs(widen(in.x[i]) - mean) + lost) + std::abs(beta) + std::abs(z);
+            return near(widen(got), relu ? std::max(want, 0.0) : want, 6 * kCompute<T> * size + kStore<T> * 1.001 * size + tiny);
+        };
+        y_good = y_good && good(r.y_z[i], r.mean[c], r.inv_std[c]) &&
+                 good(r.y_z_given[i], in.given_mean[c], 1 / std::sqrt(in.given_var[c] + 1e-5));
+        const double through = relu && !(widen(r.y_z[i]) > 0) ? 0 : widen(in.dy[i]);
+        dz_good = dz_good && widen(r.dz[i]) == through && widen(r.dz_alone[i]) == through;
+    }
+    CHECK(y_good);
+    CHECK(dz_good);
+    CHECK(r.mask.empty() != relu && r.mask_given.size() == r.mask.size());
+}
 
 std::string describe(const char* dtype, const Layout& layout, const Shape& s) {
     return std::string(dtype) + " " + layout.name + " (" + std::to_string(s.outer) + ", " + std::to_string(s.channels) + ", " +
@@ -415,7 +511,9 @@ void test_formulas() {
             const Inputs<T> in(s, affine, affine ? Activation::relu : Activation::none);
             for (const Layout& layout : {kInnerContiguous[0], kChannelsContiguous[0]}) {
                 context = describe(Format<T>::name, layout, s);
-                compare(in, run(in, layout));
+                const Results<T> r = run(in, layout);
+                compare(in, r);
+                compare_residual(in, r);
             }
         }
     }
@@ -483,9 +581,172 @@ void test_constant_channel() {
     }
 }
 
-// ---- the same bits, whatever the level, the threads, the strides ----
+// ---- residual and mask ----
+
+template <class V>
+bool same(const V& a, const V& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0;
+}
 
 constexpr Shape kBitShapes[] = {{3, 5, 7}, {2, 17, 33}, {3, 40, 300}, {2, 3, 20000}, {9, 70, 64}, {1300, 3, 9}};
+
+// Number of an element's bit in a mask, and how many bits there are: runs start at whole bytes, and so do rows, but those of fewer than
+// 64 channels follow one another.
+struct Bits {
+    bool runs;
+    Shape s;
+    static int64_t whole_bytes(int64_t n) { return (n + 7) / 8 * 8; }
+    int64_t row() const { return s.channels < 64 ? s.channels : whole_bytes(s.channels); }
+    int64_t of(int64_t n, int64_t c, int64_t i) const {
+        return runs ? (n * s.channels + c) * whole_bytes(s.inner) + i : (n * s.inner + i) * row() + c;
+    }
+    int64_t bytes() const { return ((runs ? s.outer * s.channels * whole_bytes(s.inner) : s.count() * row()) + 7) / 8 + 4; }
+};
+
+template <class T>
+void check_mask(const std::vector<std::uint8_t>& mask, const std::vector<T>& y, const Shape& s, bool runs) {
+    const Bits bits{runs, s};
+    CHECK(static_cast<int64_t>(mask.size()) == bits.bytes());
+    std::vector<std::uint8_t> want(mask.size());
+    for (size_t e = 0; e < y.size(); ++e) {
+        const int64_t i = static_cast<int64_t>(e), bit = bits.of(i / s.inner / s.channels, i / s.inner % s.channels, i % s.inner);
+        if (widen(y[e]) > 0) want[static_cast<size_t>(bit / 8)] |= static_cast<std::uint8_t>(1 << bit % 8);
+    }
+    CHECK(mask == want);
+}
+
+template <class T>
+void test_residual() {
+    std::vector<Shape> shapes(std::begin(kBitShapes), std::end(kBitShapes));
+    shapes.insert(shapes.end(), {{40, 20, 1}, {33, 63, 1}, {33, 64, 1}, {17, 65, 1}, {5, 2051, 1}, {2, 2, 17}});
+    for (const Shape& s : shapes) {
+        const Inputs<T> in(s, true, Activation::relu);
+        for (const Layout& layout : {kInnerContiguous[0], kInnerContiguous[1], kChannelsContiguous[0], kChannelsContiguous[2]}) {
+            if (s.inner == 1 && !layout.channels_last) continue;
+            context = describe(Format<T>::name, layout, s) + " residual";
+            const Results<T> r = run(in, layout);
+            check_mask(r.mask, r.y_z, s, !layout.channels_last);
+            check_mask(r.mask_given, r.y_z_given, s, !layout.channels_last);
+            // The other gradients are those of what the activation let through.
+            Inputs<T> plain = in;
+            plain.dy = r.dz;
+            plain.activation = Activation::none;
+            const Results<T> p = run(plain, layout);
+            CHECK(same(r.dx_z, p.dx) && same(r.dgamma_z, p.dgamma));
+            for (size_t c = 0; c < p.dbeta.size(); ++c) CHECK(r.dbeta_z[c] == static_cast<float>(p.dbeta[c]));
+        }
+    }
+}
+
+// A forward without a residual has the mask that backward would find out from x; nothing beside its bits is written.
+template <class T>
+void test_mask_without_residual() {
+    for (const Shape& s : kBitShapes) {
+        const Inputs<T> in(s, true, Activation::relu);
+        for (const Layout& layout : {kInnerContiguous[0], kChannelsContiguous[0]}) {
+            context = describe(Format<T>::name, layout, s) + " mask";
+            const Array<T> x(layout, s, in.x), dy(layout, s, in.dy);
+            Array<T> y(layout, s);
+            std::vector<double> inv_std;
+            for (const double var : in.given_var) inv_std.push_back(1 / std::sqrt(var + 1e-5));
+            const auto bytes = static_cast<size_t>(mask_bytes(x.view()));
+            std::vector<std::uint8_t> guarded(bytes + 20, 0xff);
+            BatchNormArgs a;
+            a.x = x.view();
+            a.y = y.view();
+            a.mean = in.given_mean;
+            a.var = in.given_var;
+            a.gamma = in.gamma;
+            a.beta = in.beta;
+            a.activation = in.activation;
+            a.mask = std::span(guarded).subspan(7, bytes);
+            batch_norm(a);
+            const Bits bits{!layout.channels_last, s};
+            const std::vector<T> values = y.values();
+            for (size_t e = 0; e < values.size(); ++e) {
+                const int64_t i = static_cast<int64_t>(e), bit = bits.of(i / s.inner / s.channels, i / s.inner % s.channels, i % s.inner);
+                if (!(widen(values[e]) > 0)) guarded[static_cast<size_t>(7 + bit / 8)] ^= static_cast<std::uint8_t>(1 << bit % 8);
+            }
+            // Where the bit was 0 it has now become 1, and all others were 1.
+            CHECK(guarded == std::vector<std::uint8_t>(bytes + 20, 0xff));
+            batch_norm(a);
+
+            BatchNormBackwardArgs b;
+            b.x = x.view();
+            b.dy = dy.view();
+            b.mean = in.given_mean;
+            b.inv_std = inv_std;
+            b.gamma = in.gamma;
+            b.beta = in.beta;
+            b.activation = in.activation;
+            for (const Stats stats : {Stats::batch, Stats::fixed}) {
+                b.stats = stats;
+                std::array<std::vector<T>, 2> dx;
+                std::array<std::vector<float>, 2> dgamma, dbeta;
+                for (const size_t masked : {0, 1}) {
+                    Array<T> out(layout, s);
+                    dgamma[masked] = dbeta[masked] = std::vector<float>(in.gamma.size());
+                    b.mask = masked ? std::span<const std::uint8_t>(a.mask) : std::span<const std::uint8_t>();
+                    b.dx = out.view();
+                    b.dgamma = dgamma[masked];
+                    b.dbeta = dbeta[masked];
+                    batch_norm_backward(b);
+                    dx[masked] = finish(std::move(out));
+                }
+                CHECK(same(dx[0], dx[1]) && same(dgamma[0], dgamma[1]) && same(dbeta[0], dbeta[1]));
+            }
+        }
+    }
+}
+
+// Runs of one element, in which neither dimension is contiguous: every run has a byte of the mask.
+void test_mask_of_single_elements() {
+    context = "mask of every other column";
+    std::vector<float> x(40), y(40), z(40), dy(40), dx(40), dz(40);
+    for (size_t i = 0; i < 40; ++i) x[i] = static_cast<float>(i * i % 7) - 3, z[i] = static_cast<float>(i % 3) - 1, dy[i] = 1 + x[i];
+    const auto columns = [](std::vector<float>& v) { return View<float>{v.data(), 4, 5, 1, 10, 2, 1}; };
+    const std::vector<float> zero(5), one(5, 1);
+    std::vector<std::uint8_t> mask(24);
+    CHECK(mask_bytes(columns(x)) == 24);
+    BatchNormArgs a;
+    a.x = columns(x);
+    a.y = columns(y);
+    a.residual = columns(z);
+    a.mean = zero;
+    a.var = one;
+    a.eps = 0;
+    a.activation = Activation::relu;
+    a.mask = mask;
+    batch_norm(a);
+    BatchNormBackwardArgs b;
+    b.x = columns(x);
+    b.dy = columns(dy);
+    b.dx = columns(dx);
+    b.dresidual = columns(dz);
+    b.mean = zero;
+    b.inv_std = one;
+    b.stats = Stats::fixed;
+    b.activation = Activation::relu;
+    b.mask = mask;
+    batch_norm_backward(b);
+    for (size_t i = 0; i < 40; ++i) {
+        const bool used = i % 2 == 0, on = used && x[i] + z[i] > 0;
+        CHECK(y[i] == (on ? x[i] + z[i] : 0) && dx[i] == (on ? dy[i] : 0) && dz[i] == dx[i]);
+        if (used) CHECK(mask[i / 2] == (on ? 1 : 0));
+    }
+}
+
+// ---- the same bits, whatever the level, the threads, the strides, the tuning ----
+
+// Work in the smallest pieces, shared or not, from the front or backwards, stored past the caches or not.
+constexpr const char* kTunings[] = {
+    "l2_bytes=0,group_bytes=0,map_bytes=0,parallel_elements=0",
+    "l2_bytes=0,group_bytes=0,map_bytes=0,parallel_elements=1000000000",
+    "cached_bytes=0,stream_run_bytes=0,parallel_elements=0",
+    "l2_bytes=0,group_bytes=5000,map_bytes=5000,cached_bytes=0,stream_run_bytes=0,parallel_elements=1000000000",
+    "l2_bytes=1125899906842624,cached_bytes=1125899906842624,stream_run_bytes=1125899906842624,group_bytes=1125899906842624,"
+    "map_bytes=1125899906842624,parallel_elements=1125899906842624",
+};
 
 template <class T>
 void test_same_bits() {
@@ -510,6 +771,15 @@ void test_same_bits() {
                     CHECK(run(in, layouts[0]).bytes() == want);
                 }
             }
+            for (const char* const settings : kTunings) {
+                for (const int threads : {1, 3}) {
+                    context = describe(Format<T>::name, layouts[0], s) + " " + settings + ", " + std::to_string(threads) + " threads";
+                    set_tuning(settings);
+                    set_num_threads(threads);
+                    CHECK(run(in, layouts[threads == 1 ? 0 : 1], threads == 3).bytes() == want);
+                }
+            }
+            set_tuning("");
         };
         family(kInnerContiguous);
         family(kChannelsContiguous);
@@ -540,7 +810,8 @@ std::uint64_t hash_of_results() {
 // Valid arguments of every operation on a tensor of (4, 3, 5), to be spoilt one by one.
 struct Valid {
     static constexpr int64_t kOuter = 4, kChannels = 3, kInner = 5;
-    std::vector<float> x = std::vector<float>(120, 1.5f), y = x, dy = x, dx = x;  // twice the size that is used
+    std::vector<float> x = std::vector<float>(120, 1.5f), y = x, dy = x, dx = x, z = x, dz = x;  // twice the size that is used
+    std::vector<std::uint8_t> mask = std::vector<std::uint8_t>(16, 0x55);                        // 12 runs of one byte, and 4 spare ones
     std::vector<double> doubles = std::vector<double>(60);
     std::vector<float> mean{1, 2, 3}, var{1, 2, 3}, gamma{1, 2, 3}, beta{1, 2, 3}, running_mean{1, 2, 3}, running_var{1, 2, 3},
         dgamma{1, 2, 3}, dbeta{1, 2, 3}, two{1, 2};
@@ -582,6 +853,21 @@ struct Valid {
         a.dbeta = dbeta;
         return a;
     }
+    // The same with a residual, an activation and a mask.
+    template <class Args>
+    Args masked(Args a) {
+        a.activation = Activation::relu;
+        a.mask = mask;
+        if constexpr (std::is_same_v<Args, BatchNormBackwardArgs>) {
+            a.dresidual = view(dz);
+        } else {
+            a.residual = view(z);
+        }
+        return a;
+    }
+    BatchNormArgs masked_inference() { return masked(inference()); }
+    BatchNormTrainArgs masked_train() { return masked(train()); }
+    BatchNormBackwardArgs masked_backward() { return masked(backward()); }
     UpdateRunningArgs update() {
         UpdateRunningArgs a;
         a.running_mean = running_mean;
@@ -600,7 +886,8 @@ struct Valid {
             };
             (one(v), ...);
         };
-        add(x, y, dy, dx, doubles, mean, var, gamma, beta, running_mean, running_var, dgamma, dbeta, two, out_mean, out_inv_std, out_two);
+        add(x, y, dy, dx, z, dz, mask, doubles, mean, var, gamma, beta, running_mean, running_var, dgamma, dbeta, two, out_mean,
+            out_inv_std, out_two);
         return all;
     }
 };
@@ -679,6 +966,80 @@ void test_errors_of_tensors() {
     REFUSES(backward, "dx overlaps beta", a.beta = std::span(v.dx).first(3));
 }
 
+// Floats in the memory of the mask.
+std::span<float> within_mask(Valid& v) { return {reinterpret_cast<float*>(v.mask.data()), 3}; }
+
+void test_errors_of_residual() {
+    context = "errors of residual and mask";
+    REFUSES(masked_inference, "residual has (outer, channels, inner) (4, 3, 4), expected (4, 3, 5) as x has", a.residual.inner = 4);
+    REFUSES(masked_train, "residual has (outer, channels, inner) (3, 3, 5), expected (4, 3, 5) as x has", a.residual.outer = 3);
+    REFUSES(masked_inference, "residual has another storage type than x, expected the same", a.residual.dtype = Dtype::float64);
+    REFUSES(masked_train, "residual has another storage type", a.residual.dtype = Dtype::float16);
+    REFUSES(masked_train, "residual is not aligned", a.residual.data = static_cast<const char*>(a.residual.data) + 1);
+    REFUSES(masked_inference, "residual has strides (15, 1, 3), expected 1 for inner as x has",
+            (a.residual.channel_stride = 1, a.residual.inner_stride = 3));
+    REFUSES(masked_inference, "y partly overlaps residual, expected the same array (in place) or a separate one",
+            a.residual.data = v.y.data() + 15);
+    REFUSES(masked_train, "y partly overlaps residual", (a.residual.data = v.y.data(), a.residual.outer_stride = 16));
+    REFUSES(masked_train, "residual overlaps mean", (a.residual.data = v.doubles.data(), a.mean = std::span(v.doubles).first(3)));
+    REFUSES(masked_train, "residual overlaps inv_std", (a.residual.data = v.doubles.data(), a.inv_std = std::span(v.doubles).first(3)));
+    REFUSES(masked_train, "residual overlaps running_mean", a.running_mean = std::span(v.z).first(3));
+    REFUSES(masked_train, "residual overlaps running_var", a.running_var = std::span(v.z).subspan(57, 3));
+
+    REFUSES(masked_inference, "mask is given without activation relu, of which it tells; drop one of them",
+            a.activation = Activation::none);
+    REFUSES(masked_train, "mask is given without activation relu", a.activation = Activation::none);
+    REFUSES(masked_backward, "mask is given without activation relu", a.activation = Activation::none);
+    REFUSES(masked_inference, "mask has 15 bytes, expected mask_bytes(x) = 16", a.mask = std::span(v.mask).first(15));
+    REFUSES(masked_train, "mask has 12 bytes, expected mask_bytes(x) = 16", a.mask = std::span(v.mask).first(12));
+    REFUSES(masked_backward, "mask has 1 bytes, expected mask_bytes(x) = 16", a.mask = std::span(v.mask).first(1));
+    const auto on = [](std::vector<float>& floats) { return std::span(reinterpret_cast<std::uint8_t*>(floats.data()), 16); };
+    REFUSES(masked_inference, "mask overlaps x, expected separate arrays", a.mask = on(v.x));
+    REFUSES(masked_inference, "mask overlaps y, expected separate arrays", a.mask = on(v.y));
+    REFUSES(masked_inference, "mask overlaps residual, expected separate arrays", a.mask = on(v.z));
+    REFUSES(masked_inference, "mask overlaps mean, expected separate arrays", a.mean = within_mask(v));
+    REFUSES(masked_inference, "mask overlaps gamma", (std::fill(v.mask.begin(), v.mask.end(), 0), a.gamma = within_mask(v)));
+    REFUSES(masked_train, "mask overlaps x", a.mask = on(v.x));
+    REFUSES(masked_train, "mask overlaps y", a.mask = on(v.y));
+    REFUSES(masked_train, "mask overlaps residual", a.mask = on(v.z));
+    REFUSES(masked_train, "mask overlaps beta", a.beta = within_mask(v));
+    REFUSES(masked_train, "mask overlaps running_mean", a.running_mean = within_mask(v));
+    REFUSES(masked_train, "mask overlaps running_var", a.running_var = within_mask(v));
+    REFUSES(masked_backward, "mask overlaps dx", a.mask = on(v.dx));
+    REFUSES(masked_backward, "mask overlaps dresidual", a.mask = on(v.dz));
+    REFUSES(masked_backward, "mask overlaps dgamma", a.dgamma = within_mask(v));
+    REFUSES(masked_backward, "mask overlaps dbeta", a.dbeta = within_mask(v));
+
+    REFUSES(masked_backward, "mask is missing, expected the forward's: after a residual, x does not tell where the activation was on",
+            a.mask = {});
+    REFUSES(masked_backward, "dresidual has (outer, channels, inner) (4, 2, 5), expected (4, 3, 5) as x has", a.dresidual.channels = 2);
+    REFUSES(masked_backward, "dresidual has another storage type", a.dresidual.dtype = Dtype::bfloat16);
+    REFUSES(masked_backward, "dresidual has strides (15, 1, 3), expected 1 for inner",
+            (a.dresidual.channel_stride = 1, a.dresidual.inner_stride = 3));
+    REFUSES(masked_backward, "dresidual has strides that reach one element twice", a.dresidual.outer_stride = 0);
+    REFUSES(masked_backward, "dresidual partly overlaps dy, expected the same array (in place) or a separate one",
+            a.dresidual.data = v.dy.data() + 15);
+    REFUSES(masked_backward, "dresidual partly overlaps x", a.dresidual.data = v.x.data() + 1);
+    REFUSES(masked_backward, "dx and dresidual overlap, expected two separate arrays", a.dresidual = a.dx);
+    REFUSES(masked_backward, "dx and dresidual overlap", a.dresidual.data = v.dx.data() + 59);
+    REFUSES(masked_backward, "dx and dresidual overlap", (a.dx = Valid::view(v.dy), a.dresidual = a.dx));
+    REFUSES(masked_backward, "dresidual overlaps mean", a.mean = std::span(v.dz).first(3));
+    REFUSES(masked_backward, "dresidual overlaps inv_std", a.inv_std = std::span(v.dz).first(3));
+    REFUSES(masked_backward, "dresidual overlaps gamma", a.gamma = std::span(v.dz).first(3));
+    REFUSES(masked_backward, "dresidual overlaps beta", a.beta = std::span(v.dz).first(3));
+    REFUSES(masked_backward, "dresidual overlaps dgamma", a.dgamma = std::span(v.dz).first(3));
+    REFUSES(masked_backward, "dresidual overlaps dbeta", a.dbeta = std::span(v.dz).first(3));
+
+    Valid v;
+    const auto x = Valid::view(v.x);
+    CHECK(mask_bytes(x) == 16 && mask_bytes(View<double>::ncs(nullptr, 0, 3, 5)) == 4);
+    CHECK(mask_bytes(View<float>::nsc(v.x.data(), 20, 3)) == 8 + 4);
+    throws<std::invalid_argument>("x has 0 channels, expected at least 1", __LINE__, [] { mask_bytes(View<float>{}); });
+    call(v.masked_inference());  // what is spoilt above is valid
+    call(v.masked_train());
+    call(v.masked_backward());
+}
+
 void test_errors_of_channels() {
     context = "errors of per-channel arguments";
     REFUSES(inference, "mean is missing", a.mean = {});
@@ -747,6 +1108,13 @@ void test_errors_of_numbers() {
     REFUSES(update, "count is 1, expected more than ddof = 1", a.count = 1);
     REFUSES(update, "count is 0, expected more than ddof = 0", (a.count = 0, a.ddof = 0));
 
+    for (const int n : {-1, -3, std::numeric_limits<int>::min()}) {
+        const std::string message = "num_threads is " + std::to_string(n) + ", expected at least 1, or 0 for the default";
+        REFUSES(inference, message, a.num_threads = n);
+        REFUSES(train, message, a.num_threads = n);
+        REFUSES(backward, message, a.num_threads = n);
+    }
+
     Valid v;
     const auto x = Valid::view(v.x);
     const auto refuses_moments = [&](const char* message, std::span<double> mean, std::span<double> var, int64_t ddof, int line) {
@@ -758,6 +1126,8 @@ void test_errors_of_numbers() {
     refuses_moments("var has 2 values, expected 3, one per channel of x", v.out_mean, v.out_two, 0, __LINE__);
     refuses_moments("ddof is -1, expected >= 0", v.out_mean, v.out_inv_std, -1, __LINE__);
     refuses_moments("ddof is 20, expected less than the 20 values per channel of x", v.out_mean, v.out_inv_std, 20, __LINE__);
+    throws<std::invalid_argument>("num_threads is -1, expected at least 1, or 0 for the default", __LINE__,
+                                  [&] { moments(x, v.out_mean, v.out_inv_std, 0, -1); });
 
     const int threads = num_threads();
     throws<std::invalid_argument>("num_threads is 0, expected at least 1", __LINE__, [] { set_num_threads(0); });
@@ -772,6 +1142,53 @@ void test_errors_of_numbers() {
         throws<std::invalid_argument>("isa is '" + name + "', which this CPU cannot run", __LINE__, [&] { set_isa(name); });
     }
     CHECK(isa() == level);
+}
+
+void test_tuning() {
+    context = "tuning";
+    set_tuning("");
+    const std::string defaults = tuning();
+    CHECK(defaults.starts_with("l2_bytes=") && defaults.find(",parallel_elements=65536") != std::string::npos);
+    set_tuning("map_bytes=77,l2_bytes=0");
+    CHECK(tuning().starts_with("l2_bytes=0,cached_bytes=") && tuning().find(",map_bytes=77,") != std::string::npos);
+    const std::string before = tuning();
+    throws<std::invalid_argument>("tuning has 'l4_bytes', expected one of l2_bytes, cached_bytes, stream_run_bytes, group_bytes, ",
+                                  __LINE__, [] { set_tuning("l2_bytes=5,l4_bytes=1"); });
+    for (const char* const number : {"", "many", "-1", "1.5", " 1", "1125899906842625", "99999999999999999999"}) {
+        throws<std::invalid_argument>(std::string("tuning has l2_bytes='") + number + "', expected an integer from 0 to 2^50", __LINE__,
+                                      [&] { set_tuning(std::string("map_bytes=5,l2_bytes=") + number); });
+    }
+    CHECK(tuning() == before);
+    set_tuning("");
+    CHECK(tuning() == defaults);
+    set_tuning(before);
+    CHECK(tuning() == before);
+    set_tuning("");
+}
+
+// A number of threads for one call changes neither its result nor the default.
+void test_threads_of_a_call() {
+    context = "num_threads of a call";
+    set_tuning("parallel_elements=0");
+    const int threads = num_threads();
+    std::vector<unsigned char> want;
+    for (const int n : {0, 1, 2, 3, 7, 100000}) {
+        Valid v;
+        for (size_t i = 0; i < v.x.size(); ++i) v.x[i] = static_cast<float>(i * i % 7), v.z[i] = static_cast<float>(i % 5) - 2;
+        BatchNormTrainArgs train = v.masked_train();
+        BatchNormBackwardArgs backward = v.masked_backward();
+        train.num_threads = backward.num_threads = n;
+        batch_norm_train(train);
+        batch_norm_backward(backward);
+        BatchNormArgs given = v.masked_inference();
+        given.y = Valid::view(v.dy);
+        given.num_threads = n;
+        batch_norm(given);
+        moments(train.x, v.out_mean, v.out_inv_std, 0, n);
+        if (n == 0) want = v.bytes();
+        CHECK(v.bytes() == want && num_threads() == threads);
+    }
+    set_tuning("");
 }
 
 // ---- edges ----
@@ -932,6 +1349,8 @@ void test_type() {
     test_formulas<T>();
     test_exact_statistics<T>();
     test_constant_channel<T>();
+    test_residual<T>();
+    test_mask_without_residual<T>();
     test_same_bits<T>();
 }
 
@@ -954,8 +1373,12 @@ int main(int argc, char** argv) {
     test_type<float16>();
     test_type<bfloat16>();
     test_errors_of_tensors();
+    test_errors_of_residual();
     test_errors_of_channels();
     test_errors_of_numbers();
+    test_mask_of_single_elements();
+    test_tuning();
+    test_threads_of_a_call();
     test_empty();
     test_one_value();
     test_optional_outputs();
