@@ -823,6 +823,8 @@ for shift in (0, 1, 239):
     case(BACKWARD, f"out and out_residual shifted by {shift}", change, ValueError, *match)
 change = lambda a: {"needs": ALL, "out": a["dy"], "out_residual": a["dy"]}  # noqa: E731
 case(BACKWARD, "out and out_residual are dy", change, ValueError, "out and out_residual overlap")
+change = lambda a: {"needs": ALL, "out_residual": a["x"]}  # noqa: E731
+case(BACKWARD, "out_residual is x", change, ValueError, "out_residual overlaps x", "separate")
 
 
 # ---- the tests -----------------------------------------------------------------------------------

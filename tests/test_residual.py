@@ -336,7 +336,7 @@ def test_in_place(shape, dtype, work):
     separate = p.forward(residual=p.x)
     assert same_bits(q.forward(out=out).y, separate.y), "x is the residual and the output"
 
-    for first, second in (("dy", None), (None, "dy"), ("x", "dy"), ("dy", "x"), ("x", None), (None, "x")):
+    for first, second in (("dy", None), (None, "dy"), ("x", "dy"), ("x", None)):
         q = Problem(shape, dtype)
         out = None if first is None else getattr(q, first)
         out_residual = None if second is None else getattr(q, second)
@@ -344,10 +344,9 @@ def test_in_place(shape, dtype, work):
         assert out is None or got.dx is out
         assert out_residual is None or got.dresidual is out_residual
         assert_same(got, gradients)
-    for name in ("dy", "x"):
-        q, out = once(name)
-        got = q.backward(want, out_residual=out, needs=("dresidual",))
-        assert got.dresidual is out and same_bits(out, gradients.dresidual)
+    q, out = once("dy")
+    got = q.backward(want, out_residual=out, needs=("dresidual",))
+    assert got.dresidual is out and same_bits(out, gradients.dresidual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 
+#include "memory.h"
 #include "tuning.h"
 
 namespace batchnorm::check {
@@ -304,7 +305,13 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     channels(mean, "mean", g.channels);
     channels(inv_std, "inv_std", g.channels);
     separate(mean, "mean", inv_std, "inv_std");
-    if (a.running_mean) running(a.running_mean, a.running_var, g.channels);
+    if (a.running_mean) {
+        running(a.running_mean, a.running_var, g.channels);
+        for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {
+            separate(*v, name, a.running_mean, "running_mean");
+            separate(*v, name, a.running_var, "running_var");
+        }
+    }
     residual(a.residual, a.y, g, a.disjoint);
     mask(a.mask, a.activation, g);
     call_threads(a.num_threads);
@@ -376,12 +383,14 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
     for (const auto& [out, out_name] : {std::pair{&a.dx, "dx"}, {&a.dresidual, "dresidual"}}) {
         if (!*out) continue;
         no_partial_overlap(*out, out_name, a.dy, "dy");
-        no_partial_overlap(*out, out_name, a.x, "x");
+        if (out == &a.dx) no_partial_overlap(*out, out_name, a.x, "x");
         mask_apart(a.mask, std::pair{*out, out_name});
         for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
             if (*v) apart(range_of(*out), out_name, *v, name);
         }
     }
+    // It may be written before x has been read.
+    if (a.dresidual && range_of(a.dresidual).overlaps(range_of(a.x))) fail("dresidual overlaps x, expected separate arrays");
     if (a.dx && a.dresidual && range_of(a.dx).overlaps(range_of(a.dresidual)))
         fail("dx and dresidual overlap, expected two separate arrays");
     return g;
@@ -458,6 +467,7 @@ const kernels::KernelTable& active_level() {
         return settings == nullptr ? std::string() : tune::set_defaults(settings);
     }();
     if (!problem.empty()) fail("environment variable BATCHNORM_TUNING: " + problem);
+    [[maybe_unused]] static const std::size_t limit = memory::info().limit;  // throws here, where that is allowed, if its variable is junk
     const kernels::KernelTable* const table = kernels::active();
     if (table != nullptr) return *table;
     const char* const name = std::getenv("BATCHNORM_ISA");

@@ -28,8 +28,7 @@ struct Moments {
 };
 
 // With d = mean - shift, the variance is the mean square less d^2, and the rounding of the squares' sum is amplified by
-// 1 + d^2/var. A shift taken from the data makes that small; `most_amplification` says how much is still fine. Typical values are
-// 1 to 10 (the shift is one of the values), the worst n (it is a lone outlier): then one more pass about the mean mends it.
+// 1 + d^2/var; `most_amplification` says how much is still fine. Where it is more, one more pass about the mean mends it.
 inline Moments from_sums(double sum, double sum_sq, double shift, double n, double most_amplification) {
     const double d = sum / n;
     const double mean = shift + d;
@@ -66,7 +65,7 @@ Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
 
 // The value about which x is taken in the sum of dy * x: the mean of double data, whose digits are all needed. Of float data the products
 // are exact in double and 0 does, as the sum about the mean follows from it, with an error of |mean| / std roundings; where that ratio is
-// large the float nearest to the mean, which a constant channel equals.
+// large the float nearest to the mean, which a constant channel equals. (The sum of a constant below that ratio is a few roundings of 0.)
 inline double gradient_shift(double mean, double inv_std, bool is_double) {
     if (is_double) return mean;
     return std::abs(mean * inv_std) > 128 ? static_cast<double>(static_cast<float>(mean)) : 0;

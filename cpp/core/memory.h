@@ -1,6 +1,7 @@
-// A bounded cache of warm buffers for large outputs: what is released is kept, with its pages, for the next acquire. The first touch of
-// fresh pages costs several times the arithmetic on them (DESIGN.md, D12). Called by bind/output.cpp; knows neither Python nor NumPy.
-// Safe from any thread, in the child of a fork, and at any point of a process's end: the cache is never destroyed.
+// A bounded cache of warm buffers for large outputs and scratch: what is released is kept, with its pages, for the next acquire. The first
+// touch of fresh pages costs several times the arithmetic on them (DESIGN.md, D12). Called by bind/output.cpp and core/workspace.h; knows
+// neither Python nor NumPy. Safe from any thread, in the child of a fork, and at any point of a process's end: the cache is never
+// destroyed.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +9,8 @@
 
 namespace batchnorm::memory {
 
-// The cache pays from here on: glibc's malloc begins to map blocks of their own at this size, smaller ones it keeps warm itself (D12).
+// For outputs the cache pays from here on: glibc's malloc begins to map blocks of their own at this size, smaller ones it keeps warm itself
+// (D12).
 inline constexpr std::size_t kSmallest = std::size_t{128} << 10;
 
 struct Info {

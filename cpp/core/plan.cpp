@@ -18,8 +18,8 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 // relative, while the work per tile hides what a call costs.
 constexpr int64_t kTileValues = 16384;
 
-// Tensors smaller than this are not worth sharing among threads by any tuning.
-constexpr int64_t kSharedElements = 16384;
+// Tensors smaller than this are not cut into tiles for the sake of threads.
+constexpr int64_t kCutElements = 16384;
 
 // Elements of a tile of rows (nsc), and the fewest rows: sums of 2 doubles per channel are written per tile.
 constexpr int64_t kTileElements = 65536;
@@ -38,7 +38,7 @@ int64_t fold_for(int64_t channels) {
 }
 
 // Bytes of an elementwise item: few enough for 16 items, so that threads share evenly, unless these get too small to be worth a call.
-int64_t map_bytes(const Plan& p, int64_t element_bytes) {
+int64_t item_bytes(const Plan& p, int64_t element_bytes) {
     const int64_t total = p.outer * p.channels * p.inner * element_bytes;
     return std::clamp<int64_t>(tune::get(tune::map_bytes), 1, std::max<int64_t>(ceil_div(total, 16), 16 << 10));
 }
@@ -59,7 +59,7 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
     p.channel_block = std::min(group, std::max<int64_t>(1, p.channels / 16));
     p.by_channel = !p.parallel || (p.blocks() >= 8 && channel_bytes <= kLargestChannelBytes);
 
-    const int64_t map_bytes = batchnorm::map_bytes(p, ceil_div(run_bytes, p.inner));
+    const int64_t map_bytes = item_bytes(p, ceil_div(run_bytes, p.inner));
     // Whole blocks, so that two items share no byte of a mask.
     p.map_inner = std::min(p.inner, round_up(std::max<int64_t>(map_bytes / std::max<int64_t>(run_bytes / p.inner, 1), 1), kernels::kLanes));
     p.map_channels = std::clamp<int64_t>(map_bytes / std::max<int64_t>(run_bytes, 1), 1, p.channels);
@@ -80,7 +80,7 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     // Multiples of 16 share out evenly.
     if (p.blocks() < 16 && p.outer >= 16 * 32) tiles = round_up(tiles, 16);
     // Of few rows, tiles are small, so that there are some: at 24 rows their sums take a sixth of the memory of the data.
-    if (p.outer < 16 * 32 && p.outer * p.channels >= kSharedElements) tiles = std::max(tiles, std::min<int64_t>(16, p.outer / 24));
+    if (p.outer < 16 * 32 && p.outer * p.channels >= kCutElements) tiles = std::max(tiles, std::min<int64_t>(16, p.outer / 24));
     // A bound for the memory of their sums. It binds beyond 2^28 values of one channel, where a lane then adds up to 2^15 of them (2^33
     // values): rounding near 3e-15 in the mean of many runs, 4e-12 at worst.
     tiles = std::min<int64_t>(tiles, 4096);
@@ -88,11 +88,11 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.tiles_outer = ceil_div(p.outer, p.tile_outer);
     p.by_channel = !p.parallel;
     p.map_channels = p.channel_block;
-    p.map_outer = std::min(p.outer, round_up(ceil_div(map_bytes(p, element_bytes), p.map_channels * element_bytes), p.fold));
+    p.map_outer = std::min(p.outer, round_up(ceil_div(item_bytes(p, element_bytes), p.map_channels * element_bytes), p.fold));
     if (p.tiles_outer == 1 && p.fold == 1 && p.parallel) {
         // Few rows of many channels: all is done by blocks of channels, at least 16 of them if that leaves whole cache lines.
         p.by_channel = true;
-        p.channel_block = std::clamp<int64_t>(round_up(ceil_div(p.channels, 16), 128), 128, p.channel_block);
+        p.channel_block = std::min(p.channel_block, round_up(ceil_div(p.channels, 16), 128));
     }
     p.map_backwards = !p.by_channel && !p.stream;
 }

@@ -33,11 +33,11 @@ void for_channels(const Plan& plan, const F& f) {
     (void)parallel::for_each(n, {.worth_it = plan.parallel && n > 1, .interruptible = false}, stretch);
 }
 
-// A per-channel array as the kernels read it: each value `fold` times over, then the first ones again, padded to whole blocks.
+// A per-channel array as the kernels read it: each value `fold` times over, then the first ones again, padded to whole blocks. (By blocks
+// of channels, the last block's unused lanes read the repeated start while the first block's thread may write it; nobody uses them.)
 template <class T>
 class Row {
 public:
-    Row() = default;
     Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {
         std::fill(data_ + plan.width(), data_ + plan.padded_width(), T{0});
     }
@@ -48,7 +48,7 @@ public:
             if (i < kernels::kLanes) data_[fold_ * channels_ + i] = value;
         }
     }
-    T* from(int64_t c) const { return data_ == nullptr ? nullptr : data_ + c; }
+    T* from(int64_t c) const { return data_ + c; }
     double operator[](int64_t c) const { return data_[c]; }
 
 private:
@@ -95,7 +95,7 @@ private:
 };
 
 // Two sums of one tile of one block of channels, folded rows added up in order: take(c0, channels, a, b). Kernel: void(const Where&, bool
-// again, double*, double*), writing fold * channels sums.
+// again, double*, double*), writing fold * channels sums, rounded up to whole blocks.
 template <class Kernel, class Take>
 void tile_sums(const Plan& plan, int64_t tile, int64_t block, const Kernel& kernel, bool again, const Take& take) {
     alignas(64) double a[kMaxChannelBlock], b[kMaxChannelBlock];

@@ -35,12 +35,12 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
         }
     };
     constexpr bool read_x = gate == kernels::relu || !fixed;
-    const auto whole = [&](int64_t e, int64_t k, auto put) {
+    const auto whole = [&](int64_t e, int64_t k, auto put, auto put_dz) {
         prefetch_ahead(p.dy + e);
         if constexpr (read_x) prefetch_ahead(p.x + e);
         const Block<T> v = read_x ? load(p.x + e) : Block<T>{};
         const Block<T> g = through(load(p.dy + e), v, e, k);
-        if constexpr (with_dz) put(p.dz + e, g);
+        if constexpr (with_dz) put_dz(p.dz + e, g);
         put(p.dx + e, value(g, v, k));
     };
     const auto part = [&](int64_t e, int64_t k, int64_t m) {
@@ -49,14 +49,15 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
         if constexpr (with_dz) store_part(p.dz + e, m, g);
         store_part(p.dx + e, m, value(g, v, k));
     };
-    int64_t head = with_stream || n >= kWorthAligning ? elements_to_alignment(p.dx) : -1;
-    if (with_dz && with_stream && head >= 0 && elements_to_alignment(p.dz) != head) head = -1;  // one of the two would not be aligned
+    const int64_t head = with_stream || n >= kWorthAligning ? elements_to_alignment(p.dx) : -1;
+    const bool stream_dz = with_stream && with_dz && elements_to_alignment(p.dz) == head;  // both start on a line together
     const auto put = [](T* to, Block<T> v) { store(to, v); };
-    const auto put_stream = [](T* to, Block<T> v) { with_stream ? store_stream(to, v) : store(to, v); };
+    const auto put_dx = [](T* to, Block<T> v) { with_stream ? store_stream(to, v) : store(to, v); };
+    const auto put_dz = [stream_dz](T* to, Block<T> v) { stream_dz ? store_stream(to, v) : store(to, v); };
     if (head >= 0) {
-        for_blocks(head, n, period, [&](int64_t e, int64_t k) { whole(e, k, put_stream); }, part);
+        for_blocks(head, n, period, [&](int64_t e, int64_t k) { whole(e, k, put_dx, put_dz); }, part);
     } else {
-        for_blocks(0, n, period, [&](int64_t e, int64_t k) { whole(e, k, put); }, part);
+        for_blocks(0, n, period, [&](int64_t e, int64_t k) { whole(e, k, put, put); }, part);
     }
 }
 

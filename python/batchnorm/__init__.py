@@ -85,6 +85,7 @@ _core.set_main_thread(_threading.main_thread().ident or 0)
 if hasattr(_os, "register_at_fork"):
     _os.register_at_fork(after_in_child=lambda: _core.set_main_thread(_threading.get_ident()))
 
-# A BATCHNORM_ISA or BATCHNORM_CACHE_LIMIT of no use fails here, not in the middle of somebody's program.
+# A BATCHNORM_ISA, BATCHNORM_TUNING or BATCHNORM_CACHE_LIMIT of no use fails here, not in the middle of
+# somebody's program.
 _core.isa()
 _core.cache_info()

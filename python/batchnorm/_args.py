@@ -643,7 +643,10 @@ def backward(
                 f"{name} is given but needs does not contain {gradient!r}, which it would receive; drop one "
                 f"of them"
             )
-        outputs[name] = _output(value, name, x, {"dy": dy, "x": x}, vectors)
+        # The residual's gradient may be written before x has been read.
+        in_place_of = {"dy": dy, "x": x} if name == "out" else {"dy": dy}
+        apart_from = vectors if name == "out" else {**vectors, "x": x}
+        outputs[name] = _output(value, name, x, in_place_of, apart_from)
     dx, dresidual = outputs.values()
     if dx is not None and dresidual is not None and _share(dx, dresidual):
         raise ValueError("out and out_residual overlap, expected two separate arrays")

@@ -213,8 +213,8 @@ def batch_norm_train(
     -----
     ``y = act((x - mean) / sqrt(var + eps) * gamma + beta + residual)`` with mean and population variance of
     the n values of each channel [1]_; ``running = decay * running + (1 - decay) * batch``. Sums run in
-    float64 about a value of the channel, so mean and variance keep their digits for any ``|mean| / std`` up
-    to 1e6, and the result has the same bits for any number of threads.
+    float64, a second time about the mean where that is needed, so mean and variance keep their digits for
+    any ``|mean| / std`` up to 1e6, and the result has the same bits for any number of threads.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 1.
 
@@ -495,8 +495,9 @@ def moments(
     Notes
     -----
     ``mean = K + sum(x - K) / n`` and ``var = (sum((x - K)^2) - sum(x - K)^2 / n) / (n - ddof)`` in float64,
-    with K the channel's first value; if that turns out far from the mean, once more with K the mean [1]_.
-    Never E[x^2] - E[x]^2.
+    where the squares of float32 are exact. K is 0, or for float64 the mean of the channel's first 16 values;
+    if the mean turns out so far from it that digits were lost (128 standard deviations, 2 for float64), once
+    more with K the mean [1]_.
 
     .. [1] T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", The American
        Statistician 37 (1983).

@@ -19,11 +19,11 @@ class CacheInfo(NamedTuple):
     held : int
         Bytes of the free buffers kept now, at most ``limit``.
     in_use : int
-        Bytes of the buffers that live arrays own.
+        Bytes of the buffers that live arrays own, and that calls use as scratch memory.
     buffers : int
         Number of free buffers kept now.
     hits, misses : int
-        Arrays since the start of the process that a kept buffer served, and that needed fresh memory.
+        Requests since the start of the process that a kept buffer served, and that needed fresh memory.
     """
 
     limit: int

@@ -136,7 +136,7 @@ enum class Activation { none, relu };
 enum class Stats { batch, fixed };
 
 // Where a ReLU let values through, one bit per element: written by the forward functions, read by batch_norm_backward, which without it
-// finds out from x. After a residual it cannot. mask_bytes(x) is its size, a function of shape and memory order; x needs no data.
+// finds out from x. After a residual it cannot. mask_bytes(x) is its size, a function of shape and memory order.
 BATCHNORM_API std::int64_t mask_bytes(const ConstTensor& x);
 
 // Normalise with given statistics. y may be x or the residual itself (in place); no other overlap.
