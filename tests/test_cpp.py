@@ -167,7 +167,7 @@ print(batchnorm.get_isa(), digest.hexdigest())
 """
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="for x86-64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine is not x86-64")
 def test_wheel_on_an_old_cpu():
     # A CPU of 2011, with AVX but without AVX2: nothing on the way to the baseline level may need more.
     emulated = run(program("qemu-x86_64"), "-cpu", "SandyBridge", sys.executable, "-c", RESULTS).splitlines()

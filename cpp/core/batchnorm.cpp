@@ -306,7 +306,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         // dy itself.
         const bool dz_alone = a.dresidual && (!a.dx || gate != kernels::masked);
         Row<C> ones(ws, plan);
-        ones.fill(1);
+        if (dz_alone) ones.fill(1);
         const Tensor& dx = a.dx ? a.dx : a.dresidual;
         const auto map = [&](const Where& where) {
             const int64_t c = where.box.channel_begin;

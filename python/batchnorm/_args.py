@@ -430,17 +430,20 @@ def _in_one_direction(
     return x, other
 
 
-def _residual(value: object, x: Array) -> Array | None:
-    if value is None:
-        return None
-    z = _tensor(value, "residual")
-    if z.dtype != x.dtype:
+def _like_x(value: object, name: str, x: Array) -> Array:
+    """A second tensor that is only read: x's dtype and shape."""
+    array = _tensor(value, name)
+    if array.dtype != x.dtype:
         raise TypeError(
-            f"residual has dtype {z.dtype}, expected {x.dtype} as x has; use residual.astype(x.dtype)"
+            f"{name} has dtype {array.dtype}, expected {x.dtype} as x has; use {name}.astype(x.dtype)"
         )
-    if z.shape != x.shape:
-        raise ValueError(f"residual has shape {z.shape}, expected {x.shape} as x has")
-    return z
+    if array.shape != x.shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {x.shape} as x has")
+    return array
+
+
+def _residual(value: object, x: Array) -> Array | None:
+    return None if value is None else _like_x(value, "residual", x)
 
 
 def _mask(
@@ -606,11 +609,7 @@ def backward(
 ) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm_backward`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
-    dy = _tensor(dy, "dy")
-    if dy.dtype != x.dtype:
-        raise TypeError(f"dy has dtype {dy.dtype}, expected {x.dtype} as x has; use dy.astype(x.dtype)")
-    if dy.shape != x.shape:
-        raise ValueError(f"dy has shape {dy.shape}, expected {x.shape} as x has")
+    dy = _like_x(dy, "dy", x)
     for value, name in ((mean, "mean"), (inv_std, "inv_std")):
         if value is None:
             raise TypeError(f"{name} is None, expected the {name} that the forward pass returned")
