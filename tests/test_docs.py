@@ -38,7 +38,14 @@ def test_docstring(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("BatchNorm", "batch_norm", "batch_norm_train", "batch_norm_backward", "mask_bytes", "moments"),
+        *(
+            "BatchNorm",
+            "batch_norm",
+            "batch_norm_train",
+            "batch_norm_backward",
+            "activation_mask_bytes",
+            "moments",
+        ),
         "update_running",
     ],
 )
@@ -51,7 +58,7 @@ def test_package_docstring():
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_norm", "batch_norm_train", "batch_norm_backward", "mask_bytes", "moments"]
+    "name", ["batch_norm", "batch_norm_train", "batch_norm_backward", "activation_mask_bytes", "moments"]
 )
 def test_docstring_names_every_parameter(name):
     function = getattr(batchnorm, name)

@@ -63,7 +63,7 @@ def arguments(function):
             stats="batch",
             out=np.ones_like(x),
         )
-    if function in ("moments", "mask_bytes"):
+    if function in ("moments", "activation_mask_bytes"):
         return dict(x=x)
     if function == "update_running":
         return dict(**running, mean=mean, var=var, decay=0.5, count=40, ddof=1)
@@ -71,7 +71,7 @@ def arguments(function):
 
 
 THREADED = ("batch_norm", "batch_norm_train", "batch_norm_backward", "moments")
-TENSOR_FUNCTIONS = (*THREADED, "mask_bytes")
+TENSOR_FUNCTIONS = (*THREADED, "activation_mask_bytes")
 FUNCTIONS = (*TENSOR_FUNCTIONS, "update_running")
 CASES: list[Case] = []
 
@@ -113,7 +113,9 @@ WRONG_X = {
 }
 for name, (value, got, expected) in WRONG_X.items():
     for function in TENSOR_FUNCTIONS:
-        change = {"x": value} if function in ("moments", "mask_bytes") else {"x": value, "out": None}
+        change = (
+            {"x": value} if function in ("moments", "activation_mask_bytes") else {"x": value, "out": None}
+        )
         case(function, f"x {name}", change, TypeError, r"\bx\b", got, expected)
     change = {"dy": value, "out": None}
     case("batch_norm_backward", f"dy {name}", change, TypeError, r"\bdy\b", got, expected)
@@ -437,10 +439,10 @@ for function, wrong, right in (
     ("moments", "dataformat", "data_format"),
     ("moments", "axes", "axis"),
     ("batch_norm", "residuals", "residual"),
-    ("batch_norm", "masks", "mask"),
+    ("batch_norm", "activation_masks", "activation_mask"),
     ("batch_norm_train", "n_threads", "num_threads"),
     ("batch_norm_backward", "out_residuals", "out_residual"),
-    ("mask_bytes", "axes", "axis"),
+    ("activation_mask_bytes", "axes", "axis"),
     ("update_running", "dof", "ddof"),
     ("update_running", "counts", "count"),
 ):
@@ -721,7 +723,7 @@ for name in ("running_mean", "running_var"):
     match = (rf"\b{name}\b", "residual", "separate")
     case(TRAIN, f"{name} within residual", within_residual, ValueError, *match)
 
-# ---- mask ----------------------------------------------------------------------------------------
+# ---- activation_mask ------------------------------------------------------------------------------------
 
 MASKED = ("batch_norm", "batch_norm_backward")
 MASK_BYTES = 40  # 12 runs of 20 elements, 3 bytes each, and 4
@@ -749,41 +751,64 @@ WRONG_MASK = {
     "one byte": (np.broadcast_to(mask0[:1], MASK_BYTES), ValueError, r"strides \(0,\)"),
 }
 for name, (value, error, got) in WRONG_MASK.items():
-    change = {"mask": value, "activation": "relu"}
-    case(MASKED, f"mask {name}", change, error, r"\bmask\b", got, "40 uint8", r"mask_bytes\(x\)")
-match = (r"\bmask\b", "without activation='relu'", "drop one")
-case(MASKED, "mask without activation", {"mask": mask0, "activation": None}, ValueError, *match)
-change = {"mask": read_only(mask0), "activation": "relu"}
-case("batch_norm", "mask read-only", change, ValueError, r"\bmask\b", "read-only", "writable")
+    change = {"activation_mask": value, "activation": "relu"}
+    case(
+        MASKED,
+        f"activation_mask {name}",
+        change,
+        error,
+        r"\bactivation_mask\b",
+        got,
+        "40 uint8",
+        r"activation_mask_bytes\(x\)",
+    )
+match = (r"\bactivation_mask\b", "without activation='relu'", "drop one")
+case(
+    MASKED,
+    "activation_mask without activation",
+    {"activation_mask": mask0, "activation": None},
+    ValueError,
+    *match,
+)
+change = {"activation_mask": read_only(mask0), "activation": "relu"}
+case(
+    "batch_norm",
+    "activation_mask read-only",
+    change,
+    ValueError,
+    r"\bactivation_mask\b",
+    "read-only",
+    "writable",
+)
 
 
 def mask_within(name, a):
-    """This argument and a mask, made of the same memory."""
+    """This argument and an activation_mask, made of the same memory."""
     like = a.get(name, a["x"])
     memory = np.zeros(max(like.nbytes, MASK_BYTES), np.uint8)
     return {
         "activation": "relu",
         name: memory[: like.nbytes].view(like.dtype).reshape(like.shape),
-        "mask": memory[:MASK_BYTES],
+        "activation_mask": memory[:MASK_BYTES],
     }
 
 
 for name in ("x", "residual", "out", "mean", "var", "gamma", "beta"):
     change = lambda a, n=name: mask_within(n, a)  # noqa: E731
-    match = ("mask overlaps", rf"\b{name}\b", "separate")
-    case("batch_norm", f"mask within {name}", change, ValueError, *match)
+    match = ("activation_mask overlaps", rf"\b{name}\b", "separate")
+    case("batch_norm", f"activation_mask within {name}", change, ValueError, *match)
 
 # ---- gradient of the residual --------------------------------------------------------------------
 
 ALL = ("dx", "dgamma", "dbeta", "dresidual")
 for name in ("out", "out_residual"):
     change = lambda a, n=name: {"needs": ALL, **mask_within(n, a)}  # noqa: E731
-    match = ("mask overlaps", rf"\b{name}\b", "separate")
-    case(BACKWARD, f"mask within {name}", change, ValueError, *match)
+    match = ("activation_mask overlaps", rf"\b{name}\b", "separate")
+    case(BACKWARD, f"activation_mask within {name}", change, ValueError, *match)
 for needs in (ALL, ("dresidual",)):
     change = {"needs": needs, "activation": "relu", "out": None}
-    match = (r"\bmask is None\b", "expected the mask of the forward pass", "residual")
-    case(BACKWARD, f"dresidual of {len(needs)} without mask", change, ValueError, *match)
+    match = (r"\bactivation_mask is None\b", "expected that of the forward pass", "residual")
+    case(BACKWARD, f"dresidual of {len(needs)} without activation_mask", change, ValueError, *match)
 for needs in (("dx", "dgamma", "dbeta"), ("dgamma",), ()):
     change = {"needs": needs, "out": None, "out_residual": np.zeros(SHAPE, f32)}
     match = (r"\bout_residual\b", r"\bneeds\b", "'dresidual'", "drop one")
@@ -1008,18 +1033,18 @@ def test_a_crop_cannot_be_written_in_place():
 
 
 def test_valid_calls_beside_the_errors():
-    # What the cases above spoil: a mask, a residual, both outputs of backward; memory that is only read may
-    # be shared.
+    # What the cases above spoil: an activation_mask, a residual, both outputs of backward; memory that is
+    # only read may be shared.
     a = arguments("batch_norm") | {"activation": "relu"}
-    assert batchnorm.mask_bytes(a["x"]) == MASK_BYTES
-    mask = np.zeros(MASK_BYTES, np.uint8)
-    batchnorm.batch_norm(**a, residual=a["x"], mask=mask)
-    assert mask.any()
+    assert batchnorm.activation_mask_bytes(a["x"]) == MASK_BYTES
+    activation_mask = np.zeros(MASK_BYTES, np.uint8)
+    batchnorm.batch_norm(**a, residual=a["x"], activation_mask=activation_mask)
+    assert activation_mask.any()
     b = arguments(BACKWARD) | {"activation": "relu", "needs": ALL, "out_residual": np.ones(SHAPE, f32)}
-    want = batchnorm.batch_norm_backward(**b, mask=mask)
+    want = batchnorm.batch_norm_backward(**b, activation_mask=activation_mask)
     assert want.dx is b["out"] and want.dresidual is b["out_residual"]
     for crop in (slice(None), slice(1, -1)):  # as it is, and by way of a copy
         a = mask_within("x", b) | {"dy": b["dy"], "mean": b["mean"], "inv_std": b["inv_std"]}
         a["x"], a["dy"] = a["x"][..., crop], a["dy"][..., crop]
-        a["mask"] = a["mask"][: batchnorm.mask_bytes(a["x"])]
+        a["activation_mask"] = a["activation_mask"][: batchnorm.activation_mask_bytes(a["x"])]
         batchnorm.batch_norm_backward(**a)

@@ -24,15 +24,26 @@ def everything(shape, dtype, **options):
     x, dy, z = (make(shape, dtype) for make in (normal, gradient_of, residual_of))
     gamma, beta = parameters(shape.channels)
     mean, var = batchnorm.moments(x, **options)
-    mask = np.zeros(batchnorm.mask_bytes(x), np.uint8)
+    activation_mask = np.zeros(batchnorm.activation_mask_bytes(x), np.uint8)
     activated = {"activation": "relu", **options}
-    y = batchnorm.batch_norm(x, mean, var, gamma, beta, residual=z, mask=mask, **activated)
+    y = batchnorm.batch_norm(
+        x, mean, var, gamma, beta, residual=z, activation_mask=activation_mask, **activated
+    )
     forward = batchnorm.batch_norm_train(x, gamma, beta, residual=z, **activated)
     gradients = batchnorm.batch_norm_backward(
-        dy, x, forward.mean, forward.inv_std, gamma, beta, mask=forward.mask,
+        dy, x, forward.mean, forward.inv_std, gamma, beta, activation_mask=forward.activation_mask,
         needs=("dx", "dgamma", "dbeta", "dresidual"), **activated,
     )  # fmt: skip
-    results = mean, var, y, mask, *forward, forward.mask, *gradients, gradients.dresidual
+    results = (
+        mean,
+        var,
+        y,
+        activation_mask,
+        *forward,
+        forward.activation_mask,
+        *gradients,
+        gradients.dresidual,
+    )
     return [np.ascontiguousarray(a).tobytes() for a in results]
 
 
@@ -54,7 +65,7 @@ def test_with_arrays_that_are_copied_first(shape, set_tuning):
     x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)[:, :, 1:-1, 1:-1]
     want = batchnorm.batch_norm_train(x, residual=x, activation="relu")
     got = batchnorm.batch_norm_train(x, residual=x, activation="relu", num_threads=3)
-    assert np.array_equal(got.y, want.y) and np.array_equal(got.mask, want.mask)
+    assert np.array_equal(got.y, want.y) and np.array_equal(got.activation_mask, want.activation_mask)
     assert np.array_equal(batchnorm.moments(x, num_threads=3), batchnorm.moments(x))
     kept = batchnorm.moments(x, num_threads=3, keepdims=True)
     assert kept.mean.shape == (1, x.shape[1], 1, 1)

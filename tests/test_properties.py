@@ -229,9 +229,11 @@ def test_in_place_is_the_same(p):
 def test_gradient_of_the_residual_is_dy_where_the_forward_let_through(p, stats):
     assume(p.eps > 0 or spreads(p))
     forward = p.forward(activation="relu", residual=p.residual())
-    assert len(forward.mask) == batchnorm.mask_bytes(p.x, axis=p.axis)
+    assert len(forward.activation_mask) == batchnorm.activation_mask_bytes(p.x, axis=p.axis)
     needs = ("dx", "dgamma", "dbeta", "dresidual")
-    got = p.backward(forward, activation="relu", mask=forward.mask, needs=needs, stats=stats)
+    got = p.backward(
+        forward, activation="relu", activation_mask=forward.activation_mask, needs=needs, stats=stats
+    )
     assert same_bits(got.dresidual, np.where(forward.y > 0, p.dy, p.dy.dtype.type(0)))
     plain = p.backward(forward, got.dresidual, stats=stats)
     assert all(same_bits(a, b) for a, b in zip(got, plain, strict=True))

@@ -1,8 +1,8 @@
 """`residual=`, added before the activation, its gradient, and the mask of where the activation was on.
 
-A mask is one bit per element, from the lowest bit of the first byte on. Each run of a channel (direction ncs)
-and each row of channels (nsc) starts at a whole byte, but rows of fewer than 64 channels follow one another
-bit by bit; 4 bytes at the end are spare. `Bits` below reads it in NumPy, from this description alone.
+An activation_mask is one bit per element, from the lowest bit of the first byte on. Each run of a channel
+(direction ncs) and each row of channels (nsc) starts at a whole byte, but rows of fewer than 64 channels
+follow one another bit by bit; 4 bytes at the end are spare. `Bits` below reads it in NumPy, from this description alone.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def work(request, set_tuning):
 
 
 class Bits:
-    """The layout of a mask for an x (outer, channels, inner)."""
+    """The layout of an activation_mask for an x (outer, channels, inner)."""
 
     def __init__(self, shape):
         whole_bytes = lambda n: -(-n // 8) * 8  # noqa: E731
@@ -81,11 +81,11 @@ class Bits:
         self.bytes = -(-n_bits // 8) + 4
         self.n_bits = n_bits
 
-    def split(self, mask):
+    def split(self, activation_mask):
         """Where the activation was on, as bools (outer, channels, inner), and all bits that say nothing."""
-        assert mask.dtype == np.uint8 and mask.shape == (self.bytes,)
+        assert activation_mask.dtype == np.uint8 and activation_mask.shape == (self.bytes,)
         outer, channels, inner = self.shape.outer, self.shape.channels, self.shape.inner
-        bits = np.unpackbits(mask, bitorder="little")
+        bits = np.unpackbits(activation_mask, bitorder="little")
         if self.runs:
             table = bits[: self.n_bits].reshape(outer, channels, self.length)
             on, unused = table[..., :inner], table[..., inner:]
@@ -110,7 +110,11 @@ class Problem:
         return batchnorm.batch_norm_train(self.x, self.gamma, self.beta, **options)
 
     def backward(self, forward, dy=None, **options):
-        options = {"activation": self.activation, "mask": getattr(forward, "mask", None), **options}
+        options = {
+            "activation": self.activation,
+            "activation_mask": getattr(forward, "activation_mask", None),
+            **options,
+        }
         dy = self.dy if dy is None else dy
         return batchnorm.batch_norm_backward(
             dy, self.x, forward.mean, forward.inv_std, self.gamma, self.beta, **{"needs": NEEDS, **options}
@@ -153,7 +157,7 @@ def test_forward(shape, dtype, activation, work):
     assert in_one_order(got.y, p.x)
     assert same_bits(got.mean, plain.mean) and same_bits(got.inv_std, plain.inv_std)
     assert type(plain) is batchnorm.TrainResult
-    assert type(got) is (batchnorm.MaskedTrainResult if activation else batchnorm.TrainResult)
+    assert type(got) is (batchnorm.ResidualTrainResult if activation else batchnorm.TrainResult)
 
     mean, var = batchnorm.moments(p.x)
     given = batchnorm.batch_norm(p.x, mean, var, p.gamma, p.beta, activation=activation, residual=p.z)
@@ -166,19 +170,21 @@ def test_mask(shape, dtype, work):
     p = Problem(shape, dtype)
     layout = Bits(shape)
     forward = p.forward()
-    assert batchnorm.mask_bytes(p.x) == layout.bytes
-    on, unused = layout.split(forward.mask)
+    assert batchnorm.activation_mask_bytes(p.x) == layout.bytes
+    on, unused = layout.split(forward.activation_mask)
     assert np.array_equal(on, positive(forward.y)) and on.any() and not on.all()
     assert not unused.any()
 
-    # A mask of one's own, anywhere in memory: what lies beside the bits keeps its value.
+    # A activation_mask of one's own, anywhere in memory: what lies beside the bits keeps its value.
     mean, var = batchnorm.moments(p.x)
     guarded = np.full(layout.bytes + 26, 0xA5, np.uint8)
-    mask = guarded[13:-13]
-    mask[:] = 0xFF
-    y = batchnorm.batch_norm(p.x, mean, var, p.gamma, p.beta, activation="relu", residual=p.z, mask=mask)
+    activation_mask = guarded[13:-13]
+    activation_mask[:] = 0xFF
+    y = batchnorm.batch_norm(
+        p.x, mean, var, p.gamma, p.beta, activation="relu", residual=p.z, activation_mask=activation_mask
+    )
     assert same_bits(y, forward.y)
-    given, unused = layout.split(mask)
+    given, unused = layout.split(activation_mask)
     assert np.array_equal(given, on) and unused.all()
     assert (guarded[:13] == 0xA5).all() and (guarded[-13:] == 0xA5).all()
 
@@ -194,7 +200,7 @@ def test_backward(shape, dtype, stats, work):
     assert type(got) is batchnorm.ResidualGradients
     assert same_bits(got.dresidual, gated) and in_one_order(got.dresidual, p.x)
     assert_gradients(got, gated, p.x, forward.mean, forward.inv_std, p.gamma, stats=stats)
-    assert_same(got, p.backward(forward, got.dresidual, stats=stats, activation=None, mask=None))
+    assert_same(got, p.backward(forward, got.dresidual, stats=stats, activation=None, activation_mask=None))
 
 
 @pytest.mark.parametrize("stats", ["batch", "fixed"])
@@ -203,7 +209,7 @@ def test_backward(shape, dtype, stats, work):
 def test_without_activation(shape, dtype, stats, work):
     p = Problem(shape, dtype, activation=None)
     forward = p.forward()
-    assert not hasattr(forward, "mask")
+    assert not hasattr(forward, "activation_mask")
     got = p.backward(forward, stats=stats)
     assert same_bits(got.dresidual, p.dy)
     assert got.dresidual is not p.dy and not np.shares_memory(got.dresidual, p.dy)
@@ -218,24 +224,26 @@ def test_without_activation(shape, dtype, stats, work):
 def test_a_mask_says_what_x_says_where_there_was_no_residual(shape, dtype, stats, work):
     p = Problem(shape, dtype)
     mean, var = batchnorm.moments(p.x)
-    mask = np.zeros(batchnorm.mask_bytes(p.x), np.uint8)
-    y = batchnorm.batch_norm(p.x, mean, var, p.gamma, p.beta, activation="relu", mask=mask)
+    activation_mask = np.zeros(batchnorm.activation_mask_bytes(p.x), np.uint8)
+    y = batchnorm.batch_norm(
+        p.x, mean, var, p.gamma, p.beta, activation="relu", activation_mask=activation_mask
+    )
     forward = p.forward(residual=None)
     assert same_bits(y, forward.y)
-    assert np.array_equal(Bits(shape).split(mask)[0], positive(y))
+    assert np.array_equal(Bits(shape).split(activation_mask)[0], positive(y))
     needs = NEEDS[:3]
-    read = p.backward(forward, stats=stats, mask=mask, needs=needs)
-    assert_same(read, p.backward(forward, stats=stats, mask=None, needs=needs))
+    read = p.backward(forward, stats=stats, activation_mask=activation_mask, needs=needs)
+    assert_same(read, p.backward(forward, stats=stats, activation_mask=None, needs=needs))
 
 
 def test_mask_tells_what_storage_loses():
     # The activation is on for a value that float16 then rounds to 0.
     x = np.float16([[1, 2], [3, 5]])
     z = np.zeros_like(x)
-    mask = np.zeros(batchnorm.mask_bytes(x), np.uint8)
+    activation_mask = np.zeros(batchnorm.activation_mask_bytes(x), np.uint8)
     given = np.zeros(2), np.ones(2), np.full(2, 1e-9)
-    y = batchnorm.batch_norm(x, *given, eps=0, activation="relu", residual=z, mask=mask)
-    assert not y.any() and mask[0] == 0b1111
+    y = batchnorm.batch_norm(x, *given, eps=0, activation="relu", residual=z, activation_mask=activation_mask)
+    assert not y.any() and activation_mask[0] == 0b1111
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -254,7 +262,7 @@ def image_results(x, z, dy, **out):
         x, gamma, beta, activation="relu", residual=z, out=out.get("y")
     )
     got = batchnorm.batch_norm_backward(
-        dy, x, *saved, gamma, beta, activation="relu", mask=forward.mask, needs=NEEDS,
+        dy, x, *saved, gamma, beta, activation="relu", activation_mask=forward.activation_mask, needs=NEEDS,
         out=out.get("dx"), out_residual=out.get("dresidual"),
     )  # fmt: skip
     return y, *got, got.dresidual
@@ -272,7 +280,7 @@ def test_x_in_any_layout(shape, layout, dtype):
     assert_forward(forward.y, x, want, gamma, beta, with_residual=True)
     gradients = image_results(strided, z, dy)[1:]
     assert np.array_equal(gradients[3], np.where(positive(forward.y), dy, dtype.type(0)))
-    assert len(forward.mask) == batchnorm.mask_bytes(strided)
+    assert len(forward.activation_mask) == batchnorm.activation_mask_bytes(strided)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -330,7 +338,7 @@ def test_in_place(shape, dtype, work):
         q, out = once(name)
         got = q.forward(out=out)
         assert got.y is out and all(same_bits(a, b) for a, b in zip(got, want, strict=True))
-        assert same_bits(got.mask, want.mask)
+        assert same_bits(got.activation_mask, want.activation_mask)
     q, out = once("x")
     q.z = q.x
     separate = p.forward(residual=p.x)
@@ -355,7 +363,7 @@ def test_arrays_that_are_read(shape, dtype):
     p = Problem(shape, dtype)
     want = p.forward()
     gradients = p.backward(want)
-    arrays = [p.x, p.z, p.dy, p.gamma, p.beta, want.mean, want.inv_std, want.mask]
+    arrays = [p.x, p.z, p.dy, p.gamma, p.beta, want.mean, want.inv_std, want.activation_mask]
     before = [a.tobytes() for a in arrays]
     for a in arrays:
         a.flags.writeable = False
@@ -369,7 +377,7 @@ def test_arrays_that_are_read(shape, dtype):
     assert same_bits(p.forward(residual=odd[0]).y, want.y), "unaligned"
     assert_same(p.backward(want, odd[1]), gradients)
     assert same_bits(p.forward(residual=p.z.view(np.memmap)).y, want.y), "a subclass"
-    assert_same(p.backward(want, mask=want.mask.view(np.memmap)), gradients)
+    assert_same(p.backward(want, activation_mask=want.activation_mask.view(np.memmap)), gradients)
 
     for axis in (0, 1, 2):  # one value for all along an axis
         z = np.broadcast_to(np.take(p.z, [0], axis), p.z.shape)
@@ -413,7 +421,7 @@ def test_results_are_tuples_of_three():
 def test_results_are_pickled_whole(protocol):
     p = Problem(Shape("ncs", 4, 5, 23), FLOAT32)
     forward = p.forward()
-    for result, name in ((forward, "mask"), (p.backward(forward), "dresidual")):
+    for result, name in ((forward, "activation_mask"), (p.backward(forward), "dresidual")):
         for duplicate in (
             pickle.loads(pickle.dumps(result, protocol)),
             copy.copy(result),
@@ -431,17 +439,22 @@ def test_empty_batch(shape, stats, dtype):
     x = np.empty(shape, dtype)
     forward = batchnorm.batch_norm_train(x, activation="relu", residual=x.copy())
     assert forward.y.shape == shape and np.isnan(forward.mean).all()
-    assert forward.mask.shape == (batchnorm.mask_bytes(x),) == (4,)
+    assert forward.activation_mask.shape == (batchnorm.activation_mask_bytes(x),) == (4,)
     got = batchnorm.batch_norm_backward(
         x.copy(), x, forward.mean, forward.inv_std, np.ones(3), stats=stats, activation="relu",
-        mask=forward.mask, needs=NEEDS,
+        activation_mask=forward.activation_mask, needs=NEEDS,
     )  # fmt: skip
     assert got.dx.shape == got.dresidual.shape == shape and got.dresidual.dtype == dtype
     np.testing.assert_array_equal(got.dgamma, np.zeros(3))
     np.testing.assert_array_equal(got.dbeta, np.zeros(3))
     assert type(batchnorm.batch_norm_train(x, residual=x.copy())) is batchnorm.TrainResult
     y = batchnorm.batch_norm(
-        x, np.zeros(3), np.ones(3), activation="relu", residual=x.copy(), mask=np.zeros(4, np.uint8)
+        x,
+        np.zeros(3),
+        np.ones(3),
+        activation="relu",
+        residual=x.copy(),
+        activation_mask=np.zeros(4, np.uint8),
     )
     assert y.shape == shape
 
@@ -449,12 +462,22 @@ def test_empty_batch(shape, stats, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_value_per_channel_with_given_statistics(dtype):
     x, z, dy = np.array([[[3, -1, 2]], [[-4, 3, 1]], [[1, 2, 3]]], dtype)
-    mask = np.zeros(batchnorm.mask_bytes(x), np.uint8)
+    activation_mask = np.zeros(batchnorm.activation_mask_bytes(x), np.uint8)
     mean, var = np.zeros(3), np.ones(3)
-    y = batchnorm.batch_norm(x, mean, var, eps=0, activation="relu", residual=z, mask=mask)
+    y = batchnorm.batch_norm(
+        x, mean, var, eps=0, activation="relu", residual=z, activation_mask=activation_mask
+    )
     np.testing.assert_array_equal(y, np.array([[0, 2, 3]], dtype))
     got = batchnorm.batch_norm_backward(
-        dy, x, mean, var, np.full(3, 2.0), stats="fixed", activation="relu", mask=mask, needs=NEEDS
+        dy,
+        x,
+        mean,
+        var,
+        np.full(3, 2.0),
+        stats="fixed",
+        activation="relu",
+        activation_mask=activation_mask,
+        needs=NEEDS,
     )
     np.testing.assert_array_equal(got.dresidual, np.array([[0, 2, 3]], dtype))
     np.testing.assert_array_equal(got.dx, np.array([[0, 4, 6]], dtype))
@@ -469,10 +492,18 @@ def test_every_axis(axis):
     forward = batchnorm.batch_norm_train(x, gamma, beta, axis=axis, activation="relu", residual=z)
     want = reference.train(x, gamma, beta, axis=axis, activation="relu", residual=z)
     assert_forward(forward.y, x, want, gamma, beta, axis, with_residual=True)
-    assert len(forward.mask) == batchnorm.mask_bytes(x, axis=axis)
+    assert len(forward.activation_mask) == batchnorm.activation_mask_bytes(x, axis=axis)
     saved = forward.mean, forward.inv_std
     got = batchnorm.batch_norm_backward(
-        dy, x, *saved, gamma, beta, axis=axis, activation="relu", mask=forward.mask, needs=NEEDS
+        dy,
+        x,
+        *saved,
+        gamma,
+        beta,
+        axis=axis,
+        activation="relu",
+        activation_mask=forward.activation_mask,
+        needs=NEEDS,
     )
     gated = np.where(positive(forward.y), dy, np.float32(0))
     assert np.array_equal(got.dresidual, gated)
@@ -484,10 +515,12 @@ def test_data_format():
     options = {"data_format": "NHWC", "activation": "relu"}
     forward = batchnorm.batch_norm_train(x, residual=z, **options)
     same = batchnorm.batch_norm_train(x, residual=z, axis=-1, activation="relu")
-    assert same_bits(forward.y, same.y) and same_bits(forward.mask, same.mask)
-    assert len(forward.mask) == batchnorm.mask_bytes(x, data_format="NHWC")
+    assert same_bits(forward.y, same.y) and same_bits(forward.activation_mask, same.activation_mask)
+    assert len(forward.activation_mask) == batchnorm.activation_mask_bytes(x, data_format="NHWC")
     saved = forward.mean, forward.inv_std
-    got = batchnorm.batch_norm_backward(dy, x, *saved, mask=forward.mask, needs=NEEDS, **options)
+    got = batchnorm.batch_norm_backward(
+        dy, x, *saved, activation_mask=forward.activation_mask, needs=NEEDS, **options
+    )
     assert np.array_equal(got.dresidual, np.where(positive(forward.y), dy, np.float32(0)))
 
 
@@ -522,7 +555,7 @@ def test_non_finite_residual_stays_where_it_is(shape, value, dtype):
     assert same_bits(dirty.mean, clean.mean) and same_bits(dirty.inv_std, clean.inv_std)
     got = float(dirty.y[where])
     assert np.isnan(got) if np.isnan(value) else got == max(value, 0)
-    on = Bits(shape).split(dirty.mask)[0]
+    on = Bits(shape).split(dirty.activation_mask)[0]
     assert on[where] == (value == np.inf), "what is not above 0, NaN too, lets nothing through"
     assert np.array_equal(on, positive(dirty.y))
     gradients = p.backward(dirty)
@@ -543,7 +576,7 @@ def test_non_finite_x_stays_in_its_channel(shape, value, dtype):
     dirty = p.forward()
     assert np.isnan(dirty.y[:, channel].astype(np.float64)).all()
     assert all(same_bits(without(a, channel), without(b, channel)) for a, b in zip(dirty, clean, strict=True))
-    assert not Bits(shape).split(dirty.mask)[0][:, channel].any()
+    assert not Bits(shape).split(dirty.activation_mask)[0][:, channel].any()
     got = p.backward(dirty)
     assert not got.dresidual[:, channel].any()
     for name in NEEDS:
@@ -551,14 +584,14 @@ def test_non_finite_x_stays_in_its_channel(shape, value, dtype):
 
     # With given statistics it stays in its element.
     mean, var = np.zeros(shape.channels), np.ones(shape.channels)
-    mask = np.zeros(batchnorm.mask_bytes(p.x), np.uint8)
-    y = batchnorm.batch_norm(p.x, mean, var, activation="relu", residual=p.z, mask=mask)
-    on = Bits(shape).split(mask)[0]
+    activation_mask = np.zeros(batchnorm.activation_mask_bytes(p.x), np.uint8)
+    y = batchnorm.batch_norm(p.x, mean, var, activation="relu", residual=p.z, activation_mask=activation_mask)
+    on = Bits(shape).split(activation_mask)[0]
     assert np.isfinite(np.delete(y.astype(np.float64).ravel(), np.ravel_multi_index(where, y.shape))).all()
     assert np.array_equal(on, positive(y)) and on[where] == (value == np.inf)
     p.z[where] = -value
-    y = batchnorm.batch_norm(p.x, mean, var, activation="relu", residual=p.z, mask=mask)
-    assert np.isnan(y[where]) and not Bits(shape).split(mask)[0][where], "inf - inf"
+    y = batchnorm.batch_norm(p.x, mean, var, activation="relu", residual=p.z, activation_mask=activation_mask)
+    assert np.isnan(y[where]) and not Bits(shape).split(activation_mask)[0][where], "inf - inf"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -593,7 +626,7 @@ def test_gradient_of_the_residual_is_dy_bit_for_bit(dtype):
     x = rng("x").standard_normal(dy.shape).astype(dtype)
     forward = batchnorm.batch_norm_train(x, activation="relu", residual=x)
     want = np.where(positive(forward.y), dy, dtype.type(0))
-    options = {"activation": "relu", "mask": forward.mask}
+    options = {"activation": "relu", "activation_mask": forward.activation_mask}
     for needs in (NEEDS, ("dresidual",), ("dx", "dresidual"), ("dgamma", "dresidual")):
         got = batchnorm.batch_norm_backward(dy, x, forward.mean, forward.inv_std, needs=needs, **options)
         assert same_bits(got.dresidual, want), needs
@@ -608,13 +641,13 @@ def everything(p, like=lambda a: a):
     q = copy.copy(p)
     q.x, q.z, q.dy = like(p.x), like(p.z), like(p.dy)
     forward = q.forward(out=out(p.x))
-    results = [*forward, forward.mask]
+    results = [*forward, forward.activation_mask]
     for stats in ("batch", "fixed"):
         got = q.backward(forward, stats=stats, out=out(p.x), out_residual=out(p.x))
         results += [*got, got.dresidual]
     results.append(q.backward(forward, needs=("dresidual",), out_residual=out(p.x)).dresidual)
     plain = q.forward(activation=None, out=out(p.x))
-    got = q.backward(plain, activation=None, mask=None, out=out(p.x), out_residual=out(p.x))
+    got = q.backward(plain, activation=None, activation_mask=None, out=out(p.x), out_residual=out(p.x))
     results += [*plain, *got, got.dresidual]
     return [np.ascontiguousarray(a).tobytes() for a in results]
 
@@ -677,14 +710,16 @@ def test_stored_past_the_caches_by_default():
     block = Problem(Shape("ncs", 1, 8, 120_011), FLOAT32)
     x, z, dy = (np.broadcast_to(a, (6, *a.shape[1:])).copy() for a in (block.x, block.z, block.dy))
     mean, var = np.full(8, 0.3), np.full(8, 1.7)
-    mask, small = (np.zeros(batchnorm.mask_bytes(a), np.uint8) for a in (x, block.x))
+    activation_mask, small = (np.zeros(batchnorm.activation_mask_bytes(a), np.uint8) for a in (x, block.x))
     options = {"activation": "relu"}
-    y = batchnorm.batch_norm(x, mean, var, residual=z, mask=mask, **options)
-    part = batchnorm.batch_norm(block.x, mean, var, residual=block.z, mask=small, **options)
+    y = batchnorm.batch_norm(x, mean, var, residual=z, activation_mask=activation_mask, **options)
+    part = batchnorm.batch_norm(block.x, mean, var, residual=block.z, activation_mask=small, **options)
     assert np.array_equal(y, np.broadcast_to(part, x.shape))
-    assert np.array_equal(mask[:-4].reshape(6, -1), np.broadcast_to(small[:-4], (6, small.size - 4)))
+    assert np.array_equal(
+        activation_mask[:-4].reshape(6, -1), np.broadcast_to(small[:-4], (6, small.size - 4))
+    )
     options |= {"stats": "fixed", "needs": ("dx", "dresidual")}
-    got = batchnorm.batch_norm_backward(dy, x, mean, var, mask=mask, **options)
-    part = batchnorm.batch_norm_backward(block.dy, block.x, mean, var, mask=small, **options)
+    got = batchnorm.batch_norm_backward(dy, x, mean, var, activation_mask=activation_mask, **options)
+    part = batchnorm.batch_norm_backward(block.dy, block.x, mean, var, activation_mask=small, **options)
     assert np.array_equal(got.dx, np.broadcast_to(part.dx, x.shape))
     assert np.array_equal(got.dresidual, np.broadcast_to(part.dresidual, x.shape))

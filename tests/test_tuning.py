@@ -112,8 +112,11 @@ def everything(shape, dtype):
         results += forward
         options = {"activation": activation}
         if residual is not None:
-            results.append(forward.mask)
-            options |= {"mask": forward.mask, "needs": ("dx", "dgamma", "dbeta", "dresidual")}
+            results.append(forward.activation_mask)
+            options |= {
+                "activation_mask": forward.activation_mask,
+                "needs": ("dx", "dgamma", "dbeta", "dresidual"),
+            }
         for stats in ("batch", "fixed"):
             got = batchnorm.batch_norm_backward(
                 dy, x, forward.mean, forward.inv_std, gamma, beta, stats=stats, **options
@@ -191,9 +194,10 @@ def test_results_do_not_depend_on_the_environment():
                 x = (np.random.default_rng(0).standard_normal(shape) * 3 + 1).astype(dtype)
                 f = b.batch_norm_train(x, axis=axis, activation="relu", residual=x)
                 g = b.batch_norm_backward(
-                    x[::-1], x, f.mean, f.inv_std, axis=axis, activation="relu", mask=f.mask
+                    x[::-1], x, f.mean, f.inv_std, axis=axis, activation="relu",
+                    activation_mask=f.activation_mask,
                 )
-                for a in (*f, f.mask, *g):
+                for a in (*f, f.activation_mask, *g):
                     h.update(a.tobytes())
         print(h.hexdigest())
     """

@@ -49,8 +49,8 @@ class Peer:
 
         saved = bn.batch_norm_train(x, gamma, beta, eps=EPS, **act, **add)
         saved_mean, saved_inv_std = saved.mean, saved.inv_std
-        if getattr(saved, "mask", None) is not None:
-            act["mask"] = saved.mask
+        if getattr(saved, "activation_mask", None) is not None:
+            act["activation_mask"] = saved.activation_mask
         del saved  # y is not kept: backward does not need it
         if case.residual:
             act["needs"] = ("dx", "dgamma", "dbeta", "dresidual")

@@ -184,7 +184,7 @@ py::object batch_norm(py::handle x, py::handle mean, py::handle var, py::handle 
         Together together;
         if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_activation(activation, a.activation) ||
             !as_channels(mean, a.mean) || !as_channels(var, a.var) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) ||
-            !as_mask(mask, a.mask) || !as_thread_count(num_threads, a.num_threads)) {
+            !as_mask(mask, a.activation_mask) || !as_thread_count(num_threads, a.num_threads)) {
             return {};
         }
         py::object y = given_or_like(out, x);
@@ -224,9 +224,9 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
             without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
             return py::make_tuple(std::move(y), std::move(mean.array), std::move(inv_std.array));
         }
-        Vector<std::uint8_t> mask(mask_bytes(a.x));
+        Vector<std::uint8_t> mask(activation_mask_bytes(a.x));
         std::memset(mask.values.data(), 0, mask.values.size());  // the bits between runs
-        a.mask = mask.values;
+        a.activation_mask = mask.values;
         without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
         return py::make_tuple(std::move(y), std::move(mean.array), std::move(inv_std.array), std::move(mask.array));
     });
@@ -245,7 +245,7 @@ py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py:
         Together together;
         if (!together.read(x, a.x) || !together.read(dy, a.dy) || !as_int(axis, channel_axis) || !as_activation(activation, a.activation) ||
             !as_channels(mean, a.mean) || !as_channels(inv_std, a.inv_std) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) ||
-            !as_mask(mask, a.mask) || !as_thread_count(num_threads, a.num_threads) || (!need_dx && !out.is_none()) ||
+            !as_mask(mask, a.activation_mask) || !as_thread_count(num_threads, a.num_threads) || (!need_dx && !out.is_none()) ||
             (!need_dresidual && !out_residual.is_none())) {
             return {};
         }
@@ -295,11 +295,11 @@ py::object moments(py::handle x, py::handle axis, py::handle ddof, py::handle nu
 }
 
 // Bytes of a mask for x, which has a view.
-std::int64_t mask_bytes_of(py::handle x, std::int64_t axis) {
+std::int64_t activation_mask_bytes_of(py::handle x, std::int64_t axis) {
     ConstTensor view;
     Together together;
     if (!together.read(x, view) || !together.look(axis)) throw std::invalid_argument("x cannot be used as it is");
-    return mask_bytes(view);
+    return activation_mask_bytes(view);
 }
 
 py::object update_running(py::handle running_mean, py::handle running_var, py::handle mean, py::handle var, double decay,
@@ -376,7 +376,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
     m.def("update_running", &update_running);
     m.def("has_view", &has_view);
-    m.def("mask_bytes", &mask_bytes_of);
+    m.def("activation_mask_bytes", &activation_mask_bytes_of);
     m.def("tuning", &tuning);
     m.def("set_tuning", [](const std::string& settings) { set_tuning(settings); });
     m.def("set_bfloat16_type_num", [](int n) { bfloat16_type_num = n; });

@@ -152,8 +152,8 @@ kernels::ApplyArgs apply_args(const Args& a, const Geometry& g, const Plan& plan
             to_operand(a.residual),
             to_operand(a.y),
             {},
-            gate_of(a.activation, !a.mask.empty()),
-            to_mask(g, a.mask.data()),
+            gate_of(a.activation, !a.activation_mask.empty()),
+            to_mask(g, a.activation_mask.data()),
             plan.stream};
 }
 
@@ -279,8 +279,8 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                 affine.set(c, coeffs::affine<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
             }
         };
-        const kernels::Gate gate = gate_of(a.activation, !a.mask.empty());
-        const kernels::Mask mask = to_mask(g, const_cast<std::uint8_t*>(a.mask.data()));  // only read
+        const kernels::Gate gate = gate_of(a.activation, !a.activation_mask.empty());
+        const kernels::Mask mask = to_mask(g, const_cast<std::uint8_t*>(a.activation_mask.data()));  // only read
         const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
         const auto sum_tile = [&](const Where& where, bool, double* dy, double* dy_x) {
             const int64_t c = where.box.channel_begin;
@@ -345,7 +345,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
     });
 }
 
-std::int64_t mask_bytes(const ConstTensor& x) { return mask_bytes(check::mask_geometry(x)); }
+std::int64_t activation_mask_bytes(const ConstTensor& x) { return mask_bytes(check::mask_geometry(x)); }
 
 void update_running(const UpdateRunningArgs& a) {
     check::arguments(a);

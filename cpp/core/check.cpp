@@ -235,9 +235,10 @@ void call_threads(int n) {
 // A mask that is given has the right size and a ReLU to tell of.
 void mask(std::span<const std::uint8_t> bytes, Activation activation, const Geometry& g) {
     if (bytes.empty()) return;
-    if (activation != Activation::relu) fail("mask is given without activation relu, of which it tells; drop one of them");
+    if (activation != Activation::relu) fail("activation_mask is given without activation relu, of which it tells; drop one of them");
     if (static_cast<std::int64_t>(bytes.size()) != mask_bytes(g)) {
-        fail("mask has " + std::to_string(bytes.size()) + " bytes, expected mask_bytes(x) = " + std::to_string(mask_bytes(g)));
+        fail("activation_mask has " + std::to_string(bytes.size()) +
+             " bytes, expected activation_mask_bytes(x) = " + std::to_string(mask_bytes(g)));
     }
 }
 
@@ -253,7 +254,8 @@ template <class... Read>
 void mask_apart(std::span<const std::uint8_t> bytes, const Read&... others) {
     if (bytes.empty()) return;
     const auto one = [&](const auto& v, const char* name) {
-        if (v && range_of(bytes).overlaps(range_of(v))) fail(std::string("mask overlaps ") + name + ", expected separate arrays");
+        if (v && range_of(bytes).overlaps(range_of(v)))
+            fail(std::string("activation_mask overlaps ") + name + ", expected separate arrays");
     };
     (one(others.first, others.second), ...);
 }
@@ -271,11 +273,11 @@ Geometry arguments(const BatchNormArgs& a) {
     same_shape(a.y, "y", g);
     distinct_elements(a.y, "y");
     residual(a.residual, a.y, g, a.disjoint);
-    mask(a.mask, a.activation, g);
+    mask(a.activation_mask, a.activation, g);
     call_threads(a.num_threads);
     if (a.disjoint) return g;
     no_partial_overlap(a.y, "y", a.x, "x");
-    mask_apart(a.mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{a.mean, "mean"},
+    mask_apart(a.activation_mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{a.mean, "mean"},
                std::pair{a.var, "var"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"});
     const Range y = range_of(a.y);
     for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
@@ -313,11 +315,11 @@ Geometry arguments(const BatchNormTrainArgs& a) {
         }
     }
     residual(a.residual, a.y, g, a.disjoint);
-    mask(a.mask, a.activation, g);
+    mask(a.activation_mask, a.activation, g);
     call_threads(a.num_threads);
     if (a.disjoint) return g;
     no_partial_overlap(a.y, "y", a.x, "x");
-    mask_apart(a.mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{mean, "mean"},
+    mask_apart(a.activation_mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{mean, "mean"},
                std::pair{inv_std, "inv_std"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"},
                std::pair{a.running_mean, "running_mean"}, std::pair{a.running_var, "running_var"});
     const Range y = range_of(a.y);
@@ -365,11 +367,11 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
     if (a.dresidual) {
         same_shape(a.dresidual, "dresidual", g);
         distinct_elements(a.dresidual, "dresidual");
-        if (a.activation == Activation::relu && a.mask.empty()) {
-            fail("mask is missing, expected the forward's: after a residual, x does not tell where the activation was on");
+        if (a.activation == Activation::relu && a.activation_mask.empty()) {
+            fail("activation_mask is missing, expected the forward's: after a residual, x does not tell where the activation was on");
         }
     }
-    mask(a.mask, a.activation, g);
+    mask(a.activation_mask, a.activation, g);
     call_threads(a.num_threads);
     if (a.disjoint) return g;
     for (const auto& [v, name] : {std::pair{&a.dgamma, "dgamma"}, {&a.dbeta, "dbeta"}}) {
@@ -378,13 +380,13 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
         apart(range_of(a.dy), "dy", *v, name);
         if (a.dx) apart(range_of(a.dx), "dx", *v, name);
         if (a.dresidual) apart(range_of(a.dresidual), "dresidual", *v, name);
-        mask_apart(a.mask, std::pair{*v, name});
+        mask_apart(a.activation_mask, std::pair{*v, name});
     }
     for (const auto& [out, out_name] : {std::pair{&a.dx, "dx"}, {&a.dresidual, "dresidual"}}) {
         if (!*out) continue;
         no_partial_overlap(*out, out_name, a.dy, "dy");
         if (out == &a.dx) no_partial_overlap(*out, out_name, a.x, "x");
-        mask_apart(a.mask, std::pair{*out, out_name});
+        mask_apart(a.activation_mask, std::pair{*out, out_name});
         for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
             if (*v) apart(range_of(*out), out_name, *v, name);
         }

@@ -449,21 +449,26 @@ def _residual(value: object, x: Array) -> Array | None:
 def _mask(
     value: object, x: Array, axis: int, activation: str | None, apart_from: Mapping[str, Array | None]
 ) -> Array | None:
-    """A mask for x, which has its final memory order; overlapping none of `apart_from`."""
+    """A activation_mask for x, which has its final memory order; overlapping none of `apart_from`."""
     if value is None:
         return None
-    count = _core.mask_bytes(x, axis)
-    expected = f"a contiguous array of {count} uint8, as the forward made it or numpy.zeros(mask_bytes(x))"
+    count = _core.activation_mask_bytes(x, axis)
+    made = "as the forward made it or numpy.zeros(activation_mask_bytes(x))"
+    expected = f"a contiguous array of {count} uint8, {made}"
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
         kind = f"has dtype {value.dtype}" if isinstance(value, np.ndarray) else f"is {_kind(value)}"
-        raise TypeError(f"mask {kind}, expected {expected}")
+        raise TypeError(f"activation_mask {kind}, expected {expected}")
     if value.shape != (count,) or value.strides != (1,):
-        raise ValueError(f"mask has shape {value.shape} and strides {value.strides}, expected {expected}")
+        raise ValueError(
+            f"activation_mask has shape {value.shape} and strides {value.strides}, expected {expected}"
+        )
     if activation is None:
-        raise ValueError("mask is given without activation='relu', of which it tells; drop one of them")
+        raise ValueError(
+            "activation_mask is given without activation='relu', of which it tells; drop one of them"
+        )
     for name, array in apart_from.items():
         if array is not None and _share(value, array):
-            raise ValueError(f"mask overlaps {name}, expected separate arrays")
+            raise ValueError(f"activation_mask overlaps {name}, expected separate arrays")
     return value.view(np.ndarray)
 
 
@@ -485,7 +490,7 @@ def inference(
     data_format: object,
     activation: object,
     residual: object,
-    mask: object,
+    activation_mask: object,
     num_threads: object,
     out: object,
 ) -> tuple[Any, ...]:
@@ -504,9 +509,9 @@ def inference(
         y = _output(out, "out", x, {"x": x} if z is None else {"x": x, "residual": z}, vectors)
     apart = {"x": x, "residual": z, "out": y, **vectors}
     x, z = _in_one_direction(x, z, {"out": y}, channel_axis)
-    bits = _mask(mask, x, channel_axis, activation, apart)
+    bits = _mask(activation_mask, x, channel_axis, activation, apart)
     if bits is not None and not bits.flags.writeable:
-        raise ValueError("mask is read-only, expected a writable array")
+        raise ValueError("activation_mask is read-only, expected a writable array")
     return x, m, v, g, b, eps, channel_axis, activation, z, bits, threads, y, True, True
 
 
@@ -601,7 +606,7 @@ def backward(
     data_format: object,
     stats: object,
     activation: object,
-    mask: object,
+    activation_mask: object,
     needs: object,
     num_threads: object,
     out: object,
@@ -624,10 +629,10 @@ def backward(
             f"x has shape {x.shape} with one value per channel (axis {channel_axis}), expected at least 2 "
             f"with stats='batch'; after a forward with given statistics use stats='fixed'"
         )
-    if need_dresidual and activation is not None and mask is None:
+    if need_dresidual and activation is not None and activation_mask is None:
         raise ValueError(
-            "mask is None, expected the mask of the forward pass: with a residual, x does not tell where the "
-            "activation was on"
+            "activation_mask is None, expected that of the forward pass: with a residual, x does not "
+            "tell where the activation was on"
         )
     vectors = {"mean": m, "inv_std": s, "gamma": g, "beta": b}
     outputs: dict[str, Array | None] = {"out": None, "out_residual": None}
@@ -650,7 +655,7 @@ def backward(
     if dx is not None and dresidual is not None and _share(dx, dresidual):
         raise ValueError("out and out_residual overlap, expected two separate arrays")
     x, other = _in_one_direction(x, dy, outputs, channel_axis)
-    bits = _mask(mask, x, channel_axis, activation, outputs)
+    bits = _mask(activation_mask, x, channel_axis, activation, outputs)
     return (
         other, x, m, s, g, b, channel_axis, fixed, activation, bits, need_dx, need_dgamma, need_dbeta,
         need_dresidual, threads, dx, dresidual, True, True,
@@ -674,7 +679,7 @@ def statistics(
 
 
 def mask_view(x: object, axis: object, data_format: object) -> tuple[Array, int]:
-    """Arguments of `_core.mask_bytes`, or the error that explains."""
+    """Arguments of `_core.activation_mask_bytes`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
     return _in_one_direction(x, None, {}, channel_axis)[0], channel_axis
 

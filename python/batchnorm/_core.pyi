@@ -14,7 +14,7 @@ def batch_norm(
     axis: Any,
     activation: Any,
     residual: Any,
-    mask: Any,
+    activation_mask: Any,
     num_threads: Any,
     out: Any,
     disjoint: bool,
@@ -49,7 +49,7 @@ def batch_norm_backward(
     axis: Any,
     fixed: bool,
     activation: Any,
-    mask: Any,
+    activation_mask: Any,
     need_dx: bool,
     need_dgamma: bool,
     need_dbeta: bool,
@@ -75,7 +75,7 @@ def update_running(
     /,
 ) -> None: ...
 def has_view(arrays: list[NDArray[Any]], axis: int, /) -> bool: ...
-def mask_bytes(x: NDArray[Any], axis: int, /) -> int: ...
+def activation_mask_bytes(x: NDArray[Any], axis: int, /) -> int: ...
 def tuning() -> str: ...
 def set_tuning(settings: str, /) -> None: ...
 def set_main_thread(ident: int, /) -> None: ...

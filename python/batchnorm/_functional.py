@@ -12,14 +12,14 @@ from . import _args, _core
 
 __all__ = [
     "Gradients",
-    "MaskedTrainResult",
     "MeanVar",
     "ResidualGradients",
+    "ResidualTrainResult",
     "TrainResult",
+    "activation_mask_bytes",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_train",
-    "mask_bytes",
     "moments",
     "update_running",
 ]
@@ -44,11 +44,11 @@ class TrainResult(NamedTuple):
     inv_std: NDArray[np.float64]
 
 
-class MaskedTrainResult(TrainResult):
-    """A TrainResult, three values to unpack, that also holds ``mask``: where the activation let values
-    through, one bit per element, for :func:`batch_norm_backward`."""
+class ResidualTrainResult(TrainResult):
+    """A TrainResult, three values to unpack, that also holds ``activation_mask``: where the activation let
+    values through, one bit per element, for :func:`batch_norm_backward`."""
 
-    mask: NDArray[np.uint8]
+    activation_mask: NDArray[np.uint8]
 
 
 class Gradients(NamedTuple):
@@ -77,7 +77,7 @@ def batch_norm(
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
     residual: Array | None = None,
-    mask: NDArray[np.uint8] | None = None,
+    activation_mask: NDArray[np.uint8] | None = None,
     num_threads: int | None = None,
     out: Array | None = None,
     **unknown: NoReturn,
@@ -103,7 +103,7 @@ def batch_norm(
         Applied to the result in the same pass.
     residual : array like x, optional
         Added before the activation, in the same pass; x's shape and dtype.
-    mask : writable uint8 array of shape (mask_bytes(x),), optional
+    activation_mask : writable uint8 array of shape (activation_mask_bytes(x),), optional
         Receives where the activation let values through, for a backward with ``stats="fixed"`` after a
         residual. Bits between runs of a channel keep their value.
     num_threads : int, optional
@@ -143,14 +143,39 @@ def batch_norm(
     """
     if data_format is None and not unknown:
         y = _core.batch_norm(
-            x, mean, var, gamma, beta, eps, axis, activation, residual, mask, num_threads, out, False, False
+            x,
+            mean,
+            var,
+            gamma,
+            beta,
+            eps,
+            axis,
+            activation,
+            residual,
+            activation_mask,
+            num_threads,
+            out,
+            False,
+            False,
         )
         if y is not None:
             return y
     if unknown:
         _args.reject_keywords(batch_norm, unknown)
     arguments = _args.inference(
-        x, mean, var, gamma, beta, eps, axis, data_format, activation, residual, mask, num_threads, out
+        x,
+        mean,
+        var,
+        gamma,
+        beta,
+        eps,
+        axis,
+        data_format,
+        activation,
+        residual,
+        activation_mask,
+        num_threads,
+        out,
     )
     y = _core.batch_norm(*arguments)
     assert y is not None
@@ -200,8 +225,8 @@ def batch_norm_train(
     TrainResult
         ``y`` like x (dtype, shape, memory order), and ``mean`` and ``inv_std = 1 / sqrt(var + eps)``,
         float64 of shape (C,), for :func:`batch_norm_backward`. With ``residual`` and an activation a
-        :class:`MaskedTrainResult`, whose ``mask`` backward needs as well. An empty batch gives an empty
-        ``y``, NaN statistics and no update.
+        :class:`ResidualTrainResult`, whose ``activation_mask`` backward needs as well. An empty batch
+        gives an empty ``y``, NaN statistics and no update.
 
     Raises
     ------
@@ -270,9 +295,9 @@ def batch_norm_train(
     return _new(TrainResult, result) if len(result) == 3 else _with_mask(result)
 
 
-def _with_mask(result: tuple[Array, ...]) -> MaskedTrainResult:
-    masked = _new(MaskedTrainResult, result[:3])
-    masked.mask = result[3]
+def _with_mask(result: tuple[Array, ...]) -> ResidualTrainResult:
+    masked = _new(ResidualTrainResult, result[:3])
+    masked.activation_mask = result[3]
     return masked
 
 
@@ -288,7 +313,7 @@ def batch_norm_backward(
     data_format: _args.DataFormatName | None = None,
     stats: Literal["batch", "fixed"] = "batch",
     activation: _args.ActivationName | None = None,
-    mask: NDArray[np.uint8] | None = None,
+    activation_mask: NDArray[np.uint8] | None = None,
     needs: tuple[str, ...] = ("dx", "dgamma", "dbeta"),
     num_threads: int | None = None,
     out: Array | None = None,
@@ -317,10 +342,10 @@ def batch_norm_backward(
     activation : None or "relu"
         The forward pass's activation. Where it was off is recomputed from ``x``, nothing needs to be kept,
         unless there was a residual.
-    mask : uint8 array, optional
-        The forward pass's ``mask``, for an ``x`` of the same memory order. Required after a residual with an
-        activation: without it the gradients would be those of a forward without the residual, and nothing
-        here can tell.
+    activation_mask : uint8 array, optional
+        The forward pass's ``activation_mask``, for an ``x`` of the same memory order. Required after a
+        residual with an activation: without it the gradients would be those of a forward without the
+        residual, and nothing here can tell.
     needs : tuple of "dx", "dgamma", "dbeta", "dresidual"
         What to compute; the rest is None and costs nothing. "dresidual" makes the result a
         :class:`ResidualGradients`.
@@ -340,7 +365,7 @@ def batch_norm_backward(
     TypeError, ValueError
         As :func:`batch_norm`; also ``dy`` of another shape or dtype, unknown names in ``needs``, ``out``
         without "dx" in ``needs``, ``out_residual`` without "dresidual", "dresidual" with an activation and
-        without a mask.
+        without an activation_mask.
 
     Notes
     -----
@@ -384,7 +409,7 @@ def batch_norm_backward(
             axis,
             stats == "fixed",
             activation,
-            mask,
+            activation_mask,
             True,
             True,
             True,
@@ -400,8 +425,8 @@ def batch_norm_backward(
     if unknown:
         _args.reject_keywords(batch_norm_backward, unknown)
     arguments = _args.backward(
-        dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, mask, needs, num_threads,
-        out, out_residual,
+        dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, activation_mask, needs,
+        num_threads, out, out_residual,
     )  # fmt: skip
     result = _core.batch_norm_backward(*arguments)
     assert result is not None
@@ -414,27 +439,27 @@ def _with_dresidual(result: tuple[Any, ...]) -> ResidualGradients:
     return gradients
 
 
-def mask_bytes(
+def activation_mask_bytes(
     x: Array,
     *,
     axis: int = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     **unknown: NoReturn,
 ) -> int:
-    """Number of bytes of a mask for ``x``: about one bit per element.
+    """Number of bytes of an activation_mask for ``x``: about one bit per element.
 
     Parameters
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
-        Its shape and memory order count, its values do not. The mask fits an ``x`` of the same shape and
-        memory order.
+        Its shape and memory order count, its values do not. The activation_mask fits an ``x`` of the
+        same shape and memory order.
     axis, data_format
         As in :func:`batch_norm`.
 
     Returns
     -------
     int
-        The length of the uint8 array that ``mask=`` of :func:`batch_norm` fills.
+        The length of the uint8 array that ``activation_mask=`` of :func:`batch_norm` fills.
 
     Raises
     ------
@@ -448,12 +473,12 @@ def mask_bytes(
     Examples
     --------
     >>> import numpy as np, batchnorm
-    >>> batchnorm.mask_bytes(np.zeros((8, 64, 32, 32), np.float32))
+    >>> batchnorm.activation_mask_bytes(np.zeros((8, 64, 32, 32), np.float32))
     65540
     """
     if unknown:
-        _args.reject_keywords(mask_bytes, unknown)
-    return _core.mask_bytes(*_args.mask_view(x, axis, data_format))
+        _args.reject_keywords(activation_mask_bytes, unknown)
+    return _core.activation_mask_bytes(*_args.mask_view(x, axis, data_format))
 
 
 def moments(

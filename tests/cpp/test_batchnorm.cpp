@@ -271,14 +271,14 @@ void run_residual(const Inputs<T>& in, const Layout& layout, bool in_place, Resu
         return in_place ? Array<T>(layout, in.shape, source) : Array<T>(layout, in.shape);
     };
     const auto forward = [&](auto& args, Array<T> y, std::vector<std::uint8_t>& mask) {
-        if (in.activation == Activation::relu) mask.assign(static_cast<size_t>(mask_bytes(x.view())), 0);
+        if (in.activation == Activation::relu) mask.assign(static_cast<size_t>(activation_mask_bytes(x.view())), 0);
         args.x = x.view();
         args.y = y.view();
         args.residual = in_place ? ConstTensor(y.view()) : ConstTensor(z.view());
         args.gamma = absent_if_empty(in.gamma);
         args.beta = absent_if_empty(in.beta);
         args.activation = in.activation;
-        args.mask = mask;
+        args.activation_mask = mask;
         if constexpr (std::is_same_v<decltype(args), BatchNormArgs&>) {
             batch_norm(args);
         } else {
@@ -306,7 +306,7 @@ void run_residual(const Inputs<T>& in, const Layout& layout, bool in_place, Resu
     backward.gamma = absent_if_empty(in.gamma);
     backward.beta = absent_if_empty(in.beta);
     backward.activation = in.activation;
-    backward.mask = r.mask;
+    backward.activation_mask = r.mask;
     backward.dy = in_place ? ConstTensor(dz_alone.view()) : ConstTensor(dy.view());
     backward.dresidual = dz_alone.view();
     batch_norm_backward(backward);
@@ -649,7 +649,7 @@ void test_mask_without_residual() {
             Array<T> y(layout, s);
             std::vector<double> inv_std;
             for (const double var : in.given_var) inv_std.push_back(1 / std::sqrt(var + 1e-5));
-            const auto bytes = static_cast<size_t>(mask_bytes(x.view()));
+            const auto bytes = static_cast<size_t>(activation_mask_bytes(x.view()));
             std::vector<std::uint8_t> guarded(bytes + 20, 0xff);
             BatchNormArgs a;
             a.x = x.view();
@@ -659,7 +659,7 @@ void test_mask_without_residual() {
             a.gamma = in.gamma;
             a.beta = in.beta;
             a.activation = in.activation;
-            a.mask = std::span(guarded).subspan(7, bytes);
+            a.activation_mask = std::span(guarded).subspan(7, bytes);
             batch_norm(a);
             const Bits bits{!layout.channels_last, s};
             const std::vector<T> values = y.values();
@@ -686,7 +686,7 @@ void test_mask_without_residual() {
                 for (const size_t masked : {0, 1}) {
                     Array<T> out(layout, s);
                     dgamma[masked] = dbeta[masked] = std::vector<float>(in.gamma.size());
-                    b.mask = masked ? std::span<const std::uint8_t>(a.mask) : std::span<const std::uint8_t>();
+                    b.activation_mask = masked ? std::span<const std::uint8_t>(a.activation_mask) : std::span<const std::uint8_t>();
                     b.dx = out.view();
                     b.dgamma = dgamma[masked];
                     b.dbeta = dbeta[masked];
@@ -707,7 +707,7 @@ void test_mask_of_single_elements() {
     const auto columns = [](std::vector<float>& v) { return View<float>{v.data(), 4, 5, 1, 10, 2, 1}; };
     const std::vector<float> zero(5), one(5, 1);
     std::vector<std::uint8_t> mask(24);
-    CHECK(mask_bytes(columns(x)) == 24);
+    CHECK(activation_mask_bytes(columns(x)) == 24);
     BatchNormArgs a;
     a.x = columns(x);
     a.y = columns(y);
@@ -716,7 +716,7 @@ void test_mask_of_single_elements() {
     a.var = one;
     a.eps = 0;
     a.activation = Activation::relu;
-    a.mask = mask;
+    a.activation_mask = mask;
     batch_norm(a);
     BatchNormBackwardArgs b;
     b.x = columns(x);
@@ -727,7 +727,7 @@ void test_mask_of_single_elements() {
     b.inv_std = one;
     b.stats = Stats::fixed;
     b.activation = Activation::relu;
-    b.mask = mask;
+    b.activation_mask = mask;
     batch_norm_backward(b);
     for (size_t i = 0; i < 40; ++i) {
         const bool used = i % 2 == 0, on = used && x[i] + z[i] > 0;
@@ -856,7 +856,7 @@ struct Valid {
     template <class Args>
     Args masked(Args a) {
         a.activation = Activation::relu;
-        a.mask = mask;
+        a.activation_mask = mask;
         if constexpr (std::is_same_v<Args, BatchNormBackwardArgs>) {
             a.dresidual = view(dz);
         } else {
@@ -985,32 +985,36 @@ void test_errors_of_residual() {
     REFUSES(masked_train, "residual overlaps running_mean", a.running_mean = std::span(v.z).first(3));
     REFUSES(masked_train, "residual overlaps running_var", a.running_var = std::span(v.z).subspan(57, 3));
 
-    REFUSES(masked_inference, "mask is given without activation relu, of which it tells; drop one of them",
+    REFUSES(masked_inference, "activation_mask is given without activation relu, of which it tells; drop one of them",
             a.activation = Activation::none);
-    REFUSES(masked_train, "mask is given without activation relu", a.activation = Activation::none);
-    REFUSES(masked_backward, "mask is given without activation relu", a.activation = Activation::none);
-    REFUSES(masked_inference, "mask has 15 bytes, expected mask_bytes(x) = 16", a.mask = std::span(v.mask).first(15));
-    REFUSES(masked_train, "mask has 12 bytes, expected mask_bytes(x) = 16", a.mask = std::span(v.mask).first(12));
-    REFUSES(masked_backward, "mask has 1 bytes, expected mask_bytes(x) = 16", a.mask = std::span(v.mask).first(1));
+    REFUSES(masked_train, "activation_mask is given without activation relu", a.activation = Activation::none);
+    REFUSES(masked_backward, "activation_mask is given without activation relu", a.activation = Activation::none);
+    REFUSES(masked_inference, "activation_mask has 15 bytes, expected activation_mask_bytes(x) = 16",
+            a.activation_mask = std::span(v.mask).first(15));
+    REFUSES(masked_train, "activation_mask has 12 bytes, expected activation_mask_bytes(x) = 16",
+            a.activation_mask = std::span(v.mask).first(12));
+    REFUSES(masked_backward, "activation_mask has 1 bytes, expected activation_mask_bytes(x) = 16",
+            a.activation_mask = std::span(v.mask).first(1));
     const auto on = [](std::vector<float>& floats) { return std::span(reinterpret_cast<std::uint8_t*>(floats.data()), 16); };
-    REFUSES(masked_inference, "mask overlaps x, expected separate arrays", a.mask = on(v.x));
-    REFUSES(masked_inference, "mask overlaps y, expected separate arrays", a.mask = on(v.y));
-    REFUSES(masked_inference, "mask overlaps residual, expected separate arrays", a.mask = on(v.z));
-    REFUSES(masked_inference, "mask overlaps mean, expected separate arrays", a.mean = within_mask(v));
-    REFUSES(masked_inference, "mask overlaps gamma", (std::fill(v.mask.begin(), v.mask.end(), 0), a.gamma = within_mask(v)));
-    REFUSES(masked_train, "mask overlaps x", a.mask = on(v.x));
-    REFUSES(masked_train, "mask overlaps y", a.mask = on(v.y));
-    REFUSES(masked_train, "mask overlaps residual", a.mask = on(v.z));
-    REFUSES(masked_train, "mask overlaps beta", a.beta = within_mask(v));
-    REFUSES(masked_train, "mask overlaps running_mean", a.running_mean = within_mask(v));
-    REFUSES(masked_train, "mask overlaps running_var", a.running_var = within_mask(v));
-    REFUSES(masked_backward, "mask overlaps dx", a.mask = on(v.dx));
-    REFUSES(masked_backward, "mask overlaps dresidual", a.mask = on(v.dz));
-    REFUSES(masked_backward, "mask overlaps dgamma", a.dgamma = within_mask(v));
-    REFUSES(masked_backward, "mask overlaps dbeta", a.dbeta = within_mask(v));
+    REFUSES(masked_inference, "activation_mask overlaps x, expected separate arrays", a.activation_mask = on(v.x));
+    REFUSES(masked_inference, "activation_mask overlaps y, expected separate arrays", a.activation_mask = on(v.y));
+    REFUSES(masked_inference, "activation_mask overlaps residual, expected separate arrays", a.activation_mask = on(v.z));
+    REFUSES(masked_inference, "activation_mask overlaps mean, expected separate arrays", a.mean = within_mask(v));
+    REFUSES(masked_inference, "activation_mask overlaps gamma", (std::fill(v.mask.begin(), v.mask.end(), 0), a.gamma = within_mask(v)));
+    REFUSES(masked_train, "activation_mask overlaps x", a.activation_mask = on(v.x));
+    REFUSES(masked_train, "activation_mask overlaps y", a.activation_mask = on(v.y));
+    REFUSES(masked_train, "activation_mask overlaps residual", a.activation_mask = on(v.z));
+    REFUSES(masked_train, "activation_mask overlaps beta", a.beta = within_mask(v));
+    REFUSES(masked_train, "activation_mask overlaps running_mean", a.running_mean = within_mask(v));
+    REFUSES(masked_train, "activation_mask overlaps running_var", a.running_var = within_mask(v));
+    REFUSES(masked_backward, "activation_mask overlaps dx", a.activation_mask = on(v.dx));
+    REFUSES(masked_backward, "activation_mask overlaps dresidual", a.activation_mask = on(v.dz));
+    REFUSES(masked_backward, "activation_mask overlaps dgamma", a.dgamma = within_mask(v));
+    REFUSES(masked_backward, "activation_mask overlaps dbeta", a.dbeta = within_mask(v));
 
-    REFUSES(masked_backward, "mask is missing, expected the forward's: after a residual, x does not tell where the activation was on",
-            a.mask = {});
+    REFUSES(masked_backward,
+            "activation_mask is missing, expected the forward's: after a residual, x does not tell where the activation was on",
+            a.activation_mask = {});
     REFUSES(masked_backward, "dresidual has (outer, channels, inner) (4, 2, 5), expected (4, 3, 5) as x has", a.dresidual.channels = 2);
     REFUSES(masked_backward, "dresidual has another storage type", a.dresidual.dtype = Dtype::bfloat16);
     REFUSES(masked_backward, "dresidual has strides (15, 1, 3), expected 1 for inner",
@@ -1031,9 +1035,9 @@ void test_errors_of_residual() {
 
     Valid v;
     const auto x = Valid::view(v.x);
-    CHECK(mask_bytes(x) == 16 && mask_bytes(View<double>::ncs(nullptr, 0, 3, 5)) == 4);
-    CHECK(mask_bytes(View<float>::nsc(v.x.data(), 20, 3)) == 8 + 4);
-    throws<std::invalid_argument>("x has 0 channels, expected at least 1", __LINE__, [] { mask_bytes(View<float>{}); });
+    CHECK(activation_mask_bytes(x) == 16 && activation_mask_bytes(View<double>::ncs(nullptr, 0, 3, 5)) == 4);
+    CHECK(activation_mask_bytes(View<float>::nsc(v.x.data(), 20, 3)) == 8 + 4);
+    throws<std::invalid_argument>("x has 0 channels, expected at least 1", __LINE__, [] { activation_mask_bytes(View<float>{}); });
     call(v.masked_inference());  // what is spoilt above is valid
     call(v.masked_train());
     call(v.masked_backward());

@@ -136,8 +136,8 @@ enum class Activation { none, relu };
 enum class Stats { batch, fixed };
 
 // Where a ReLU let values through, one bit per element: written by the forward functions, read by batch_norm_backward, which without it
-// finds out from x. After a residual it cannot. mask_bytes(x) is its size, a function of shape and memory order.
-BATCHNORM_API std::int64_t mask_bytes(const ConstTensor& x);
+// finds out from x. After a residual it cannot. activation_mask_bytes(x) is its size, a function of shape and memory order.
+BATCHNORM_API std::int64_t activation_mask_bytes(const ConstTensor& x);
 
 // Normalise with given statistics. y may be x or the residual itself (in place); no other overlap.
 struct BatchNormArgs {
@@ -148,8 +148,9 @@ struct BatchNormArgs {
     ConstChannels gamma{}, beta{};  // absent: 1 and 0
     double eps = 1e-5;              // finite, >= 0
     Activation activation = Activation::none;
-    std::span<std::uint8_t> mask{};  // out, mask_bytes(x) bytes, with an activation only; empty: none. Bits between runs stay.
-    int num_threads = 0;             // for this call; 0: num_threads()
+    std::span<std::uint8_t>
+        activation_mask{};  // out, activation_mask_bytes(x) bytes, with an activation only; empty: none. Bits between runs stay.
+    int num_threads = 0;    // for this call; 0: num_threads()
     bool disjoint = false;  // the caller has checked that no output shares an element with another argument; address ranges may overlap
 };
 BATCHNORM_API void batch_norm(const BatchNormArgs& args);
@@ -167,8 +168,8 @@ struct BatchNormTrainArgs {
     int running_ddof = 1;                    // 0 or 1
     double eps = 1e-5;
     Activation activation = Activation::none;
-    std::span<double> mean{}, inv_std{};  // out, C each: what backward needs, unrounded
-    std::span<std::uint8_t> mask{};       // out
+    std::span<double> mean{}, inv_std{};        // out, C each: what backward needs, unrounded
+    std::span<std::uint8_t> activation_mask{};  // out
     int num_threads = 0;
     bool disjoint = false;
 };
@@ -185,7 +186,7 @@ struct BatchNormBackwardArgs {
     ConstChannels gamma{}, beta{};    // beta is read only with an activation
     Stats stats = Stats::batch;
     Activation activation = Activation::none;
-    std::span<const std::uint8_t> mask{};  // the forward's; empty: where ReLU was on is recomputed from x
+    std::span<const std::uint8_t> activation_mask{};  // the forward's; empty: where ReLU was on is recomputed from x
     Tensor dx{}, dresidual{};
     Channels dgamma{}, dbeta{};
     int num_threads = 0;
