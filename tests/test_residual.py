@@ -2,7 +2,8 @@
 
 An activation_mask is one bit per element, from the lowest bit of the first byte on. Each run of a channel
 (direction ncs) and each row of channels (nsc) starts at a whole byte, but rows of fewer than 64 channels
-follow one another bit by bit; 4 bytes at the end are spare. `Bits` below reads it in NumPy, from this description alone.
+follow one another bit by bit; 4 bytes at the end are spare. `Bits` below reads it in NumPy, from this
+description alone.
 """
 
 from __future__ import annotations
