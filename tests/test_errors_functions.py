@@ -158,7 +158,7 @@ for axis in (4, 7, -5, 2**31, -(2**31), 2**62):
     )
 case(TENSOR_FUNCTIONS, "axis 2**70", {"axis": 2**70}, ValueError, r"\baxis\b", "int|1.18059e\\+21")
 case(TENSOR_FUNCTIONS, "axis -2**70", {"axis": -(2**70)}, ValueError, r"\baxis\b", "int|1.18059e\\+21")
-NOT_AXES = {"float": 1.0, "bool": True, "NumPy bool": np.True_, "None": None, "str": "1", "tuple": (1,)}
+NOT_AXES = {"float": 1.0, "bool": True, "NumPy bool": np.True_, "None": None, "str": "1", "list": [1]}
 for name, axis in {**NOT_AXES, "list": [0, 1], "array": np.array([1])}.items():
     got = type(axis).__name__ if axis is not None else "None"
     case(TENSOR_FUNCTIONS, f"axis {name}", {"axis": axis}, TypeError, r"\baxis\b", got, r"\bint\b")

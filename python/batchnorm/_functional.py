@@ -3,12 +3,12 @@ docstring says so."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _core
+from . import _args, _core, _several_axes
 
 __all__ = [
     "Gradients",
@@ -73,7 +73,7 @@ def batch_norm(
     beta: Array | None = None,
     *,
     eps: float = 1e-5,
-    axis: int = _args.DEFAULT_AXIS,
+    axis: int | tuple[int, ...] = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
     residual: Array | None = None,
@@ -94,8 +94,9 @@ def batch_norm(
         Scale and shift per channel; absent means 1 and 0. Finite.
     eps : float
         Added to the variance inside the square root; finite, >= 0.
-    axis : int
-        The axis of ``x`` that holds the C channels.
+    axis : int, or tuple of int
+        The axis of ``x`` that holds the C channels. Several axes, for example (1, 2, 3), give each activation
+        statistics of its own; per-channel arrays then have the shape of these axes, in increasing order.
     data_format : str, optional
         Alias of ``axis``: NC, NCL, NLC, NCHW, NHWC, NCDHW, NDHWC, channels_first or channels_last. Not
         together with ``axis``.
@@ -162,6 +163,8 @@ def batch_norm(
             return y
     if unknown:
         _args.reject_keywords(batch_norm, unknown)
+    if type(axis) is tuple:
+        return cast("Array", _several_axes.call(batch_norm, locals()))
     arguments = _args.inference(
         x,
         mean,
@@ -192,7 +195,7 @@ def batch_norm_train(
     decay: float = 0.9,
     running_ddof: int = 1,
     eps: float = 1e-5,
-    axis: int = _args.DEFAULT_AXIS,
+    axis: int | tuple[int, ...] = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
     residual: Array | None = None,
@@ -274,6 +277,8 @@ def batch_norm_train(
             return _new(TrainResult, result) if len(result) == 3 else _with_mask(result)
     if unknown:
         _args.reject_keywords(batch_norm_train, unknown)
+    if type(axis) is tuple:
+        return cast("TrainResult", _several_axes.call(batch_norm_train, locals()))
     arguments = _args.training(
         x,
         gamma,
@@ -309,7 +314,7 @@ def batch_norm_backward(
     gamma: Array | None = None,
     beta: Array | None = None,
     *,
-    axis: int = _args.DEFAULT_AXIS,
+    axis: int | tuple[int, ...] = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     stats: Literal["batch", "fixed"] = "batch",
     activation: _args.ActivationName | None = None,
@@ -424,6 +429,8 @@ def batch_norm_backward(
             return _new(Gradients, result) if len(result) == 3 else _with_dresidual(result)
     if unknown:
         _args.reject_keywords(batch_norm_backward, unknown)
+    if type(axis) is tuple:
+        return cast("Gradients", _several_axes.call(batch_norm_backward, locals()))
     arguments = _args.backward(
         dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, activation_mask, needs,
         num_threads, out, out_residual,
@@ -442,7 +449,7 @@ def _with_dresidual(result: tuple[Any, ...]) -> ResidualGradients:
 def activation_mask_bytes(
     x: Array,
     *,
-    axis: int = _args.DEFAULT_AXIS,
+    axis: int | tuple[int, ...] = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     **unknown: NoReturn,
 ) -> int:
@@ -478,13 +485,15 @@ def activation_mask_bytes(
     """
     if unknown:
         _args.reject_keywords(activation_mask_bytes, unknown)
+    if type(axis) is tuple:
+        return cast(int, _several_axes.call(activation_mask_bytes, locals()))
     return _core.activation_mask_bytes(*_args.mask_view(x, axis, data_format))
 
 
 def moments(
     x: Array,
     *,
-    axis: int = _args.DEFAULT_AXIS,
+    axis: int | tuple[int, ...] = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     ddof: int = 0,
     keepdims: bool = False,
@@ -541,6 +550,8 @@ def moments(
             return _new(MeanVar, result)
     if unknown:
         _args.reject_keywords(moments, unknown)
+    if type(axis) is tuple:
+        return cast("MeanVar", _several_axes.call(moments, locals()))
     keep = _args.check_flag(keepdims, "keepdims")
     arguments = _args.statistics(x, axis, data_format, ddof, num_threads)
     result = _core.moments(*arguments)
