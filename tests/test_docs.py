@@ -46,6 +46,7 @@ def test_docstring(name):
             "activation_mask_bytes",
             "moments",
         ),
+        *("batch_renorm_train", "batch_renorm_backward"),
         "update_running",
     ],
 )

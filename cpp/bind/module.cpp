@@ -197,10 +197,36 @@ py::object batch_norm(py::handle x, py::handle mean, py::handle var, py::handle 
     });
 }
 
-// With a residual and an activation, the result has the mask as its fourth.
+// (mean, std, rmin, rmax, dmax), or None.
+bool as_renorm(py::handle h, Renorm& out) {
+    if (h.is_none()) return true;
+    if (!PyTuple_CheckExact(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 5) return false;
+    const auto item = [&](Py_ssize_t i) { return py::handle(PyTuple_GET_ITEM(h.ptr(), i)); };
+    return as_channels(item(0), out.mean) && as_channels(item(1), out.std) && as_double(item(2), out.rmin) &&
+           as_double(item(3), out.rmax) && as_double(item(4), out.dmax);
+}
+
+// The call of batch_norm_train with renorm, whose other arguments are there.
+py::object renormalised(BatchNormTrainArgs& a, py::object y, py::object mean, py::object inv_std) {
+    Vector<double> r(a.x.channels), d(a.x.channels);
+    a.renorm.r = r.values;
+    a.renorm.d = d.values;
+    py::object mask = py::none();
+    if (a.residual && a.activation != Activation::none) {
+        Vector<std::uint8_t> bits(activation_mask_bytes(a.x));
+        std::memset(bits.values.data(), 0, bits.values.size());
+        a.activation_mask = bits.values;
+        mask = std::move(bits.array);
+    }
+    without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
+    return py::make_tuple(std::move(y), std::move(mean), std::move(inv_std), std::move(mask), std::move(r.array), std::move(d.array));
+}
+
+// With a residual and an activation, the result has the mask as its fourth. With renorm, the fourth is the mask or None, then follow r and
+// d.
 py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py::handle running_mean, py::handle running_var,
                             py::handle decay, py::handle running_ddof, py::handle eps, py::handle axis, py::handle activation,
-                            py::handle residual, py::handle num_threads, py::handle out, bool disjoint, bool prepared) {
+                            py::handle residual, py::handle num_threads, py::handle out, py::handle renorm, bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormTrainArgs a;
         std::int64_t channel_axis, ddof;
@@ -208,7 +234,7 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
         if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_double(decay, a.decay) ||
             !as_int(running_ddof, ddof) || ddof < 0 || ddof > 1 || !as_activation(activation, a.activation) ||
             !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_channels(running_mean, a.running_mean) ||
-            !as_channels(running_var, a.running_var) || !as_thread_count(num_threads, a.num_threads)) {
+            !as_channels(running_var, a.running_var) || !as_thread_count(num_threads, a.num_threads) || !as_renorm(renorm, a.renorm)) {
             return {};
         }
         a.running_ddof = static_cast<int>(ddof);
@@ -220,6 +246,7 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
         Vector<double> mean(a.x.channels), inv_std(a.x.channels);
         a.mean = mean.values;
         a.inv_std = inv_std.values;
+        if (!renorm.is_none()) return renormalised(a, std::move(y), std::move(mean.array), std::move(inv_std.array));
         if (residual.is_none() || a.activation == Activation::none) {
             without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
             return py::make_tuple(std::move(y), std::move(mean.array), std::move(inv_std.array));
@@ -292,6 +319,53 @@ py::object moments(py::handle x, py::handle axis, py::handle ddof, py::handle nu
         without_gil(elements(view), [&] { batchnorm::moments(view, mean.values, var.values, delta, threads); });
         return py::make_tuple(std::move(mean.array), std::move(var.array));
     });
+}
+
+// For the package's own use: arguments that fit, or an exception.
+void fits(bool all) {
+    if (!all) throw std::invalid_argument("these arguments cannot be used as they are");
+}
+
+template <class F>
+void uninterrupted(F f) {
+    try {
+        f();
+    } catch (const Interrupted&) {
+        throw py::error_already_set();  // set by the signal handler
+    }
+}
+
+// sum a and sum a * (b - shift) per channel.
+py::tuple channel_sums(py::handle a, py::handle b, std::int64_t axis, py::handle shift, py::handle num_threads) {
+    ChannelSumsArgs args;
+    Together together;
+    fits(together.read(a, args.a) && together.read(b, args.b) && as_channels(shift, args.shift) &&
+         as_thread_count(num_threads, args.num_threads) && together.look(axis));
+    Vector<double> sum_a(args.a.channels), sum_ab(args.a.channels);
+    args.sum_a = sum_a.values;
+    args.sum_ab = sum_ab.values;
+    uninterrupted([&] { without_gil(elements(args.a), [&] { batchnorm::channel_sums(args); }); });
+    return py::make_tuple(std::move(sum_a.array), std::move(sum_ab.array));
+}
+
+// a * k_a + (b - center) * k_b + k_0 per channel. `gate` is None or (activation, inv_std, gamma, beta); out may be None.
+py::object combine(py::handle a, py::handle b, py::handle k_a, py::handle center, py::handle k_b, py::handle k_0, std::int64_t axis,
+                   py::handle gate, py::handle num_threads, py::handle out) {
+    CombineArgs args;
+    Together together;
+    fits(together.read(a, args.a) && together.read(b, args.b) && as_channels(k_a, args.k_a) && as_channels(center, args.center) &&
+         as_channels(k_b, args.k_b) && as_channels(k_0, args.k_0) && as_thread_count(num_threads, args.num_threads));
+    if (!gate.is_none()) {
+        fits(PyTuple_CheckExact(gate.ptr()) && PyTuple_GET_SIZE(gate.ptr()) == 4);
+        const auto item = [&](Py_ssize_t i) { return py::handle(PyTuple_GET_ITEM(gate.ptr(), i)); };
+        fits(as_activation(item(0), args.activation) && as_channels(item(1), args.inv_std) && as_channels(item(2), args.gamma) &&
+             as_channels(item(3), args.beta));
+    }
+    py::object result = given_or_like(out, a);
+    fits(together.write(result, args.out) && together.look(axis));
+    args.disjoint = true;  // by the caller's care: address ranges of interleaved samples overlap
+    uninterrupted([&] { without_gil(elements(args.a), [&] { batchnorm::combine(args); }); });
+    return result;
 }
 
 // Bytes of a mask for x, which has a view.
@@ -375,7 +449,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
                                       {}};
     if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
     m.def("update_running", &update_running);
+    m.def("channel_sums", &channel_sums);
+    m.def("combine", &combine);
     m.def("has_view", &has_view);
+    m.def("new_like", [](const py::object& x) { return empty_like(x); });
     m.def("activation_mask_bytes", &activation_mask_bytes_of);
     m.def("tuning", &tuning);
     m.def("set_tuning", [](const std::string& settings) { set_tuning(settings); });

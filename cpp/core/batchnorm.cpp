@@ -140,6 +140,10 @@ void update_channels(const Channels& running_mean, const Channels& running_var, 
 
 std::size_t index(int64_t c) { return static_cast<std::size_t>(c); }
 
+coeffs::Renorm renorm(const Renorm& a, int64_t c, double mean, double inv_std) {
+    return coeffs::renorm(mean, inv_std, at(a.mean, c), at(a.std, c), a.rmin, a.rmax, a.dmax);
+}
+
 kernels::Gate gate_of(Activation activation, bool masked) {
     return activation == Activation::none ? kernels::open : masked ? kernels::masked : kernels::relu;
 }
@@ -217,6 +221,8 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
     if (g.count() == 0) {
         for (double& v : a.mean) v = kNaN;
         for (double& v : a.inv_std) v = kNaN;
+        for (double& v : a.renorm.r) v = kNaN;
+        for (double& v : a.renorm.d) v = kNaN;
         return;
     }
     const Plan plan = make_plan(g, a.residual ? 2 : 1, 1);
@@ -224,12 +230,19 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
     // The caller's arrays receive the statistics at the end, so that an interrupt leaves them as they were.
     const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
     const std::span<double> inv_std(ws.take<double>(g.channels), index(g.channels));
+    const auto renorm_of = [&](int64_t c) { return renorm(a.renorm, c, mean[index(c)], inv_std[index(c)]); };
     with_compute(g.dtype, [&]<class C>() {
         AffineRows<C> affine(ws, plan);
         const auto then = [&](int64_t c0, int64_t c1) {
             for (int64_t c = c0; c < c1; ++c) {
                 inv_std[index(c)] = coeffs::inv_std(var[index(c)], a.eps);
-                affine.set(c, coeffs::affine<C>(mean[index(c)], inv_std[index(c)], value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
+                double gamma = value_or(a.gamma, c, 1), beta = value_or(a.beta, c, 0);
+                if (a.renorm.mean) {
+                    const coeffs::Renorm k = renorm_of(c);
+                    beta += gamma * k.d;
+                    gamma *= k.r;
+                }
+                affine.set(c, coeffs::affine<C>(mean[index(c)], inv_std[index(c)], gamma, beta));
             }
         };
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
@@ -241,6 +254,11 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
         for (int64_t c = c0; c < c1; ++c) {
             a.mean[index(c)] = mean[index(c)];
             a.inv_std[index(c)] = inv_std[index(c)];
+            if (a.renorm.mean) {
+                const coeffs::Renorm k = renorm_of(c);
+                a.renorm.r[index(c)] = k.r;
+                a.renorm.d[index(c)] = k.d;
+            }
         }
         if (a.running_mean) {
             update_channels(

@@ -90,8 +90,8 @@ bool fits(const AnyView<writable>& v, kernels::Direction d) {
     return d == kernels::ncs ? v.inner == 1 || v.inner_stride == 1 : is_nsc(v.channels, v.channel_stride);
 }
 
-Geometry geometry(const ConstTensor& x) {
-    tensor(x, "x");
+Geometry geometry(const ConstTensor& x, const char* name = "x") {
+    tensor(x, name);
     Geometry g{kernels::ncs, x.outer, x.channels, x.inner, x.dtype};
     if (g.count() == 0) return g;
     if (is_ncs(x.inner, x.inner_stride)) {
@@ -101,24 +101,24 @@ Geometry geometry(const ConstTensor& x) {
     } else if (x.inner == 1) {
         g.direction = kernels::ncs;  // runs of one element: slow, but served
     } else {
-        fail("x has strides " + dims(x.outer_stride, x.channel_stride, x.inner_stride) +
+        fail(name + (" has strides " + dims(x.outer_stride, x.channel_stride, x.inner_stride)) +
              " of (outer, channels, inner), expected 1 for inner or for channels");
     }
     return g;
 }
 
 template <bool writable>
-void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g) {
+void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g, const char* of = "x") {
     const std::string n = name;
     if (v.outer != g.outer || v.channels != g.channels || v.inner != g.inner) {
         fail(n + " has (outer, channels, inner) " + dims(v.outer, v.channels, v.inner) + ", expected " +
-             dims(g.outer, g.channels, g.inner) + " as x has");
+             dims(g.outer, g.channels, g.inner) + " as " + of + " has");
     }
-    if (v.dtype != g.dtype) fail(n + " has another storage type than x, expected the same");
+    if (v.dtype != g.dtype) fail(n + " has another storage type than " + of + ", expected the same");
     tensor(v, name);
     if (g.count() != 0 && !fits(v, g.direction)) {
         fail(n + " has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride) + ", expected 1 for " +
-             (g.direction == kernels::ncs ? "inner" : "channels") + " as x has");
+             (g.direction == kernels::ncs ? "inner" : "channels") + " as " + of + " has");
     }
 }
 
@@ -260,6 +260,40 @@ void mask_apart(std::span<const std::uint8_t> bytes, const Read&... others) {
     (one(others.first, others.second), ...);
 }
 
+// The reference of batch renormalisation is read, r and d are written like mean and inv_std, which are given.
+void renorm(const Renorm& n, const BatchNormTrainArgs& a, const Channels& mean, const Channels& inv_std, const Geometry& g) {
+    if (static_cast<bool>(n.mean) != static_cast<bool>(n.std)) {
+        fail(std::string(n.mean ? "renorm.std" : "renorm.mean") + " is missing, expected renorm.mean and renorm.std or neither");
+    }
+    if (!n.mean) return;
+    channels(n.mean, "renorm.mean", g.channels, Values::finite);
+    channels(n.std, "renorm.std", g.channels, Values::finite);
+    for (std::int64_t c = 0; c < n.std.size; ++c) {
+        if (at(n.std, c) <= 0)
+            fail("renorm.std is " + std::to_string(at(n.std, c)) + " at channel " + std::to_string(c) + ", expected > 0");
+    }
+    if (!(n.rmin >= 0 && n.rmin <= 1)) fail("rmin is " + std::to_string(n.rmin) + ", expected a number in [0, 1]");
+    if (!(n.rmax >= 1)) fail("rmax is " + std::to_string(n.rmax) + ", expected a number >= 1");
+    if (!(n.dmax >= 0)) fail("dmax is " + std::to_string(n.dmax) + ", expected a number >= 0");
+    const Channels r(n.r), d(n.d);
+    channels(r, "r", g.channels);
+    channels(d, "d", g.channels);
+    separate(r, "r", d, "d");
+    for (const auto& [v, name] : {std::pair{&r, "r"}, {&d, "d"}}) {
+        separate(mean, "mean", *v, name);
+        separate(inv_std, "inv_std", *v, name);
+        if (a.running_mean) separate(*v, name, a.running_mean, "running_mean");
+        if (a.running_var) separate(*v, name, a.running_var, "running_var");
+        if (a.disjoint) continue;
+        apart(range_of(a.y), "y", *v, name);
+        apart(range_of(a.x), "x", *v, name);
+        if (a.residual) apart(range_of(a.residual), "residual", *v, name);
+    }
+    if (a.disjoint) return;
+    apart(range_of(a.y), "y", n.mean, "renorm.mean");
+    apart(range_of(a.y), "y", n.std, "renorm.std");
+}
+
 }  // namespace
 
 Geometry arguments(const BatchNormArgs& a) {
@@ -314,6 +348,7 @@ Geometry arguments(const BatchNormTrainArgs& a) {
             separate(*v, name, a.running_var, "running_var");
         }
     }
+    renorm(a.renorm, a, mean, inv_std, g);
     residual(a.residual, a.y, g, a.disjoint);
     mask(a.activation_mask, a.activation, g);
     call_threads(a.num_threads);
@@ -395,6 +430,42 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
     if (a.dresidual && range_of(a.dresidual).overlaps(range_of(a.x))) fail("dresidual overlaps x, expected separate arrays");
     if (a.dx && a.dresidual && range_of(a.dx).overlaps(range_of(a.dresidual)))
         fail("dx and dresidual overlap, expected two separate arrays");
+    return g;
+}
+
+Geometry arguments(const ChannelSumsArgs& a) {
+    const Geometry g = geometry(a.a, "a");
+    same_shape(a.b, "b", g, "a");
+    if (a.shift) channels(a.shift, "shift", g.channels);
+    call_threads(a.num_threads);
+    const Channels sum_a(a.sum_a), sum_ab(a.sum_ab);
+    channels(sum_a, "sum_a", g.channels);
+    channels(sum_ab, "sum_ab", g.channels);
+    separate(sum_a, "sum_a", sum_ab, "sum_ab");
+    return g;
+}
+
+Geometry arguments(const CombineArgs& a) {
+    const Geometry g = geometry(a.a, "a");
+    same_shape(a.b, "b", g, "a");
+    same_shape(a.out, "out", g, "a");
+    distinct_elements(a.out, "out");
+    if (a.activation != Activation::none && a.activation != Activation::relu) fail("activation is not known here, expected none or relu");
+    call_threads(a.num_threads);
+    for (const auto& [v, name] : {std::pair{&a.k_a, "k_a"},
+                                  {&a.center, "center"},
+                                  {&a.k_b, "k_b"},
+                                  {&a.k_0, "k_0"},
+                                  {&a.inv_std, "inv_std"},
+                                  {&a.gamma, "gamma"},
+                                  {&a.beta, "beta"}}) {
+        if (!*v) continue;
+        channels(*v, name, g.channels);
+        if (!a.disjoint) apart(range_of(a.out), "out", *v, name);
+    }
+    if (a.disjoint) return g;
+    no_partial_overlap(a.out, "out", a.a, "a");
+    no_partial_overlap(a.out, "out", a.b, "b");
     return g;
 }
 

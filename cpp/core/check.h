@@ -12,6 +12,8 @@ namespace batchnorm::check {
 Geometry arguments(const BatchNormArgs& a);
 Geometry arguments(const BatchNormTrainArgs& a);
 Geometry arguments(const BatchNormBackwardArgs& a);
+Geometry arguments(const ChannelSumsArgs& a);
+Geometry arguments(const CombineArgs& a);
 Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads);
 Geometry mask_geometry(const ConstTensor& x);
 void arguments(const UpdateRunningArgs& a);

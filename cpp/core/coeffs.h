@@ -2,6 +2,7 @@
 // statistics. Plain scalar functions of one channel; no tensors, no kernels, no threads.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -63,6 +64,15 @@ Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
     return {center, static_cast<C>(slope), static_cast<C>(rest == 0 ? beta : beta - rest * slope)};
 }
 
+// What batch renormalisation multiplies x_hat by and adds to it (Ioffe 2017, algorithm 1), from the batch's mean and inv_std and the
+// reference's mean and std. NaN stays NaN.
+struct Renorm {
+    double r, d;
+};
+inline Renorm renorm(double mean, double inv_std, double reference_mean, double reference_std, double rmin, double rmax, double dmax) {
+    return {std::clamp(1 / (inv_std * reference_std), rmin, rmax), std::clamp((mean - reference_mean) / reference_std, -dmax, dmax)};
+}
+
 // The value about which x is taken in the sum of dy * x: the mean of double data, whose digits are all needed. Of float data the products
 // are exact in double and 0 does, as the sum about the mean follows from it, with an error of |mean| / std roundings; where that ratio is
 // large the float nearest to the mean, which a constant channel equals. (The sum of a constant below that ratio is a few roundings of 0.)
@@ -90,6 +100,15 @@ Gradient<C> gradient(double mean, double inv_std, double gamma, double sum_dy, d
     const double rest = mean - static_cast<double>(static_cast<C>(mean));
     return {static_cast<C>(slope), static_cast<C>(scale), static_cast<C>(k_x),
             static_cast<C>(-slope * (sum_dy / n) - k_x * (scale * rest))};
+}
+
+// The same numbers for given ones: a * k_a + (b - center) * k_b + k_0. x_scale takes half of k_b's exponent, so that what stands between
+// the two products lies between b and the result, and overflows only if one of them does.
+template <class C>
+Gradient<C> combination(double k_a, double center, double k_b, double k_0) {
+    const double scale = std::isnormal(k_b) ? std::ldexp(1.0, std::clamp(std::ilogb(k_b) / 2, -126, 127)) : 1;
+    const double rest = std::isfinite(center) ? center - static_cast<double>(static_cast<C>(center)) : 0;
+    return {static_cast<C>(k_a), static_cast<C>(scale), static_cast<C>(k_b / scale), static_cast<C>(rest == 0 ? k_0 : k_0 - k_b * rest)};
 }
 
 // decay is the weight of the old value. At 0 the old value is gone and at 1 the new one, even if they are NaN.

@@ -4,6 +4,7 @@
 - ``batch_norm_train``: normalise with the batch's own statistics, update running ones
 - ``batch_norm``: normalise with given statistics (inference)
 - ``batch_norm_backward``: gradients of either
+- ``batch_renorm_train``, ``batch_renorm_backward``: batch renormalisation
 - ``moments``, ``update_running``: the parts
 - ``show_config``, ``set_num_threads``, ``set_isa``: this build, threads, instruction set
 - ``cache_info``, ``set_cache_limit``, ``empty_cache``: the memory kept warm for results
@@ -48,6 +49,7 @@ from ._info import (
 )
 from ._layer import BatchNorm, Parameter
 from ._memory import CacheInfo, cache_info, empty_cache, set_cache_limit
+from ._renorm import RenormTrainResult, batch_renorm_backward, batch_renorm_train
 from ._version import __version__
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Gradients",
     "MeanVar",
     "Parameter",
+    "RenormTrainResult",
     "ResidualGradients",
     "ResidualTrainResult",
     "TrainResult",
@@ -64,6 +67,8 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_train",
+    "batch_renorm_backward",
+    "batch_renorm_train",
     "cache_info",
     "config",
     "empty_cache",

@@ -135,11 +135,11 @@ def check_eps(eps: object) -> float:
     return value
 
 
-def check_decay(decay: object) -> float:
+def check_decay(decay: object, name: str = "decay") -> float:
     """`decay` (the weight of the old value) as a float in [0, 1]."""
-    value = _real(decay, "decay", "a number in [0, 1], the weight of the old value")
+    value = _real(decay, name, "a number in [0, 1], the weight of the old value")
     if not 0 <= value <= 1:
-        raise ValueError(f"decay is {value}, expected a number in [0, 1], the weight of the old value")
+        raise ValueError(f"{name} is {value}, expected a number in [0, 1], the weight of the old value")
     return value
 
 
@@ -566,7 +566,7 @@ def training(
         vectors = {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv}
         y = _output(out, "out", x, {"x": x} if z is None else {"x": x, "residual": z}, vectors)
     x, z = _in_one_direction(x, z, {"out": y}, channel_axis)
-    return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, z, threads, y, True, True
+    return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, z, threads, y, None, True, True
 
 
 def check_stats(stats: object) -> bool:

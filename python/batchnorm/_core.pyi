@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 def batch_norm(
@@ -35,10 +36,11 @@ def batch_norm_train(
     residual: Any,
     num_threads: Any,
     out: Any,
+    renorm: tuple[NDArray[Any], NDArray[Any], float, float, float] | None,
     disjoint: bool,
     prepared: bool,
     /,
-) -> tuple[NDArray[Any], ...] | None: ...
+) -> tuple[Any, ...] | None: ...
 def batch_norm_backward(
     dy: Any,
     x: Any,
@@ -74,6 +76,23 @@ def update_running(
     ddof: int,
     /,
 ) -> None: ...
+def channel_sums(
+    a: NDArray[Any], b: NDArray[Any], axis: int, shift: NDArray[Any] | None, num_threads: int | None, /
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+def combine(
+    a: NDArray[Any],
+    b: NDArray[Any],
+    k_a: NDArray[Any] | None,
+    center: NDArray[Any] | None,
+    k_b: NDArray[Any] | None,
+    k_0: NDArray[Any] | None,
+    axis: int,
+    gate: tuple[Any, ...] | None,
+    num_threads: int | None,
+    out: NDArray[Any] | None,
+    /,
+) -> NDArray[Any]: ...
+def new_like(x: NDArray[Any], /) -> NDArray[Any]: ...
 def has_view(arrays: list[NDArray[Any]], axis: int, /) -> bool: ...
 def activation_mask_bytes(x: NDArray[Any], axis: int, /) -> int: ...
 def tuning() -> str: ...

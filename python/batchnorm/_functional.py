@@ -270,6 +270,7 @@ def batch_norm_train(
             residual,
             num_threads,
             out,
+            None,
             False,
             False,
         )

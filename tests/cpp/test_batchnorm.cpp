@@ -814,7 +814,7 @@ struct Valid {
     std::vector<double> doubles = std::vector<double>(60);
     std::vector<float> mean{1, 2, 3}, var{1, 2, 3}, gamma{1, 2, 3}, beta{1, 2, 3}, running_mean{1, 2, 3}, running_var{1, 2, 3},
         dgamma{1, 2, 3}, dbeta{1, 2, 3}, two{1, 2};
-    std::vector<double> out_mean{7, 8, 9}, out_inv_std{7, 8, 9}, out_two{7, 8};
+    std::vector<double> out_mean{7, 8, 9}, out_inv_std{7, 8, 9}, out_two{7, 8}, r{7, 8, 9}, d{7, 8, 9};
 
     static View<float> view(std::vector<float>& v) { return View<float>::ncs(v.data(), kOuter, kChannels, kInner); }
     BatchNormArgs inference() {
@@ -867,6 +867,38 @@ struct Valid {
     BatchNormArgs masked_inference() { return masked(inference()); }
     BatchNormTrainArgs masked_train() { return masked(train()); }
     BatchNormBackwardArgs masked_backward() { return masked(backward()); }
+    BatchNormTrainArgs renorm() {
+        BatchNormTrainArgs a = train();
+        a.renorm.mean = mean;
+        a.renorm.std = var;
+        a.renorm.r = r;
+        a.renorm.d = d;
+        return a;
+    }
+    ChannelSumsArgs sums() {
+        ChannelSumsArgs a;
+        a.a = view(x);
+        a.b = view(dy);
+        a.shift = mean;
+        a.sum_a = out_mean;
+        a.sum_ab = out_inv_std;
+        return a;
+    }
+    CombineArgs combination() {
+        CombineArgs a;
+        a.a = view(x);
+        a.b = view(dy);
+        a.out = view(dx);
+        a.k_a = mean;
+        a.center = var;
+        a.k_b = gamma;
+        a.k_0 = beta;
+        a.activation = Activation::relu;
+        a.inv_std = running_var;
+        a.gamma = gamma;
+        a.beta = beta;
+        return a;
+    }
     UpdateRunningArgs update() {
         UpdateRunningArgs a;
         a.running_mean = running_mean;
@@ -886,7 +918,7 @@ struct Valid {
             (one(v), ...);
         };
         add(x, y, dy, dx, z, dz, mask, doubles, mean, var, gamma, beta, running_mean, running_var, dgamma, dbeta, two, out_mean,
-            out_inv_std, out_two);
+            out_inv_std, out_two, r, d);
         return all;
     }
 };
@@ -895,6 +927,8 @@ void call(const BatchNormArgs& a) { batch_norm(a); }
 void call(const BatchNormTrainArgs& a) { batch_norm_train(a); }
 void call(const BatchNormBackwardArgs& a) { batch_norm_backward(a); }
 void call(const UpdateRunningArgs& a) { update_running(a); }
+void call(const ChannelSumsArgs& a) { channel_sums(a); }
+void call(const CombineArgs& a) { combine(a); }
 
 // `spoil` changes valid arguments (or values they refer to); the call must then throw this message and change nothing.
 template <class Args, class Spoil>
@@ -1194,7 +1228,131 @@ void test_threads_of_a_call() {
     set_tuning("");
 }
 
+void test_errors_of_renorm() {
+    context = "errors of renorm";
+    REFUSES(renorm, "renorm.std is missing, expected renorm.mean and renorm.std or neither", a.renorm.std = {});
+    REFUSES(renorm, "renorm.mean is missing, expected renorm.mean and renorm.std or neither", a.renorm.mean = {});
+    REFUSES(renorm, "renorm.mean has 2 values, expected 3", a.renorm.mean = v.two);
+    REFUSES(renorm, "renorm.std has 2 values, expected 3", a.renorm.std = v.two);
+    REFUSES(renorm, "renorm.mean is nan at channel 1", v.mean[1] = kNaN);
+    REFUSES(renorm, "renorm.std is inf at channel 2", v.var[2] = HUGE_VALF);
+    REFUSES(renorm, "renorm.std is 0.000000 at channel 1, expected > 0", v.var[1] = 0);
+    REFUSES(renorm, "rmin is 1.5", a.renorm.rmin = 1.5);
+    REFUSES(renorm, "rmin is -0.5", a.renorm.rmin = -0.5);
+    REFUSES(renorm, "rmax is 0.5", a.renorm.rmax = 0.5);
+    REFUSES(renorm, "rmax is nan", a.renorm.rmax = kNaN);
+    REFUSES(renorm, "dmax is -1", a.renorm.dmax = -1);
+    REFUSES(renorm, "r has 2 values, expected 3", a.renorm.r = v.out_two);
+    REFUSES(renorm, "d has 0 values, expected 3", a.renorm.d = {});
+    REFUSES(renorm, "r and d overlap", a.renorm.d = v.r);
+    REFUSES(renorm, "mean and r overlap", a.renorm.r = v.out_mean);
+    REFUSES(renorm, "inv_std and d overlap", a.renorm.d = v.out_inv_std);
+    REFUSES(renorm, "r and running_mean overlap", a.running_mean = v.r);
+    REFUSES(renorm, "d and running_var overlap", a.running_var = v.d);
+    const auto doubles = [](Valid& v) { return View<double>::ncs(v.doubles.data(), 4, 3, 5); };
+    REFUSES(renorm, "y overlaps r", (a.x = a.y = doubles(v), a.renorm.r = std::span(v.doubles).first(3)));
+    REFUSES(renorm, "x overlaps d", {
+        a.x = doubles(v);
+        static std::vector<double> y(60);
+        a.y = View<double>::ncs(y.data(), 4, 3, 5);
+        a.renorm.d = std::span(v.doubles).first(3);
+    });
+    REFUSES(renorm, "y overlaps renorm.mean", a.renorm.mean = std::span<const float>(v.y).first(3));
+    REFUSES(renorm, "y overlaps renorm.std", a.renorm.std = std::span<const float>(v.y).first(3));
+}
+
+void test_errors_of_primitives() {
+    context = "errors of channel_sums and combine";
+    REFUSES(sums, "a has 0 channels", a.a.channels = 0);
+    REFUSES(sums, "a has strides (2, 2, 2) of (outer, channels, inner), expected 1",
+            a.a.outer_stride = a.a.channel_stride = a.a.inner_stride = 2);
+    REFUSES(sums, "b has (outer, channels, inner) (4, 3, 4), expected (4, 3, 5) as a has", a.b.inner = 4);
+    REFUSES(sums, "b has another storage type than a", a.b.dtype = Dtype::float64);
+    REFUSES(sums, "b has strides (15, 1, 3), expected 1 for inner as a has", (a.b.channel_stride = 1, a.b.inner_stride = 3));
+    REFUSES(sums, "shift has 2 values, expected 3", a.shift = v.two);
+    REFUSES(sums, "sum_a has 2 values, expected 3", a.sum_a = v.out_two);
+    REFUSES(sums, "sum_ab has 0 values, expected 3", a.sum_ab = {});
+    REFUSES(sums, "sum_a and sum_ab overlap", a.sum_ab = v.out_mean);
+    REFUSES(sums, "num_threads is -1", a.num_threads = -1);
+    REFUSES(combination, "b has another storage type than a", a.b.dtype = Dtype::float64);
+    REFUSES(combination, "out has (outer, channels, inner) (3, 3, 5), expected (4, 3, 5) as a has", a.out.outer = 3);
+    REFUSES(combination, "out has strides that reach one element twice", a.out.channel_stride = 0);
+    REFUSES(combination, "activation is not known here, expected none or relu", a.activation = static_cast<Activation>(77));
+    for (ConstChannels CombineArgs::* vector : {&CombineArgs::k_a, &CombineArgs::center, &CombineArgs::k_b, &CombineArgs::k_0,
+                                                &CombineArgs::inv_std, &CombineArgs::gamma, &CombineArgs::beta}) {
+        REFUSES(combination, "", a.*vector = v.two);
+        REFUSES(combination, "out overlaps ", a.*vector = std::span<const float>(v.dx).first(3));
+    }
+    REFUSES(combination, "k_b has 2 values, expected 3", a.k_b = v.two);
+    REFUSES(combination, "num_threads is -1", a.num_threads = -1);
+    REFUSES(combination, "out partly overlaps a", a.out.data = v.x.data() + 1);
+    REFUSES(combination, "out partly overlaps b", a.out.data = v.dy.data() + 1);
+}
+
 // ---- edges ----
+
+void test_renorm() {
+    context = "renorm";
+    Valid v, plain;
+    for (size_t i = 0; i < v.x.size(); ++i) plain.x[i] = v.x[i] = static_cast<float>(i * i % 7);
+    batch_norm_train(plain.train());
+    BatchNormTrainArgs a = v.renorm();
+    a.renorm.rmax = 1.25;
+    a.renorm.dmax = 0.5;
+    batch_norm_train(a);
+    CHECK(v.out_mean == plain.out_mean && v.out_inv_std == plain.out_inv_std && v.running_var == plain.running_var);
+    for (size_t c = 0; c < 3; ++c) {
+        const double std = 1 / v.out_inv_std[c], mean = v.out_mean[c], reference_mean = v.mean[c], reference_std = v.var[c];
+        const double r = std::min(std / reference_std, 1.25), d = std::clamp((mean - reference_mean) / reference_std, -0.5, 0.5);
+        CHECK(near(v.r[c], r, 1e-15) && near(v.d[c], d, 1e-15));
+        const double y = (v.x[5 * c] - mean) / std * r * v.gamma[c] + (v.beta[c] + v.gamma[c] * d);
+        CHECK(near(v.y[5 * c], y, 1e-6));
+    }
+    // Limits that leave nothing to correct.
+    a.renorm.rmin = a.renorm.rmax = 1;
+    a.renorm.dmax = 0;
+    batch_norm_train(a);
+    CHECK(v.y == plain.y);
+}
+
+void test_primitives() {
+    context = "channel_sums and combine";
+    Valid v;
+    for (size_t i = 0; i < v.x.size(); ++i) v.x[i] = static_cast<float>(i * i % 7) - 3, v.dy[i] = static_cast<float>(i * i % 11);
+    channel_sums(v.sums());
+    combine(v.combination());
+    for (size_t c = 0; c < 3; ++c) {
+        double sum_a = 0, sum_ab = 0;
+        for (size_t n = 0; n < 4; ++n) {
+            for (size_t s = 0; s < 5; ++s) {
+                const size_t i = n * 15 + c * 5 + s;
+                const double b = v.dy[i], about = v.var[c];
+                sum_a += v.x[i];
+                sum_ab += v.x[i] * (b - v.mean[c]);
+                const double a = (b - about) * v.running_var[c] * v.gamma[c] + v.beta[c] > 0 ? v.x[i] : 0;
+                CHECK(v.dx[i] == a * v.mean[c] + (b - about) * v.gamma[c] + v.beta[c]);
+            }
+        }
+        CHECK(v.out_mean[c] == sum_a && v.out_inv_std[c] == sum_ab);
+    }
+    // Absent numbers: sums about 0, and a copy of a; b is then not read.
+    ChannelSumsArgs sums = v.sums();
+    sums.shift = {};
+    channel_sums(sums);
+    CHECK(v.out_inv_std[0] != 0);
+    CombineArgs copy = v.combination();
+    copy.k_a = copy.k_b = copy.k_0 = {};
+    copy.activation = Activation::none;
+    v.dy.assign(v.dy.size(), kNaN);
+    combine(copy);
+    for (size_t i = 0; i < 60; ++i) CHECK(v.dx[i] == v.x[i]);
+    // No values.
+    sums.a = sums.b = View<float>::ncs(nullptr, 0, 3, 5);
+    channel_sums(sums);
+    CHECK(v.out_mean[1] == 0 && v.out_inv_std[2] == 0);
+    copy.a = copy.b = copy.out = View<float>::ncs(nullptr, 0, 3, 5);
+    combine(copy);
+}
 
 void test_empty() {
     context = "no values";
@@ -1377,6 +1535,10 @@ int main(int argc, char** argv) {
     test_type<bfloat16>();
     test_errors_of_tensors();
     test_errors_of_residual();
+    test_errors_of_renorm();
+    test_errors_of_primitives();
+    test_renorm();
+    test_primitives();
     test_errors_of_channels();
     test_errors_of_numbers();
     test_mask_of_single_elements();

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <new>
 #include <span>
 #include <stdexcept>
@@ -155,6 +156,17 @@ struct BatchNormArgs {
 };
 BATCHNORM_API void batch_norm(const BatchNormArgs& args);
 
+// Batch renormalisation (Ioffe 2017, arXiv:1702.03275, algorithm 1): y = act(x_hat * r * gamma + (beta + gamma * d)) with
+//     r = clip(std / reference std, rmin, rmax),  d = clip((mean - reference mean) / reference std, -dmax, dmax)
+// and std = sqrt(var + eps). Backward takes r and d for constants: batch_norm_backward with gamma * r for gamma and beta + gamma * d for
+// beta gives dx, dbeta, and dgamma = r * its dgamma + d * dbeta.
+struct Renorm {
+    ConstChannels mean{}, std{};  // the reference, both or neither (no renormalisation); finite, std > 0
+    double rmin = 0, rmax = std::numeric_limits<double>::infinity();  // 0 <= rmin <= 1 <= rmax
+    double dmax = std::numeric_limits<double>::infinity();            // >= 0
+    std::span<double> r{}, d{};                                       // out, C each
+};
+
 // Normalise with the batch's own statistics, which are returned, and update running statistics in place:
 //     running = decay * running + (1 - decay) * batch,  with var * n / (n - running_ddof) for the variance.
 // One value per channel is an error. An empty batch (n = 0) gives NaN statistics and updates nothing.
@@ -168,6 +180,7 @@ struct BatchNormTrainArgs {
     int running_ddof = 1;                    // 0 or 1
     double eps = 1e-5;
     Activation activation = Activation::none;
+    Renorm renorm{};
     std::span<double> mean{}, inv_std{};        // out, C each: what backward needs, unrounded
     std::span<std::uint8_t> activation_mask{};  // out
     int num_threads = 0;
@@ -196,6 +209,32 @@ BATCHNORM_API void batch_norm_backward(const BatchNormBackwardArgs& args);
 
 // Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n = 0 gives NaN; 0 < n <= ddof is an error.
 BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0, int num_threads = 0);
+
+// The two passes of backward by themselves, of which other gradients can be made (second-order ones, say). a and b have one shape and
+// storage type.
+//
+// sum_a = sum a and sum_ab = sum a * (b - shift) per channel, in double. No values (n = 0) give 0.
+struct ChannelSumsArgs {
+    ConstTensor a{}, b{};
+    ConstChannels shift{};                // absent: 0
+    std::span<double> sum_a{}, sum_ab{};  // out, C each
+    int num_threads = 0;
+};
+BATCHNORM_API void channel_sums(const ChannelSumsArgs& args);
+
+// out = a * k_a + (b - center) * k_b + k_0 with numbers per channel, four roundings in double for double data and in float for the rest
+// (the part of center that a float cannot hold goes into k_0), then one to storage. With an activation, a counts only where the forward
+// pass let values through, and there as its slope says: a * act'((b - center) * inv_std * gamma + beta). out may be a or b itself.
+struct CombineArgs {
+    ConstTensor a{}, b{};
+    Tensor out{};
+    ConstChannels k_a{}, center{}, k_b{}, k_0{};  // absent: 1, 0, 0, 0; of a alone without k_b and k_0, b is not read
+    Activation activation = Activation::none;     // none or relu
+    ConstChannels inv_std{}, gamma{}, beta{};     // read only with an activation; absent: 1, 1, 0
+    int num_threads = 0;
+    bool disjoint = false;  // as in BatchNormArgs
+};
+BATCHNORM_API void combine(const CombineArgs& args);
 
 // The running-statistics step of batch_norm_train by itself; `var` is the population variance of `count` values.
 struct UpdateRunningArgs {
