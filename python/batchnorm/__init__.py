@@ -23,6 +23,7 @@ import threading as _threading
 from ._openmp import _core  # first: it decides how OpenMP waits
 
 # isort: on
+from ._double_backward import DoubleGradients, batch_norm_double_backward
 from ._functional import (
     Gradients,
     MeanVar,
@@ -55,6 +56,7 @@ from ._version import __version__
 __all__ = [
     "BatchNorm",
     "CacheInfo",
+    "DoubleGradients",
     "Gradients",
     "MeanVar",
     "Parameter",
@@ -66,6 +68,7 @@ __all__ = [
     "activation_mask_bytes",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
     "batch_norm_train",
     "batch_renorm_backward",
     "batch_renorm_train",

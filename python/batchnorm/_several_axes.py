@@ -19,9 +19,9 @@ from . import _args
 Array = NDArray[Any]
 
 # What the arguments of the functions are, by name.
-_TENSORS = ("x", "dy", "residual")
+_TENSORS = ("x", "dy", "ddx", "residual")
 _OUTPUTS = ("out", "out_residual")
-_VECTORS = ("mean", "var", "inv_std", "gamma", "beta", "shift")
+_VECTORS = ("mean", "var", "inv_std", "gamma", "beta", "ddgamma", "ddbeta", "shift")
 _WRITTEN = ("running_mean", "running_var")
 
 
