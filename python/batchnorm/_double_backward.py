@@ -137,7 +137,7 @@ class _Call:
 
     def _combine(self, a: Array, b: Array, k_a: Any, center: Any, k_b: Any, k_0: Any, out: Any) -> Array:
         """a * k_a + (b - center) * k_b + k_0, numbers per channel."""
-        return cast("Array", _core.combine(a, b, k_a, center, k_b, k_0, self.axis, None, self.threads, out))
+        return _core.combine(a, b, k_a, center, k_b, k_0, self.axis, None, self.threads, out)
 
     def _gated(self, a: Array, out: Array | None) -> Array:
         """`a` where the activation let the forward's value through, else 0."""
@@ -145,7 +145,7 @@ class _Call:
             return a
         gate = (self.activation, self.inv_std, self.gamma, self.beta)
         options = (None, self.mean, None, None, self.axis, gate, self.threads, out)
-        return cast("Array", _core.combine(a, self.x, *options))
+        return _core.combine(a, self.x, *options)
 
     def _cotangent(self, value: Any, name: str) -> Array:
         """ddgamma or ddbeta in float64, zeros for None."""
