@@ -47,6 +47,7 @@ def test_docstring(name):
             "moments",
         ),
         *("batch_renorm_train", "batch_renorm_backward"),
+        *("ghost_batch_norm_train", "ghost_batch_norm_backward"),
         "update_running",
     ],
 )

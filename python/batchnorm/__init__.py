@@ -5,6 +5,7 @@
 - ``batch_norm``: normalise with given statistics (inference)
 - ``batch_norm_backward``: gradients of either
 - ``batch_renorm_train``, ``batch_renorm_backward``: batch renormalisation
+- ``ghost_batch_norm_train``, ``ghost_batch_norm_backward``: statistics of parts of the batch
 - ``moments``, ``update_running``: the parts
 - ``show_config``, ``set_num_threads``, ``set_isa``: this build, threads, instruction set
 - ``cache_info``, ``set_cache_limit``, ``empty_cache``: the memory kept warm for results
@@ -37,6 +38,7 @@ from ._functional import (
     moments,
     update_running,
 )
+from ._ghost import ghost_batch_norm_backward, ghost_batch_norm_train
 from ._info import (
     config,
     get_cmake_dir,
@@ -79,6 +81,8 @@ __all__ = [
     "get_include",
     "get_isa",
     "get_num_threads",
+    "ghost_batch_norm_backward",
+    "ghost_batch_norm_train",
     "isa_levels",
     "moments",
     "set_cache_limit",
