@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _core, _several_axes
+from . import _args, _core, _per_sample, _several_axes
 
 __all__ = [
     "Gradients",
@@ -90,8 +90,9 @@ def batch_norm(
         Any strides. Not changed, unless it is also ``out``.
     mean, var : array of float32 or float64, shape (C,)
         Statistics per channel, for example running statistics. Finite; ``var >= 0``.
-    gamma, beta : array of float32 or float64, shape (C,), optional
-        Scale and shift per channel; absent means 1 and 0. Finite.
+    gamma, beta : array of float32 or float64, shape (C,) or (N, C), optional
+        Scale and shift per channel, or of each sample per channel, N being the length of axis 0; absent means
+        1 and 0. Finite.
     eps : float
         Added to the variance inside the square root; finite, >= 0.
     axis : int, or tuple of int
@@ -165,6 +166,8 @@ def batch_norm(
         _args.reject_keywords(batch_norm, unknown)
     if type(axis) is tuple:
         return cast("Array", _several_axes.call(batch_norm, locals()))
+    if _per_sample.asked(x, gamma, beta, axis, data_format):
+        return cast("Array", _per_sample.call(batch_norm, locals()))
     arguments = _args.inference(
         x,
         mean,
@@ -209,8 +212,9 @@ def batch_norm_train(
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
         Any strides. Not changed, unless it is also ``out``.
-    gamma, beta : array of float32 or float64, shape (C,), optional
-        Scale and shift per channel; absent means 1 and 0. Finite.
+    gamma, beta : array of float32 or float64, shape (C,) or (N, C), optional
+        Scale and shift per channel, or of each sample per channel, N being the length of axis 0; absent means
+        1 and 0. Finite.
     running_mean, running_var : writable array of float32 or float64, shape (C,), optional
         Both or neither. Updated in place once the call has succeeded.
     decay : float in [0, 1]
@@ -280,6 +284,8 @@ def batch_norm_train(
         _args.reject_keywords(batch_norm_train, unknown)
     if type(axis) is tuple:
         return cast("TrainResult", _several_axes.call(batch_norm_train, locals()))
+    if _per_sample.asked(x, gamma, beta, axis, data_format):
+        return cast("TrainResult", _per_sample.call(batch_norm_train, locals()))
     arguments = _args.training(
         x,
         gamma,
@@ -432,6 +438,8 @@ def batch_norm_backward(
         _args.reject_keywords(batch_norm_backward, unknown)
     if type(axis) is tuple:
         return cast("Gradients", _several_axes.call(batch_norm_backward, locals()))
+    if _per_sample.asked(x, gamma, beta, axis, data_format):
+        return cast("Gradients", _per_sample.call(batch_norm_backward, locals()))
     arguments = _args.backward(
         dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, activation_mask, needs,
         num_threads, out, out_residual,
