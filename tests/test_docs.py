@@ -49,6 +49,8 @@ def test_docstring(name):
         *("batch_renorm_train", "batch_renorm_backward"),
         *("ghost_batch_norm_train", "ghost_batch_norm_backward"),
         "update_running",
+        "effective_decay",
+        "weight_decay_groups",
     ],
 )
 def test_has_an_example(name):

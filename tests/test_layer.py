@@ -18,6 +18,9 @@ from batchnorm import BatchNorm
 
 import reference
 
+# What cold statistics are, and that using them warns, is tested in test_running_schedules.py.
+pytestmark = pytest.mark.filterwarnings("ignore::batchnorm.ColdStatisticsWarning")
+
 C = 5
 FLOATS = [np.float32, np.float64]
 
@@ -53,7 +56,7 @@ def everything(layer):
         "num_features": layer.num_features,
         "gradients": [None if g is None else (id(g), g.tobytes()) for g in (layer.dgamma, layer.dbeta)],
         "training": layer.training,
-        "saved": saved and [(id(a), a.tobytes()) if a is not None else None for a in saved],
+        "saved": [(id(a), a.tobytes()) if isinstance(a, np.ndarray) else a for a in saved or ()],
         "repr": repr(layer),
     }
 
@@ -106,7 +109,7 @@ def test_dtype_must_be_float32_or_float64(value):
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        *(("decay", value, TypeError) for value in ("0.9", True, 1j, None, [0.9])),
+        *(("decay", value, TypeError) for value in ("0.9", True, 1j, [0.9])),
         *(("decay", value, ValueError) for value in (-0.1, 1.1, np.nan, np.inf)),
         *(("eps", value, TypeError) for value in ("1e-5", False, 1j, None, [1e-5])),
         *(("eps", value, ValueError) for value in (-1e-5, np.nan, np.inf)),
@@ -215,7 +218,7 @@ def test_x_may_have_another_dtype_than_the_layer(dtype):
 
 
 def test_the_mode_decides_what_a_call_does():
-    layer, x = BatchNorm(C), images()
+    layer, x = BatchNorm(C, allow_initial_statistics=True), images()
     assert layer.eval() is layer and layer.training is False
     assert_same_bits(
         layer(x), batchnorm.batch_norm(x, np.zeros(C, "f4"), np.ones(C, "f4"), layer.gamma, layer.beta)
@@ -265,6 +268,7 @@ def test_eval_never_writes(dtype, activation):
         layer(x, out=y)
         layer(x, training=False)
         assert everything(layer)["state"] == state
+    layer(images(9), keep=True)
     layer.backward(images(10), out=images(11))
     assert everything(layer)["state"] == state
     assert gradients == (None, None)
@@ -318,7 +322,7 @@ def test_an_empty_batch_counts_for_nothing(shape):
     before = everything(layer)["state"]
     x = np.empty(shape, np.float32)
     for training in (True, False):
-        assert layer(x, training=training).shape == shape
+        assert layer(x, training=training, keep=True).shape == shape
         assert layer.backward(x).shape == shape
         np.testing.assert_array_equal(layer.dgamma, np.zeros(C))
         np.testing.assert_array_equal(layer.dbeta, np.zeros(C))
@@ -331,6 +335,7 @@ def test_an_empty_batch_counts_for_nothing(shape):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_a_lazy_layer_is_as_one_with_a_count(options, training):
+    options = {**options, "allow_initial_statistics": not training}
     lazy, known = BatchNorm(**options), BatchNorm(C, **options)
     assert lazy.num_features is None
     assert (lazy.gamma, lazy.beta, lazy.running_mean, lazy.running_var) == (None,) * 4
@@ -509,7 +514,7 @@ def test_a_failed_forward_changes_nothing(arguments, error, training):
 )
 def test_a_failed_backward_changes_nothing(arguments, error, training):
     layer = trained()
-    layer(images(4), training=training)
+    layer(images(4), training=training, keep=True)
     layer.backward(images(5))
     before = everything(layer)
     with pytest.raises(error, match=r"dy|out"):
@@ -547,7 +552,7 @@ def test_backward_in_eval_mode_takes_the_statistics_as_constants(activation):
     layer = trained(dtype=np.float64, activation=activation).eval()
     x, dy = images(4, dtype=np.float64), images(5, dtype=np.float64, centre=0)
     before = everything(layer)["state"]
-    layer(x)
+    layer(x, keep=True)
     dx = layer.backward(dy)
     assert everything(layer)["state"] == before
     forward = reference.normalize(
@@ -592,14 +597,14 @@ def test_no_backward_after_a_forward_in_place(training):
     layer(view, training=training, out=view[...])  # another object, the same memory
     with pytest.raises(RuntimeError, match="overwritten"):
         layer.backward(images())
-    layer(images(), training=training)
+    layer(images(), training=training, keep=True)
     layer.backward(images())
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_backward_in_place_of_dy(training):
     layer = trained()
-    layer(images(), training=training)
+    layer(images(), training=training, keep=True)
     dy = images(5)
     expected = layer.backward(dy)
     gradients = layer.dgamma.copy(), layer.dbeta.copy()
@@ -612,7 +617,7 @@ def test_backward_in_place_of_dy(training):
 @pytest.mark.parametrize("training", [True, False])
 def test_backward_in_place_of_x_can_be_had_once(training):
     layer, x, dy = trained(), images(), images(5)
-    layer(x, training=training)
+    layer(x, training=training, keep=True)
     expected = layer.backward(dy)
     assert layer.backward(dy, out=x) is x
     assert_same_bits(x, expected)
@@ -620,9 +625,10 @@ def test_backward_in_place_of_x_can_be_had_once(training):
         layer.backward(dy)
 
 
-def test_only_the_last_input_is_kept_alive():
-    layer, x = BatchNorm(C), images()
-    layer(x)
+@pytest.mark.parametrize("how", [{}, {"training": False, "keep": True}], ids=str)
+def test_only_the_last_input_is_kept_alive(how):
+    layer, x = trained(), images()
+    layer(x, **how)
     gone = weakref.ref(x)
     del x
     gc.collect()
@@ -630,6 +636,19 @@ def test_only_the_last_input_is_kept_alive():
     layer(images(1))
     gc.collect()
     assert gone() is None
+
+
+def test_an_eval_call_keeps_nothing_alive_and_backward_after_it_says_so():
+    for last in ({"training": False}, {"keep": False}):
+        layer, x = trained(), images()
+        layer(images(1))  # that of an earlier forward would be the wrong gradient
+        layer(x, **last)
+        gone = weakref.ref(x)
+        del x
+        gc.collect()
+        assert gone() is None
+        with pytest.raises(RuntimeError, match=r"eval call, which keeps nothing: .*keep=True.*freeze\(\)"):
+            layer.backward(images())
 
 
 # ---- parameters and buffers --------------------------------------------------------------------------------
@@ -677,6 +696,8 @@ def test_the_array_of_a_parameter_cannot_be_replaced():
     parameter.value -= 0.5
     assert parameter.value is layer.gamma and layer.gamma[0] == 0.5
 
+
+GRADIENTS = ("dgamma", "dbeta", "dresidual")
 
 SCRIPT = """
 import numpy as np
@@ -728,7 +749,7 @@ def test_assigning_copies_into_the_array_that_optimisers_hold():
     layer.gamma *= np.float32(2)
     assert layer.gamma is held
     np.testing.assert_array_equal(held, 2 * np.arange(C) - 2)
-    layer.running_var = np.full(C, 4, np.float32)
+    layer.running_mean, layer.running_var = np.zeros(C, np.float32), np.full(C, 4, np.float32)
     x = np.full((2, C), 2, np.float32)
     layer.beta = held  # another vector of the layer: copied, not shared
     assert layer.beta is not held
@@ -816,6 +837,8 @@ def test_a_vector_the_layer_was_built_without_cannot_be_assigned():
 NAMES = [
     "gamma", "beta", "running_mean", "running_var",
     "format_version", "num_updates", "eps", "decay", "axis", "running_ddof", "activation", "data_format",
+    "num_values", "num_skipped", "initial_weight", "warmup", "zero_debias", "on_nonfinite",
+    "allow_initial_statistics",
 ]  # fmt: skip
 
 
@@ -830,7 +853,9 @@ def test_state_dict_holds_copies_of_everything():
     scalars = {name: state[name].item() for name in NAMES[4:]}
     assert scalars == {
         "num_updates": 3, "eps": 1e-3, "decay": 0.75, "axis": 1, "running_ddof": 0, "activation": "relu",
-        "format_version": 1, "data_format": "none",
+        "format_version": 2, "data_format": "none", "num_values": 3 * images().size, "num_skipped": 0,
+        "initial_weight": 0.75**3, "warmup": 0, "zero_debias": 0, "on_nonfinite": "propagate",
+        "allow_initial_statistics": 0,
     }  # fmt: skip
     assert list(BatchNorm(C, scale=False, center=False).state_dict()) == NAMES[2:]
     assert BatchNorm(C).state_dict()["activation"].item() == "none"
@@ -907,14 +932,14 @@ BAD_STATES = {
     "both": (without("gamma") | {"weight": 1}, ValueError, "missing gamma; unexpected weight; expected"),
     "odd names": (having() | {3: 1, None: 2}, ValueError, "unexpected 3, None"),
     "version": (
-        having(format_version=np.array(2)),
+        having(format_version=np.array(3)),
         ValueError,
-        "format_version is 2, expected 1, which",
+        "format_version is 3, expected 1 or 2, which",
     ),
     "version kind": (
         having(format_version="1"),
         TypeError,
-        r"format_version is '1' \(str\), expected 1, which",
+        r"format_version is '1' \(str\), expected 1 or 2, which",
     ),
     "shape": (
         having(beta=np.ones(C + 1, "f4")),
@@ -1169,4 +1194,4 @@ def test_many_threads_may_share_a_layer_in_eval_mode():
 
 def test_everything_public_is_documented():
     for name, member in inspect.getmembers(BatchNorm):
-        assert name.startswith("_") or name in ("dgamma", "dbeta") or inspect.getdoc(member), name
+        assert name.startswith("_") or name in GRADIENTS or inspect.getdoc(member), name

@@ -21,6 +21,9 @@ from batchnorm import BatchNorm, _state
 from hypothesis import given
 from hypothesis import strategies as st
 
+# What cold statistics are, and that using them warns, is tested in test_running_schedules.py.
+pytestmark = pytest.mark.filterwarnings("ignore::batchnorm.ColdStatisticsWarning")
+
 C = 5
 VECTORS = ("gamma", "beta", "running_mean", "running_var")
 
@@ -107,6 +110,9 @@ LAYERS = [
     {"scale": False},
     {"center": False, "dtype": np.float64},
     {"scale": False, "center": False},
+    {"decay": None},
+    {"decay": 0.99, "warmup": True, "on_nonfinite": "skip"},
+    {"decay": 0.999, "zero_debias": True, "on_nonfinite": "raise", "dtype": np.float64},
     {"decay": 1 / 3, "eps": 1e-3, "running_ddof": 0, "activation": "relu"},
     {"data_format": "NCHW"},
     {"data_format": "channels_first"},
@@ -184,7 +190,43 @@ def test_the_format_stays(tmp_path):
     with np.load(tmp_path / "fixed", allow_pickle=False) as file:
         for name, value in file.items():
             digest.update(f"{name} {value.dtype.str} {value.shape} ".encode() + value.tobytes())
-    assert digest.hexdigest() == ("e1a919a5f6a974ad957fb1dd3011f3123130c7ff81e381043e177156c284b2b7")
+    assert digest.hexdigest() == ("604ed4bf71e33f7fca8bf2c3dbb9971484cbe6e6c3602f267ba96b250d469591")
+
+
+def format_1(layer):
+    """The state as it was before schedules: without what they need."""
+    names = (*VECTORS, "format_version", "num_updates", "eps", "decay", "axis", "running_ddof")
+    state = {name: layer.state_dict()[name] for name in (*names, "activation", "data_format")}
+    return {**state, "format_version": np.array(1)}
+
+
+def test_files_of_format_1_load_and_continue(tmp_path):
+    layer = trained(steps=60)
+    _state.write_state(tmp_path / "old", format_1(layer))
+    loaded = BatchNorm.load(tmp_path / "old")
+    assert loaded.initial_weight == 0.9**60 and loaded.num_samples == 0  # it did not know them
+    for step in range(3):
+        assert loaded(images(step)).tobytes() == layer(images(step)).tobytes()
+    for name in VECTORS:
+        assert getattr(loaded, name).tobytes() == getattr(layer, name).tobytes()
+    assert loaded(images(9), training=False).tobytes() == layer(images(9), training=False).tobytes()
+    assert int(loaded.state_dict()["format_version"]) == 2
+    damaged = format_1(layer) | {"warmup": np.array(0)}
+    _state.write_state(tmp_path / "mixed", damaged)
+    refused(tmp_path / "mixed", "unexpected warmup; expected gamma, .*, data_format$")
+
+
+def test_what_format_1_says_of_statistics_that_were_never_updated(tmp_path):
+    new, known = BatchNorm(C), BatchNorm(C)
+    known.running_mean, known.running_var = np.full(C, 3, "f4"), np.full(C, 4, "f4")
+    for name, layer in (("new", new), ("known", known)):
+        _state.write_state(tmp_path / name, format_1(layer))
+    with pytest.raises(RuntimeError, match="still the initial ones"):
+        BatchNorm.load(tmp_path / "new").eval()(images())
+    BatchNorm.load(tmp_path / "known").eval()(images())
+    trained_before = trained(steps=60).load_state_dict(format_1(new))
+    with pytest.raises(RuntimeError, match="still the initial ones"):
+        trained_before.eval()(images())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -620,7 +662,7 @@ def test_names_that_are_no_plain_names(tmp_path, name):
         (16, "<I", 0, "Bad CRC-32"),
         (28, "<H", 8, "damaged|magic number|not allowed"),
         (30, "<H", 55, "damaged|extra|magic number"),
-        (32, "<H", 54, "its directory has 11 members, not 12"),  # the comment swallows beta
+        (32, "<H", 54, "its directory has 18 members, not 19"),  # the comment swallows beta
         (46, "<B", 0, "not allowed"),
         (46, "<B", ord("h"), "File name in directory 'hamma.npy' and header b'gamma.npy' differ"),
     ],
@@ -723,7 +765,7 @@ BAD_STATES = {
     "inf": ({"beta": np.full(C, np.inf, "f4")}, "beta is inf at channel 0, expected finite"),
     "negative": ({"running_var": np.array([1, 1, -1, 1, 1], "f4")}, "running_var is -1.0 at channel 2.*>= 0"),
     "missing": ({"running_var": None, "eps": None}, "missing running_var, eps"),
-    "unexpected": ({"means": np.ones(C)}, r"unexpected means; expected gamma, .*, data_format$"),
+    "unexpected": ({"means": np.ones(C)}, r"unexpected means; expected gamma, .*, allow_initial_statistics$"),
     "foreign": ({"moving_mean": np.ones(C)}, "moving_mean is called running_mean here"),
     "no layout": ({"data_format": None}, "missing data_format"),
     "layout": ({"data_format": np.array("nhwc")}, "data_format is 'nhwc', expected one of"),
@@ -735,7 +777,7 @@ BAD_STATES = {
     "no channels": (dict.fromkeys(VECTORS, np.ones(0, "f4")), r"gamma has shape \(0,\), expected"),
     "dtype": ({"beta": np.ones(C)}, "beta has dtype float64, expected float32"),
     "integers": ({"beta": np.ones(C, np.int64)}, "beta has dtype int64, expected float32"),
-    "version": ({"format_version": np.array(2)}, "format_version is 2, expected 1, which"),
+    "version": ({"format_version": np.array(3)}, "format_version is 3, expected 1 or 2, which"),
     "no version": ({"format_version": None}, "missing format_version"),
     "eps": ({"eps": np.array(-1.0)}, "eps"),
     "eps text": ({"eps": np.array("small")}, r"eps is 'small' \(str\), expected a finite number"),
@@ -744,6 +786,15 @@ BAD_STATES = {
     "decay nan": ({"decay": np.array(np.nan)}, "decay"),
     "updates": ({"num_updates": np.array(-3)}, "num_updates is -3, expected an int >= 0"),
     "updates float": ({"num_updates": np.array(3.0)}, r"num_updates is 3.0 \(float\), expected an int"),
+    "amount": ({"num_values": np.array(-1)}, "num_values is -1, expected a finite number >= 0, values per"),
+    "skipped": ({"num_skipped": np.array(-1)}, "num_skipped is -1, expected an int >= 0"),
+    "weight": ({"initial_weight": np.array(1.5)}, r"initial_weight is 1.5, expected a number in \[0, 1\]"),
+    "weight kind": ({"initial_weight": np.array("a")}, "initial_weight is 'a'"),
+    "flag": ({"warmup": np.array(2)}, "warmup is 2, expected 0 or 1"),
+    "flag kind": ({"zero_debias": np.array(1.0)}, r"zero_debias is 1.0 \(float\), expected 0 or 1"),
+    "guard": ({"on_nonfinite": np.array("stop")}, "on_nonfinite is 'stop', expected 'propagate', 'raise' or"),
+    "schedule": ({"decay": np.array("none"), "warmup": np.array(1)}, "warmup is True and decay is None"),
+    "two ways": ({"zero_debias": np.array(1), "warmup": np.array(1)}, "warmup and zero_debias are both True"),
     "ddof": ({"running_ddof": np.array(7)}, "running_ddof"),
     "axis float": ({"axis": np.array(1.0)}, r"axis is 1.0 \(float\), expected an int"),
     "activation": ({"activation": np.array("gelu")}, "activation"),

@@ -25,6 +25,7 @@ from ._openmp import _core  # first: it decides how OpenMP waits
 
 # isort: on
 from ._double_backward import DoubleGradients, batch_norm_double_backward
+from ._forward import ColdStatisticsWarning
 from ._functional import (
     Gradients,
     MeanVar,
@@ -36,7 +37,6 @@ from ._functional import (
     batch_norm_backward,
     batch_norm_train,
     moments,
-    update_running,
 )
 from ._ghost import ghost_batch_norm_backward, ghost_batch_norm_train
 from ._info import (
@@ -50,14 +50,17 @@ from ._info import (
     set_num_threads,
     show_config,
 )
-from ._layer import BatchNorm, Parameter
+from ._layer import BatchNorm
 from ._memory import CacheInfo, cache_info, empty_cache, set_cache_limit
+from ._parameter import Parameter, weight_decay_groups
 from ._renorm import RenormTrainResult, batch_renorm_backward, batch_renorm_train
+from ._running import effective_decay, update_running
 from ._version import __version__
 
 __all__ = [
     "BatchNorm",
     "CacheInfo",
+    "ColdStatisticsWarning",
     "DoubleGradients",
     "Gradients",
     "MeanVar",
@@ -76,6 +79,7 @@ __all__ = [
     "batch_renorm_train",
     "cache_info",
     "config",
+    "effective_decay",
     "empty_cache",
     "get_cmake_dir",
     "get_include",
@@ -90,6 +94,7 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "update_running",
+    "weight_decay_groups",
 ]
 
 # Long calls look for Ctrl-C on the main thread, which in the child of a fork is the one that forked.

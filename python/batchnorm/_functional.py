@@ -21,7 +21,6 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_train",
     "moments",
-    "update_running",
 ]
 
 Array = NDArray[Any]
@@ -570,52 +569,3 @@ def moments(
     shape = [1] * x.ndim
     shape[arguments[1]] = -1
     return MeanVar(result[0].reshape(shape), result[1].reshape(shape))
-
-
-def update_running(
-    running_mean: Array,
-    running_var: Array,
-    mean: Array,
-    var: Array,
-    *,
-    decay: float | None = None,
-    count: int | None = None,
-    ddof: int = 1,
-    **unknown: NoReturn,
-) -> None:
-    """Move running statistics towards those of a batch, in place.
-
-    Parameters
-    ----------
-    running_mean, running_var : writable array of float32 or float64, shape (C,)
-        Updated in place; they must not share memory.
-    mean, var : array of float32 or float64, shape (C,)
-        The batch's mean and population variance (``ddof=0``), as :func:`moments` gives them.
-    decay : float in [0, 1]
-        Weight of the OLD running value. Required.
-    count : int
-        Number of values per channel that ``mean`` and ``var`` came from. Required.
-    ddof : 0 or 1
-        The running variance receives ``var * count / (count - ddof)``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Wrong kinds, dtypes, shapes or values; nothing is changed then.
-
-    Notes
-    -----
-    ``running = decay * running + (1 - decay) * batch`` in float64, rounded once to the array's dtype. With
-    ``decay=0`` the old value does not count at all, even if it is NaN.
-
-    Examples
-    --------
-    >>> import numpy as np, batchnorm
-    >>> running_mean, running_var = np.zeros(3), np.ones(3)
-    >>> batchnorm.update_running(running_mean, running_var, np.ones(3), np.full(3, 2.0), decay=0.9, count=5)
-    >>> running_mean.shape, float(running_var[0])
-    ((3,), 1.15)
-    """
-    if unknown:
-        _args.reject_keywords(update_running, unknown)
-    _core.update_running(*_args.running_update(running_mean, running_var, mean, var, decay, count, ddof))

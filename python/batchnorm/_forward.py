@@ -1,0 +1,273 @@
+"""A call of a layer, the long way: any statistics, any schedule, guarded, with a residual.
+
+`BatchNorm.__call__` does the everyday call itself and sends all others here. A call that fails leaves the
+layer as it was: the last thing that happens is the commit. What backward needs is returned as a `Kept`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _args, _running
+from ._functional import ResidualTrainResult, activation_mask_bytes, batch_norm, batch_norm_train, moments
+from ._layer_base import COLD, STATISTICS, LayerBase
+
+Array = NDArray[Any]
+
+
+class ColdStatisticsWarning(UserWarning):
+    """Running statistics were used while the initial values still weigh more than 1 % in them."""
+
+
+class Request(NamedTuple):
+    """The arguments of a call; None where they were not given."""
+
+    training: bool
+    stats: Any = None
+    update: Any = None
+    keep: Any = None
+    residual: Any = None
+    out: Any = None
+
+
+class Kept(NamedTuple):
+    """What backward needs of a forward."""
+
+    x: Array
+    mean: Array
+    inv_std: Array
+    options: dict[str, Any]  # of batch_norm_backward
+    residual: bool
+
+
+class Resolved(NamedTuple):
+    """What a call does."""
+
+    batch: bool  # normalise with the batch's own statistics
+    update: bool
+    keep: bool
+
+
+def resolve(layer: LayerBase, request: Request) -> Resolved:
+    """What the layer's modes and the arguments of a call come to."""
+    learning = request.training and not layer._frozen
+    batch = learning
+    if request.stats is not None:
+        if not isinstance(request.stats, str):
+            raise TypeError(f"stats is {_args._kind(request.stats)}, expected 'batch' or 'running'")
+        if request.stats not in ("batch", "running"):
+            raise ValueError(f"stats is {request.stats!r}, expected 'batch' or 'running'")
+        batch = request.stats == "batch"
+    update = learning and layer._updating
+    if request.update is not None:
+        update = _args.check_flag(request.update, "update")
+        if update and layer._frozen:
+            raise ValueError("update is True, but the layer is frozen: drop it, or call unfreeze() first")
+        if update and not layer._updating:
+            raise ValueError("update is True inside no_update(): drop one of them")
+    keep = request.training if request.keep is None else _args.check_flag(request.keep, "keep")
+    if layer._collector is not None:
+        if update and request.update is not None:
+            raise ValueError("update is True inside recalibrating(), which replaces the statistics: drop it")
+        return Resolved(True, False, keep)
+    return Resolved(batch, update, keep)
+
+
+def forward(layer: LayerBase, x: Array, request: Request, where: dict[str, Any]) -> tuple[Array, Kept | None]:
+    """Normalise `x`; `where` is axis and data_format. Returns y, and what backward needs if that is kept."""
+    todo = resolve(layer, request)
+    part = None
+    if layer._collector is not None:
+        part = layer._collector.measure(x, where)  # before x is overwritten in place
+    step = _Step(layer, x, where) if todo.update else None
+    if step is not None and not step.count:
+        step = None  # an empty batch counts for nothing
+    way = _by_batch if todo.batch else _by_running
+    y, kept = way(layer, x, request, where, todo.keep, step)
+    if step is not None:
+        step.commit()
+    if part is not None and layer._collector is not None:
+        layer._collector.add(part)
+    return y, kept
+
+
+def _by_batch(
+    layer: LayerBase, x: Array, request: Request, where: dict[str, Any], keep: bool, step: _Step | None
+) -> tuple[Array, Kept | None]:
+    options: dict[str, Any] = {}
+    if step is not None:
+        if layer._on_nonfinite == "raise" and request.out is not None and step.count > 1:
+            step.foresee()
+            step.set_aside()
+        options = {
+            "running_mean": step.mean, "running_var": step.var, "decay": step.decay,
+            "running_ddof": layer._running_ddof,
+        }  # fmt: skip
+    result = batch_norm_train(
+        x, layer._gamma, layer._beta, eps=layer._eps, activation=layer._activation,
+        residual=request.residual, out=request.out, **options, **where,
+    )  # fmt: skip
+    if step is not None:
+        step.check()
+        step.measured = result.mean, result.inv_std**-2.0 - layer._eps
+    if not keep:
+        return result.y, None
+    backward: dict[str, Any] = {"stats": "batch"}
+    if isinstance(result, ResidualTrainResult):
+        backward["activation_mask"] = result.activation_mask
+    return result.y, Kept(x, result.mean, result.inv_std, backward, request.residual is not None)
+
+
+def _by_running(
+    layer: LayerBase, x: Array, request: Request, where: dict[str, Any], keep: bool, step: _Step | None
+) -> tuple[Array, Kept | None]:
+    """Normalise with the running statistics as they are before this call's update."""
+    if not layer._counters.trusted:
+        check_statistics(layer, x, where, 6)
+    if step is not None:
+        step.foresee()
+    backward: dict[str, Any] = {"stats": "fixed"}
+    if keep and request.residual is not None and layer._activation is not None:
+        backward["activation_mask"] = np.zeros(activation_mask_bytes(x, **where), np.uint8)
+    y = batch_norm(
+        x, layer._running_mean, layer._running_var, layer._gamma, layer._beta, eps=layer._eps,
+        activation=layer._activation, residual=request.residual, out=request.out,
+        activation_mask=backward.get("activation_mask"), **where,
+    )  # fmt: skip
+    if not keep:
+        return y, None
+    with np.errstate(all="ignore"):  # var = eps = 0 gives inf, as in the forward
+        inv_std = 1.0 / np.sqrt(layer._running_var.astype(np.float64) + layer._eps)
+    mean = layer._running_mean.astype(np.float64)
+    return y, Kept(x, mean, inv_std, backward, request.residual is not None)
+
+
+class _Step:
+    """An update of running statistics, prepared aside where it may not come to pass."""
+
+    def __init__(self, layer: LayerBase, x: Array, where: dict[str, Any]) -> None:
+        self.layer, self.x, self.where = layer, x, where
+        channels = layer._num_features or 1
+        self.count = x.size // channels if isinstance(x, np.ndarray) else 0  # else the function refuses x
+        counters = layer._counters
+        self.decay = (
+            0.0
+            if not self.count
+            else _running.scheduled(
+                layer._decay, layer._warmup, layer._zero_debias, counters.num_updates,
+                counters.num_values / channels, self.count,
+            )
+        )  # fmt: skip
+        self.aside = layer._on_nonfinite != "propagate"
+        self.mean, self.var = layer._running_mean, layer._running_var
+        if self.aside:
+            self.set_aside()
+        self.skipped = False
+        self.measured: tuple[Array, Array] | None = None
+
+    def set_aside(self) -> None:
+        """Let the update happen to copies, as they are now."""
+        self.aside = True
+        self.mean, self.var = self.layer._running_mean.copy(), self.layer._running_var.copy()
+
+    def foresee(self) -> None:
+        """Update the statistics without normalising, and see whether that will do."""
+        batch = moments(self.x, **self.where)
+        self.set_aside()
+        _running.update_running(
+            self.mean, self.var, batch.mean, batch.var, decay=self.decay, count=self.count,
+            ddof=self.layer._running_ddof,
+        )  # fmt: skip
+        self.check()
+        self.measured = batch.mean, batch.var
+
+    def check(self) -> None:
+        """Look for NaN and Inf, if that is wanted."""
+        layer = self.layer
+        if layer._on_nonfinite == "propagate":
+            return
+        found = _running.first_nonfinite(self.mean, self.var)
+        if found is None:
+            return
+        name, channel, value = found
+        self.skipped = layer._on_nonfinite == "skip"
+        if not self.skipped:
+            raise ValueError(
+                f"the running {name} would become {value} at channel {channel}: x holds NaN, Inf or values "
+                f"whose {name} does not fit {layer._dtype}; the layer is unchanged. Leave this batch out, or "
+                f"use on_nonfinite='skip' (go on without its statistics) or 'propagate'"
+            )
+
+    def commit(self) -> None:
+        """Make it so; cannot fail."""
+        layer = self.layer
+        if self.skipped:
+            layer._counters.num_skipped += 1
+            return
+        if self.aside:
+            np.copyto(layer._running_mean, self.mean)
+            np.copyto(layer._running_var, self.var)
+        layer._counters.step(self.decay, self.count * (layer._num_features or 1))
+        if layer._history is not None and self.measured is not None:
+            layer._history.add(layer, *self.measured, self.count)
+
+
+# ---- statistics that nobody has learned --------------------------------------------------------------------
+
+
+def check_statistics(layer: LayerBase, x: Array, where: dict[str, Any], stacklevel: int) -> None:
+    """Before running statistics are used: raise if they are no statistics, warn if they are cold."""
+    counters = layer._counters
+    if layer._allow_initial_statistics or counters.initial_weight <= COLD:
+        counters.trusted = True
+    elif counters.num_updates:
+        if not counters.warned:
+            warnings.warn(cold_message(layer), ColdStatisticsWarning, stacklevel=stacklevel)
+            counters.warned = True
+    elif untouched := layer._untouched_statistics():
+        batch_norm(x, layer._running_mean, layer._running_var, **where)  # what is wrong with x comes first
+        raise RuntimeError(never_updated_message(layer, untouched))
+    else:
+        counters.trusted = True  # they were written in place
+
+
+def never_updated_message(layer: LayerBase, untouched: list[str]) -> str:
+    """Why statistics that were never updated cannot be used, and what to do."""
+    skipped = layer._counters.num_skipped
+    if skipped:
+        why = (
+            f"all training batches so far ({skipped}) held NaN or Inf, and on_nonfinite='skip' left them out"
+        )
+    elif len(untouched) < len(STATISTICS):
+        why = f"{untouched[0]} has been neither updated nor assigned"
+    else:
+        why = "no training forward has updated them"
+    return (
+        f"the running statistics are still the initial ones: {why}. Train first (bn(x) in training mode), or "
+        "bn.recalibrate(batches), or load a state, or assign bn.running_mean and bn.running_var; if mean 0 "
+        "and variance 1 are meant, build the layer with allow_initial_statistics=True"
+    )
+
+
+def cold_message(layer: LayerBase) -> str:
+    """How cold statistics are, and what to do."""
+    counters, decay = layer._counters, layer._decay
+    updates, weight = counters.num_updates, counters.initial_weight
+    more = 0.0 if decay is None else _running.updates_until(COLD / weight, decay)
+    wait = f"{more:.0f} more updates bring that to 1 %" if more < 1e15 else "which no update changes"
+    warm = COLD ** (1 / updates)
+    return (
+        f"the running statistics are cold: after {updates} update{'s' * (updates != 1)} with decay {decay:g} "
+        f"the initial values still weigh {100 * weight:.0f} %; {wait}. Train longer, or use "
+        f"decay={_floor(warm)} or less, or "
+        "zero_debias=True, or decay=None; bn.recalibrate(batches) mends the statistics now"
+    )
+
+
+def _floor(value: float) -> str:
+    """A decay in few digits, rounded down."""
+    return f"{int(value * 1000) / 1000:g}"
