@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _core, _functional
+from . import _args, _core, _functional, _running
 
 Array = NDArray[Any]
 
@@ -176,7 +176,7 @@ def _training(
             bits = _mask_for(parts, x)
         y = _apply(x, mean, var, scale, shift, axis, out, residual, bits, parts, eps=eps, **options)
         if running_mean is not None:
-            _functional.update_running(
+            _running.update_running(
                 running_mean,
                 running_var,
                 mean,
