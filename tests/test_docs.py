@@ -45,6 +45,8 @@ def test_docstring(name):
             "batch_norm_backward",
             "activation_mask_bytes",
             "moments",
+            "Moments",
+            "dataset_moments",
         ),
         *("batch_renorm_train", "batch_renorm_backward"),
         *("ghost_batch_norm_train", "ghost_batch_norm_backward"),

@@ -368,6 +368,41 @@ py::object combine(py::handle a, py::handle b, py::handle k_a, py::handle center
     return result;
 }
 
+// The sums of one batch, for merge_moment_sums and moments_from_sums.
+py::object moment_sums(py::handle x, py::handle axis, py::handle num_threads, bool prepared) {
+    return attempt(prepared, [&]() -> py::object {
+        std::int64_t channel_axis;
+        int threads;
+        ConstTensor view;
+        Together together;
+        if (!together.read(x, view) || !as_int(axis, channel_axis) || !as_thread_count(num_threads, threads) ||
+            !together.look(channel_axis)) {
+            return {};
+        }
+        Vector<double> sums(moment_sums_size(view.channels));
+        without_gil(elements(view), [&] { batchnorm::moment_sums(view, sums.values, threads); });
+        return std::move(sums.array);
+    });
+}
+
+// Sums as moment_sums made them, in this process or before.
+using SumsVector = py::array_t<double, py::array::c_style>;
+std::span<const double> sums_of(const SumsVector& v) { return {v.data(), static_cast<std::size_t>(v.size())}; }
+
+py::object merged_moment_sums(const SumsVector& a, const SumsVector& b) {
+    Vector<double> sums(a.size());
+    std::copy_n(a.data(), a.size(), sums.values.data());
+    merge_moment_sums(sums.values, sums_of(b));
+    return std::move(sums.array);
+}
+
+py::tuple moments_from_sums_of(const SumsVector& sums) {
+    const std::int64_t channels = (sums.size() - moment_sums_size(0)) / (moment_sums_size(1) - moment_sums_size(0));
+    Vector<double> mean(channels), m2(channels);
+    moments_from_sums(sums_of(sums), mean.values, m2.values);
+    return py::make_tuple(std::move(mean.array), std::move(m2.array));
+}
+
 // Bytes of a mask for x, which has a view.
 std::int64_t activation_mask_bytes_of(py::handle x, std::int64_t axis) {
     ConstTensor view;
@@ -446,8 +481,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
                                       direct<&batch_norm_train>("batch_norm_train"),
                                       direct<&batch_norm_backward>("batch_norm_backward"),
                                       direct<&moments>("moments"),
+                                      direct<&moment_sums>("moment_sums"),
                                       {}};
     if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
+    m.def("merged_moment_sums", &merged_moment_sums);
+    m.def("moments_from_sums", &moments_from_sums_of);
     m.def("update_running", &update_running);
     m.def("channel_sums", &channel_sums);
     m.def("combine", &combine);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "moment_sums.h"
 #include "reduce.h"
 #include "tuning.h"
 
@@ -114,6 +115,10 @@ public:
         }
     }
 
+    // After run: sums of x and x^2 about 0.
+    BatchSum sum(int64_t c) const { return sum_about_0(sums_.first_sum(c), shift_[c], n_); }
+    BatchSum sum_sq(int64_t c) const { return sum_sq_about_0(sums_.first_sum(c), sums_.second_sum(c), shift_[c], n_); }
+
 private:
     const Plan& plan_;
     kernels::MomentsArgs args_;
@@ -189,6 +194,29 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
         for (int64_t c = c0; c < c1; ++c) {
             mean[index(c)] = m[index(c)];
             var[index(c)] = coeffs::with_ddof(v[index(c)], n, static_cast<double>(ddof));
+        }
+    });
+}
+
+void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads) {
+    const Geometry g = check::moment_sums_arguments(x, sums, num_threads);
+    const parallel::Limit limit(num_threads);
+    const KernelTable& table = check::active_level();
+    if (g.count() == 0) {
+        std::fill(sums.begin(), sums.end(), 0.0);
+        return;
+    }
+    const Plan plan = make_plan(g, 1, 0);
+    Workspace ws;
+    const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
+    Statistics statistics(ws, plan, table, x, mean, var);
+    statistics.run([](int64_t, int64_t) {}, kNoMap);
+    const SumsArray<double> out(sums.data(), g.channels);
+    out.set_count({{static_cast<double>(g.count())}});
+    for_channels(plan, [&](int64_t c0, int64_t c1) {
+        for (int64_t c = c0; c < c1; ++c) {
+            out.set_sum(c, statistics.sum(c));
+            out.set_sum_sq(c, statistics.sum_sq(c));
         }
     });
 }

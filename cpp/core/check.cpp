@@ -483,6 +483,49 @@ Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::sp
     return g;
 }
 
+Geometry moment_sums_arguments(const ConstTensor& x, std::span<double> sums, int num_threads) {
+    const Geometry g = geometry(x);
+    call_threads(num_threads);
+    const std::int64_t expected = moment_sums_size(g.channels);
+    if (static_cast<std::int64_t>(sums.size()) != expected) {
+        fail("sums has " + std::to_string(sums.size()) + " values, expected moment_sums_size(" + std::to_string(g.channels) +
+             ") = " + std::to_string(expected) + " for the channels of x");
+    }
+    apart(range_of(x), "x", Channels(sums), "sums");
+    return g;
+}
+
+std::int64_t sums(std::span<const double> sums, const char* name) {
+    const auto size = static_cast<std::int64_t>(sums.size());
+    const std::int64_t channels = (size - moment_sums_size(0)) / (moment_sums_size(1) - moment_sums_size(0));
+    if (channels < 1 || size != moment_sums_size(channels)) {
+        fail(std::string(name) + " has " + std::to_string(size) +
+             " values, expected moment_sums_size(C) = " + std::to_string(moment_sums_size(0)) + " + " +
+             std::to_string(moment_sums_size(1) - moment_sums_size(0)) + " C of C >= 1 channels");
+    }
+    return channels;
+}
+
+std::int64_t merged_sums(std::span<double> into, std::span<const double> others) {
+    const std::int64_t channels = sums(into, "sums"), other_channels = sums(others, "others");
+    if (channels != other_channels) {
+        fail("others has " + std::to_string(other_channels) + " channels, expected " + std::to_string(channels) + " as sums has");
+    }
+    if (into.data() != others.data()) apart(range_of(ConstChannels(others)), "others", Channels(into), "sums");
+    return channels;
+}
+
+std::int64_t sums_to_moments(std::span<const double> from, std::span<double> mean, std::span<double> m2) {
+    const std::int64_t n = sums(from, "sums");
+    const Channels mean_out(mean), m2_out(m2);
+    channels(mean_out, "mean", n);
+    channels(m2_out, "m2", n);
+    separate(mean_out, "mean", m2_out, "m2");
+    apart(range_of(ConstChannels(from)), "sums", mean_out, "mean");
+    apart(range_of(ConstChannels(from)), "sums", m2_out, "m2");
+    return n;
+}
+
 void arguments(const UpdateRunningArgs& a) {
     required(static_cast<bool>(a.running_mean), "running_mean");
     required(static_cast<bool>(a.running_var), "running_var");

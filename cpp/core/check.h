@@ -15,6 +15,11 @@ Geometry arguments(const BatchNormBackwardArgs& a);
 Geometry arguments(const ChannelSumsArgs& a);
 Geometry arguments(const CombineArgs& a);
 Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads);
+Geometry moment_sums_arguments(const ConstTensor& x, std::span<double> sums, int num_threads);
+// Numbers of channels.
+std::int64_t sums(std::span<const double> sums, const char* name);
+std::int64_t merged_sums(std::span<double> sums, std::span<const double> others);
+std::int64_t sums_to_moments(std::span<const double> sums, std::span<double> mean, std::span<double> m2);
 Geometry mask_geometry(const ConstTensor& x);
 void arguments(const UpdateRunningArgs& a);
 void thread_count(int n);

@@ -18,7 +18,8 @@ struct Sum {
         value = s;
     }
     // Once the sum is not finite its error is NaN and says nothing.
-    double total() const { return std::isfinite(value) ? value + error : value; }
+    double kept_error() const { return std::isfinite(value) ? error : 0; }
+    double total() const { return value + kept_error(); }
 };
 
 // Statistics of n values from the sums of (x - shift) and (x - shift)^2.

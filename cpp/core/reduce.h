@@ -74,8 +74,10 @@ public:
         add(first_, c, channels, a);
         add(second_, c, channels, b);
     }
-    double first(int64_t c) const { return coeffs::Sum{first_.value[c], first_.error[c]}.total(); }
-    double second(int64_t c) const { return coeffs::Sum{second_.value[c], second_.error[c]}.total(); }
+    coeffs::Sum first_sum(int64_t c) const { return {first_.value[c], first_.error[c]}; }
+    coeffs::Sum second_sum(int64_t c) const { return {second_.value[c], second_.error[c]}; }
+    double first(int64_t c) const { return first_sum(c).total(); }
+    double second(int64_t c) const { return second_sum(c).total(); }
 
 private:
     struct Sums {

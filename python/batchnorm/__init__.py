@@ -7,6 +7,7 @@
 - ``batch_renorm_train``, ``batch_renorm_backward``: batch renormalisation
 - ``ghost_batch_norm_train``, ``ghost_batch_norm_backward``: statistics of parts of the batch
 - ``moments``, ``update_running``: the parts
+- ``Moments``, ``dataset_moments``: mean and variance of more data than fits memory
 - ``show_config``, ``set_num_threads``, ``set_isa``: this build, threads, instruction set
 - ``cache_info``, ``set_cache_limit``, ``empty_cache``: the memory kept warm for results
 - ``get_cmake_dir``, ``get_include``: the C++ library inside this package
@@ -52,6 +53,7 @@ from ._info import (
 )
 from ._layer import BatchNorm
 from ._memory import CacheInfo, cache_info, empty_cache, set_cache_limit
+from ._moments import DatasetMoments, Moments, dataset_moments
 from ._parameter import Parameter, weight_decay_groups
 from ._renorm import RenormTrainResult, batch_renorm_backward, batch_renorm_train
 from ._running import effective_decay, update_running
@@ -61,9 +63,11 @@ __all__ = [
     "BatchNorm",
     "CacheInfo",
     "ColdStatisticsWarning",
+    "DatasetMoments",
     "DoubleGradients",
     "Gradients",
     "MeanVar",
+    "Moments",
     "Parameter",
     "RenormTrainResult",
     "ResidualGradients",
@@ -79,6 +83,7 @@ __all__ = [
     "batch_renorm_train",
     "cache_info",
     "config",
+    "dataset_moments",
     "effective_decay",
     "empty_cache",
     "get_cmake_dir",

@@ -236,6 +236,17 @@ struct CombineArgs {
 };
 BATCHNORM_API void combine(const CombineArgs& args);
 
+// Moments of more data than one call sees. moment_sums makes of a batch its count, and of each channel sum x and sum x^2, in
+// moment_sums_size(C) doubles; merge_moment_sums adds `others` to `sums`, in any order and grouping; moments_from_sums makes of the result
+// mean and m2, the sum of squared deviations: divide by moment_count(sums), or that less 1. Every sum is three doubles, so that merging
+// rounds by 2^-159 of the largest sum alone, and m2 keeps its digits for |mean| / std far beyond 1e6. For |x| below 1e150. Batches without
+// values add nothing; of nothing, mean and m2 are NaN.
+constexpr std::int64_t moment_sums_size(std::int64_t channels) { return 3 + 6 * channels; }
+BATCHNORM_API void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads = 0);
+BATCHNORM_API void merge_moment_sums(std::span<double> sums, std::span<const double> others);  // others may be sums itself
+BATCHNORM_API void moments_from_sums(std::span<const double> sums, std::span<double> mean, std::span<double> m2);
+BATCHNORM_API double moment_count(std::span<const double> sums);
+
 // The running-statistics step of batch_norm_train by itself; `var` is the population variance of `count` values.
 struct UpdateRunningArgs {
     Channels running_mean{}, running_var{};
