@@ -686,7 +686,7 @@ def test_without_rich(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(
-        ImportError, match=r"progress=True needs the package rich: pip install rich, or .*False"
+        ImportError, match=r"progress=True needs the package rich: pip install 'batchnorm\[progress\]'.*False"
     ):
         dataset_moments(data_set(), progress=True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

@@ -627,7 +627,7 @@ def _make_bar(show: bool | None) -> Any:
         if show is None:
             return None
         raise ImportError(
-            "progress=True needs the package rich: pip install rich, or pass progress=False"
+            "progress=True needs the package rich: pip install 'batchnorm[progress]', or pass progress=False"
         ) from None
     return progress.Progress(
         progress.TextColumn("{task.description}"),

@@ -1289,6 +1289,85 @@ void test_errors_of_primitives() {
     REFUSES(combination, "out partly overlaps b", a.out.data = v.dy.data() + 1);
 }
 
+// ---- moments of many batches ----
+
+template <class T>
+void test_moment_sums() {
+    for (const Shape& s : kShapes) {
+        if (s.count() < 2 || s.outer < 2) continue;
+        context = describe(Format<T>::name, kInnerContiguous[0], s);
+        Inputs<T> in(s, false, Activation::none);
+        const size_t size = static_cast<size_t>(moment_sums_size(s.channels)), channels = static_cast<size_t>(s.channels);
+        const int64_t per_image = s.channels * s.inner;
+        std::vector<double> forwards(size), backwards(size), batch(size);
+        for (int64_t n = 0; n < s.outer; ++n) {
+            moment_sums(View<T>::ncs(in.x.data() + n * per_image, 1, s.channels, s.inner), batch);
+            merge_moment_sums(forwards, batch);
+            moment_sums(View<T>::ncs(in.x.data() + (s.outer - 1 - n) * per_image, 1, s.channels, s.inner), batch);
+            merge_moment_sums(backwards, batch);
+        }
+        CHECK(moment_count(forwards) == static_cast<double>(s.count()));
+        std::vector<double> mean(channels), m2(channels), other_mean(channels), other_m2(channels), var(channels);
+        moments_from_sums(forwards, mean, m2);
+        moments_from_sums(backwards, other_mean, other_m2);
+        CHECK(same(mean, other_mean) && same(m2, other_m2));
+        moments(View<T>::ncs(in.x.data(), s.outer, s.channels, s.inner), other_mean, var);
+        bool close = true;
+        for (size_t c = 0; c < channels; ++c) {
+            close = close && std::abs(mean[c] - other_mean[c]) <= 1e-13 * (std::abs(mean[c]) + std::sqrt(var[c]));
+            close = close && std::abs(m2[c] / static_cast<double>(s.count()) - var[c]) <= 1e-11 * var[c];
+        }
+        CHECK(close);
+        merge_moment_sums(forwards, forwards);
+        moments_from_sums(forwards, other_mean, other_m2);
+        CHECK(same(mean, other_mean) && other_m2[0] == 2 * m2[0] && moment_count(forwards) == static_cast<double>(2 * s.count()));
+    }
+}
+
+void test_moment_sums_of_nothing() {
+    context = "sums of nothing";
+    std::vector<double> sums(static_cast<size_t>(moment_sums_size(3)), 7.0), mean(3), m2(3);
+    moment_sums(View<float>::ncs(nullptr, 0, 3, 5), sums);
+    CHECK(sums == std::vector<double>(sums.size(), 0.0) && moment_count(sums) == 0);
+    moments_from_sums(sums, mean, m2);
+    CHECK(std::isnan(mean[0]) && std::isnan(m2[2]));
+}
+
+void test_errors_of_moment_sums() {
+    context = "errors of moment_sums";
+    Valid v;
+    const auto x = Valid::view(v.x);
+    std::vector<double> sums(21, 7.0), other(21, 7.0), two(15), mean(3), m2(3);
+    const auto refuses_sums = [&](const std::string& message, int line, auto f) {
+        throws<std::invalid_argument>(message, line, f);
+        check(sums == std::vector<double>(21, 7.0) && mean == std::vector<double>(3), "something was modified", line);
+    };
+    refuses_sums("sums has 15 values, expected moment_sums_size(3) = 21 for the channels of x", __LINE__, [&] { moment_sums(x, two); });
+    refuses_sums("num_threads is -1", __LINE__, [&] { moment_sums(x, sums, -1); });
+    refuses_sums("x has 0 channels", __LINE__, [&] { moment_sums(View<float>{}, sums); });
+    std::vector<double> doubles(21, 7.0);
+    refuses_sums("x overlaps sums, expected separate arrays", __LINE__,
+                 [&] { moment_sums(View<double>::nsc(doubles.data(), 7, 3), doubles); });
+    const std::span<double> all(doubles);
+    const std::string expected = " values, expected moment_sums_size(C) = 3 + 6 C of C >= 1 channels";
+    for (const size_t n : {size_t{0}, size_t{3}, size_t{20}}) {
+        const std::string has = "has " + std::to_string(n) + expected;
+        refuses_sums("sums " + has, __LINE__, [&] { merge_moment_sums(all.first(n), sums); });
+        refuses_sums("others " + has, __LINE__, [&] { merge_moment_sums(sums, all.first(n)); });
+        refuses_sums("sums " + has, __LINE__, [&] { moments_from_sums(all.first(n), mean, m2); });
+        refuses_sums("sums " + has, __LINE__, [&] { moment_count(all.first(n)); });
+    }
+    refuses_sums("others has 2 channels, expected 3 as sums has", __LINE__, [&] { merge_moment_sums(sums, two); });
+    std::vector<double> longer(22);
+    refuses_sums("others overlaps sums, expected separate arrays", __LINE__,
+                 [&] { merge_moment_sums(std::span(longer).first(21), std::span(longer).last(21)); });
+    refuses_sums("mean has 2 values, expected 3", __LINE__, [&] { moments_from_sums(sums, std::span(m2).first(2), m2); });
+    refuses_sums("m2 has 2 values, expected 3", __LINE__, [&] { moments_from_sums(sums, mean, std::span(m2).first(2)); });
+    refuses_sums("mean and m2 overlap", __LINE__, [&] { moments_from_sums(sums, mean, mean); });
+    refuses_sums("sums overlaps mean", __LINE__, [&] { moments_from_sums(sums, std::span(sums).first(3), m2); });
+    refuses_sums("sums overlaps m2", __LINE__, [&] { moments_from_sums(sums, mean, std::span(sums).last(3)); });
+}
+
 // ---- edges ----
 
 void test_renorm() {
@@ -1513,6 +1592,7 @@ void test_type() {
     test_residual<T>();
     test_mask_without_residual<T>();
     test_same_bits<T>();
+    test_moment_sums<T>();
 }
 
 }  // namespace
@@ -1548,6 +1628,8 @@ int main(int argc, char** argv) {
     test_one_value();
     test_optional_outputs();
     test_update_running();
+    test_moment_sums_of_nothing();
+    test_errors_of_moment_sums();
     test_interrupt();
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed), static_cast<long long>(failed));
     return failed == 0 ? 0 : 1;
