@@ -49,6 +49,7 @@ def test_docstring(name):
             "dataset_moments",
         ),
         *("batch_renorm_train", "batch_renorm_backward"),
+        *("batch_norm_train_saving", "batch_norm_backward_from_output"),
         *("ghost_batch_norm_train", "ghost_batch_norm_backward"),
         "update_running",
         "effective_decay",

@@ -5,6 +5,7 @@
 - ``batch_norm``: normalise with given statistics (inference)
 - ``batch_norm_backward``: gradients of either
 - ``batch_renorm_train``, ``batch_renorm_backward``: batch renormalisation
+- ``batch_norm_train_saving``, ``batch_norm_backward_from_output``: training that keeps y and not x
 - ``ghost_batch_norm_train``, ``ghost_batch_norm_backward``: statistics of parts of the batch
 - ``moments``, ``update_running``: the parts
 - ``Moments``, ``dataset_moments``: mean and variance of more data than fits memory
@@ -27,6 +28,12 @@ from ._openmp import _core  # first: it decides how OpenMP waits
 # isort: on
 from ._double_backward import DoubleGradients, batch_norm_double_backward
 from ._forward import ColdStatisticsWarning
+from ._from_output import (
+    SavedForBackward,
+    SavingTrainResult,
+    batch_norm_backward_from_output,
+    batch_norm_train_saving,
+)
 from ._functional import (
     Gradients,
     MeanVar,
@@ -72,13 +79,17 @@ __all__ = [
     "RenormTrainResult",
     "ResidualGradients",
     "ResidualTrainResult",
+    "SavedForBackward",
+    "SavingTrainResult",
     "TrainResult",
     "__version__",
     "activation_mask_bytes",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_from_output",
     "batch_norm_double_backward",
     "batch_norm_train",
+    "batch_norm_train_saving",
     "batch_renorm_backward",
     "batch_renorm_train",
     "cache_info",
