@@ -53,6 +53,7 @@ def test_docstring(name):
         *("ghost_batch_norm_train", "ghost_batch_norm_backward"),
         "update_running",
         "effective_decay",
+        "recalibrate",
         "weight_decay_groups",
     ],
 )

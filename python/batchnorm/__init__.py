@@ -26,6 +26,7 @@ import threading as _threading
 from ._openmp import _core  # first: it decides how OpenMP waits
 
 # isort: on
+from ._diagnosis import Diagnosis, Finding
 from ._double_backward import DoubleGradients, batch_norm_double_backward
 from ._forward import ColdStatisticsWarning
 from ._from_output import (
@@ -47,6 +48,7 @@ from ._functional import (
     moments,
 )
 from ._ghost import ghost_batch_norm_backward, ghost_batch_norm_train
+from ._history import History
 from ._info import (
     config,
     get_cmake_dir,
@@ -62,6 +64,7 @@ from ._layer import BatchNorm
 from ._memory import CacheInfo, cache_info, empty_cache, set_cache_limit
 from ._moments import DatasetMoments, Moments, dataset_moments
 from ._parameter import Parameter, weight_decay_groups
+from ._recalibrate import recalibrate
 from ._renorm import RenormTrainResult, batch_renorm_backward, batch_renorm_train
 from ._running import effective_decay, update_running
 from ._version import __version__
@@ -71,8 +74,11 @@ __all__ = [
     "CacheInfo",
     "ColdStatisticsWarning",
     "DatasetMoments",
+    "Diagnosis",
     "DoubleGradients",
+    "Finding",
     "Gradients",
+    "History",
     "MeanVar",
     "Moments",
     "Parameter",
@@ -105,6 +111,7 @@ __all__ = [
     "ghost_batch_norm_train",
     "isa_levels",
     "moments",
+    "recalibrate",
     "set_cache_limit",
     "set_isa",
     "set_num_threads",

@@ -2,7 +2,8 @@
 
 All work on data is in the functions of ``_functional``; here are only flags, counters and arrays of one
 value per channel. A call that fails leaves the layer as it was: everything is assigned after the function
-has returned. The everyday call is here, all others are in ``_forward``; state and copies in ``_layer_state``.
+has returned. The everyday call is here, all others are in ``_forward``; state and copies are
+in ``_layer_state``, what mends a layer in ``_layer_tools``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from numpy.typing import DTypeLike, NDArray
 from . import _args, _forward, _running
 from ._forward import Kept, Request
 from ._functional import batch_norm, batch_norm_backward, batch_norm_train
+from ._history import History, checked_limit
 from ._layer_base import Counters, checked_dtype, checked_initial, checked_int, checked_vector
-from ._layer_state import LayerState
+from ._layer_tools import LayerTools
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +33,7 @@ _NOT_KEPT = "not kept"
 Initial = float | NDArray[Any] | Callable[[int], "float | NDArray[Any]"]
 
 
-class BatchNorm(LayerState):
+class BatchNorm(LayerTools):
     """Batch normalization as a layer: normalise each channel over the batch, learn a scale and a shift.
 
     Parameters
@@ -72,6 +74,8 @@ class BatchNorm(LayerState):
         First values of ``gamma``, ``beta``, ``running_mean``, ``running_var``: a number, a float32 or float64
         array of shape (C,), or a function of the channel count that returns either. Defaults 1, 0, 0, 1.
         Both running statistics given count as known.
+    history : int, optional
+        Keep the statistics of up to so many updates, as ``record_history`` does, for ``plot_statistics``.
     dtype : {numpy.float32, numpy.float64}
         Of parameters and running statistics. Inputs may have any supported dtype whatever this is.
 
@@ -156,6 +160,7 @@ class BatchNorm(LayerState):
         on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
         allow_initial_statistics: bool = False,
         initial: Mapping[str, Initial] | None = None,
+        history: int | None = None,
         dtype: DTypeLike = np.float32,
         **unknown: NoReturn,
     ) -> None:
@@ -179,7 +184,7 @@ class BatchNorm(LayerState):
         self._data_format = data_format
         self._rank = None if data_format is None else _args.DATA_FORMATS[data_format][0]
         self._dtype = checked_dtype(dtype)
-        self._history = None
+        self._history = None if history is None else History(checked_limit(history))
         self._counters = Counters()
         self._collector, self._updating, self._frozen, self._training = None, True, (), True
         self._num_features = self._gamma = self._beta = self._running_mean = self._running_var = None
@@ -348,15 +353,8 @@ class BatchNorm(LayerState):
 
     def _check_call(self, x: NDArray[Any], reads_statistics: bool) -> None:
         """Raise the error of a failed call, if this layer knows better than the function what is wrong."""
+        self._check_channels(x)
         count, own = self._channels_of(x), self._num_features
-        if count and count != own:  # the function's error is about gamma
-            hint = f"; axis -1 has {own}: build the layer with axis=-1" if x.shape[-1] == own else ""
-            if x.ndim == 3 and self._axis == 1 and x.shape[0] == own:
-                hint += "; a single image needs a batch axis, x[None]"
-            raise ValueError(
-                f"x has {count} channels on axis {self._axis} of its shape {x.shape}, "
-                f"expected {own}, the num_features of this layer{hint}"
-            ) from None
         for name in ("running_mean", "running_var") if count and reads_statistics else ():
             try:
                 checked_vector(name, getattr(self, name), own, self._dtype)
@@ -366,6 +364,17 @@ class BatchNorm(LayerState):
                     f"so; load a saved state, bn.recalibrate(batches), or assign finite statistics "
                     f"(bn.{name} = ...) and train again; on_nonfinite='raise' or 'skip' keeps them out"
                 ) from None
+
+    def _check_channels(self, x: Any) -> None:
+        count, own = self._channels_of(x), self._num_features
+        if count and own and count != own:  # the function's error is about gamma
+            hint = f"; axis -1 has {own}: build the layer with axis=-1" if x.shape[-1] == own else ""
+            if x.ndim == 3 and self._axis == 1 and x.shape[0] == own:
+                hint += "; a single image needs a batch axis, x[None]"
+            raise ValueError(
+                f"x has {count} channels on axis {self._axis} of its shape {x.shape}, "
+                f"expected {own}, the num_features of this layer{hint}"
+            ) from None
 
     def _channels_of(self, x: Any) -> int | None:
         """The channel count of `x`, or None if it has no channel axis."""
