@@ -263,6 +263,14 @@ def test_bad_options_of_run(bench, capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
+def test_features():
+    done = program("features.py", "--set", "tiny", "--rounds", "3")
+    assert done.returncode == 0, done.stderr
+    for name in ("renorm", "ghost", "from_output"):
+        assert f"{name} / plain" in done.stdout
+    assert done.stdout.count("2x3x4x4") == 6 and done.stdout.count("total") == 6
+
+
 def test_bad_options_end_the_program():
     done = program("run.py", "--threads", "none")
     assert done.returncode == 2 and "'none' is not an integer" in done.stderr and done.stdout == ""

@@ -1,0 +1,153 @@
+"""What the features cost that are made of others: each call beside its plain one, in turn.
+
+    python bench/features.py                        batch renormalisation, ghost batches, backward from y
+    python bench/features.py --set small --feature renorm --layout nhwc --rounds 31
+
+A number is the feature's time divided by the plain call's: 1.05 means 5 % more. It is the median of each
+round's own ratio, so that a noisy neighbour meets both. Outputs are reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import batchnorm as bn
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import machine
+import options
+from peers.protocol import LAYOUTS
+from shapes import NAMES, Shape, shapes_of, thinned
+
+Call = Callable[[], Any]
+
+
+class Layer:
+    """One layer's arrays and its plain calls."""
+
+    def __init__(self, shape: Shape, layout: str) -> None:
+        dims = shape.dims(layout)
+        self.axis = 1 if layout == "nchw" else len(dims) - 1
+        generator = np.random.default_rng(0)
+        self.x, self.dy = (generator.standard_normal(dims, dtype=np.float32) for _ in range(2))
+        self.y, self.dx = np.ones_like(self.x), np.ones_like(self.x)
+        c = shape.channels
+        self.affine = np.full(c, 1.5, np.float32), np.full(c, 0.5, np.float32)
+        self.running = {"running_mean": np.zeros(c, np.float32), "running_var": np.ones(c, np.float32)}
+        self.forward = bn.batch_norm_train(self.x, *self.affine, axis=self.axis)
+
+    def plain_forward(self) -> Any:
+        return bn.batch_norm_train(self.x, *self.affine, **self.running, axis=self.axis, out=self.y)
+
+    def plain_backward(self) -> Any:
+        return bn.batch_norm_backward(
+            self.dy, self.x, *self.forward[1:], *self.affine, axis=self.axis, out=self.dx
+        )
+
+
+def renorm(layer: Layer) -> list[tuple[Call, Call]]:
+    """Running statistics as the reference, limits as in the paper."""
+    x, axis = layer.x, layer.axis
+    limits = {"rmax": 3.0, "dmax": 5.0}
+    f = bn.batch_renorm_train(x, *layer.affine, **layer.running, **limits, axis=axis)
+
+    def forward() -> Any:
+        return bn.batch_renorm_train(x, *layer.affine, **layer.running, **limits, axis=axis, out=layer.y)
+
+    def backward() -> Any:
+        return bn.batch_renorm_backward(
+            layer.dy, x, f.mean, f.inv_std, f.r, f.d, *layer.affine, axis=axis, out=layer.dx
+        )
+
+    return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
+
+
+def ghost(layer: Layer) -> list[tuple[Call, Call]]:
+    """A quarter of the batch at a time: 8 of 32."""
+    x, common = layer.x, {"axis": layer.axis, "virtual_batch_size": max(len(layer.x) // 4, 1)}
+    f = bn.ghost_batch_norm_train(x, *layer.affine, **common)
+
+    def forward() -> Any:
+        return bn.ghost_batch_norm_train(x, *layer.affine, **layer.running, **common, out=layer.y)
+
+    def backward() -> Any:
+        return bn.ghost_batch_norm_backward(layer.dy, x, *f[1:], *layer.affine, **common, out=layer.dx)
+
+    return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
+
+
+def from_output(layer: Layer) -> list[tuple[Call, Call]]:
+    """Training that keeps y; no channel whose x has to be kept."""
+    f = bn.batch_norm_train_saving(layer.x, *layer.affine, axis=layer.axis)
+
+    def forward() -> Any:
+        return bn.batch_norm_train_saving(
+            layer.x, *layer.affine, **layer.running, axis=layer.axis, out=layer.y
+        )
+
+    def backward() -> Any:
+        return bn.batch_norm_backward_from_output(layer.dy, f.y, f.saved, out=layer.dx)
+
+    return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
+
+
+FEATURES = {"renorm": renorm, "ghost": ghost, "from_output": from_output}
+
+
+def ratio(plain: Call, feature: Call, rounds: int) -> tuple[float, float]:
+    """Median seconds of the plain call, and median of the rounds' ratios; the first round is to warm up."""
+    seconds = []
+    for i in range(rounds + 1):
+        taken = {}
+        for call in (plain, feature) if i % 2 else (feature, plain):
+            start = time.perf_counter()
+            call()
+            taken[call] = time.perf_counter() - start
+        seconds.append((taken[plain], taken[feature] / taken[plain]))
+    return statistics.median(s for s, _ in seconds[1:]), statistics.median(r for _, r in seconds[1:])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--set", choices=NAMES, default="r50", help="as in run.py (default: r50)")
+    p.add_argument("--limit", type=options.at_least(1), metavar="N", help="N shapes of the set")
+    p.add_argument("--feature", nargs="+", choices=FEATURES, default=list(FEATURES), help="which")
+    p.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="memory orders")
+    p.add_argument("--threads", type=options.threads, default=len(machine.cpus()), metavar="N")
+    p.add_argument("--rounds", type=options.at_least(1), default=11, metavar="N", help="(default: 11)")
+    return p
+
+
+def main() -> int:
+    """Command line."""
+    args = parser().parse_args()
+    bn.set_num_threads(args.threads)
+    console = Console(width=110)
+    for name in args.feature:
+        table = Table(title=f"{name} / plain, {args.threads} threads, float32", title_justify="left")
+        for heading in ("layout", "shape", "plain forward, ms", "forward", "plain backward, ms", "backward"):
+            table.add_column(heading, justify="right")
+        for layout in args.layout:
+            weighted = np.zeros((2, 2))
+            for shape in thinned(shapes_of(args.set), args.limit):
+                cells = [ratio(*pair, args.rounds) for pair in FEATURES[name](Layer(shape, layout))]
+                weighted += [[shape.weight * s, shape.weight * s * r] for s, r in cells]
+                table.add_row(
+                    layout, str(shape), *(t for s, r in cells for t in (f"{s * 1e3:.3f}", f"{r:.2f}"))
+                )
+            table.add_row(
+                layout, "total", *(t for s, r in weighted for t in (f"{s * 1e3:.1f}", f"{r / s:.2f}"))
+            )
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
