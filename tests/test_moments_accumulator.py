@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+import signal
 import sys
 from fractions import Fraction
 
@@ -60,6 +61,8 @@ def ulps(got, want):
 
 
 def same(a, b):
+    if a.count == b.count == 0:
+        return True
     return a.count == b.count and same_bits(a.mean, b.mean) and same_bits(a.m2, b.m2)
 
 
@@ -588,6 +591,26 @@ def test_an_interrupt_leaves_what_is_finished(error):
         dataset_moments(interrupted(), moments=total)
     assert same(total, Moments.merged(moments_of(parts[:6])))
     assert same(dataset_moments(parts[6:], moments=total).moments, Moments.merged(moments_of(parts)))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_a_signal_inside_a_call():
+    x, total = data_set(shape=(64, 3, 128, 128)), Moments()
+    one = Moments().update(x)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            dataset_moments(itertools.repeat(x), moments=total, chunk_bytes=x.nbytes)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    copies, rest = divmod(total.count, one.count)
+    assert rest == 0 and same(total, Moments.merged([one] * copies) if copies else Moments())
 
 
 BAD_DATA_SETS = [
