@@ -838,7 +838,8 @@ NAMES = [
     "gamma", "beta", "running_mean", "running_var",
     "format_version", "num_updates", "eps", "decay", "axis", "running_ddof", "activation", "data_format",
     "num_values", "num_skipped", "initial_weight", "warmup", "zero_debias", "on_nonfinite",
-    "allow_initial_statistics",
+    "allow_initial_statistics", "virtual_batch_size", "save_memory", "renorm_rmin", "renorm_rmax",
+    "renorm_dmax", "renorm_decay",
 ]  # fmt: skip
 
 
@@ -855,7 +856,8 @@ def test_state_dict_holds_copies_of_everything():
         "num_updates": 3, "eps": 1e-3, "decay": 0.75, "axis": 1, "running_ddof": 0, "activation": "relu",
         "format_version": 2, "data_format": "none", "num_values": 3 * images().size, "num_skipped": 0,
         "initial_weight": 0.75**3, "warmup": 0, "zero_debias": 0, "on_nonfinite": "propagate",
-        "allow_initial_statistics": 0,
+        "allow_initial_statistics": 0, "virtual_batch_size": "none", "save_memory": 0, "renorm_rmin": "none",
+        "renorm_rmax": "none", "renorm_dmax": "none", "renorm_decay": "none",
     }  # fmt: skip
     assert list(BatchNorm(C, scale=False, center=False).state_dict()) == NAMES[2:]
     assert BatchNorm(C).state_dict()["activation"].item() == "none"

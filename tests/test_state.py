@@ -113,6 +113,10 @@ LAYERS = [
     {"decay": None},
     {"decay": 0.99, "warmup": True, "on_nonfinite": "skip"},
     {"decay": 0.999, "zero_debias": True, "on_nonfinite": "raise", "dtype": np.float64},
+    {"renorm": {"rmax": 3.0, "dmax": 5.0}},
+    {"renorm": {"decay": 0.75}, "zero_debias": True, "activation": "relu"},
+    {"virtual_batch_size": 2, "decay": None},
+    {"save_memory": True},
     {"decay": 1 / 3, "eps": 1e-3, "running_ddof": 0, "activation": "relu"},
     {"data_format": "NCHW"},
     {"data_format": "channels_first"},
@@ -190,7 +194,7 @@ def test_the_format_stays(tmp_path):
     with np.load(tmp_path / "fixed", allow_pickle=False) as file:
         for name, value in file.items():
             digest.update(f"{name} {value.dtype.str} {value.shape} ".encode() + value.tobytes())
-    assert digest.hexdigest() == ("604ed4bf71e33f7fca8bf2c3dbb9971484cbe6e6c3602f267ba96b250d469591")
+    assert digest.hexdigest() == ("3f89abd15ed6ecb67398a9e576579f3a666ba4c1417140cd5ed917ce50ef92c2")
 
 
 def format_1(layer):
@@ -662,7 +666,7 @@ def test_names_that_are_no_plain_names(tmp_path, name):
         (16, "<I", 0, "Bad CRC-32"),
         (28, "<H", 8, "damaged|magic number|not allowed"),
         (30, "<H", 55, "damaged|extra|magic number"),
-        (32, "<H", 54, "its directory has 18 members, not 19"),  # the comment swallows beta
+        (32, "<H", 54, "its directory has 24 members, not 25"),  # the comment swallows beta
         (46, "<B", 0, "not allowed"),
         (46, "<B", ord("h"), "File name in directory 'hamma.npy' and header b'gamma.npy' differ"),
     ],
@@ -765,7 +769,7 @@ BAD_STATES = {
     "inf": ({"beta": np.full(C, np.inf, "f4")}, "beta is inf at channel 0, expected finite"),
     "negative": ({"running_var": np.array([1, 1, -1, 1, 1], "f4")}, "running_var is -1.0 at channel 2.*>= 0"),
     "missing": ({"running_var": None, "eps": None}, "missing running_var, eps"),
-    "unexpected": ({"means": np.ones(C)}, r"unexpected means; expected gamma, .*, allow_initial_statistics$"),
+    "unexpected": ({"means": np.ones(C)}, r"unexpected means; expected gamma, .*, renorm_decay$"),
     "foreign": ({"moving_mean": np.ones(C)}, "moving_mean is called running_mean here"),
     "no layout": ({"data_format": None}, "missing data_format"),
     "layout": ({"data_format": np.array("nhwc")}, "data_format is 'nhwc', expected one of"),
@@ -790,6 +794,14 @@ BAD_STATES = {
     "skipped": ({"num_skipped": np.array(-1)}, "num_skipped is -1, expected an int >= 0"),
     "weight": ({"initial_weight": np.array(1.5)}, r"initial_weight is 1.5, expected a number in \[0, 1\]"),
     "weight kind": ({"initial_weight": np.array("a")}, "initial_weight is 'a'"),
+    "parts": ({"virtual_batch_size": np.array(0)}, "virtual_batch_size is 0, expected an int >= 1, or None"),
+    "limit": ({"renorm_rmin": np.array(0), "renorm_rmax": np.array(0.5)}, "rmax is 0.5, expected a number"),
+    "limit kind": ({"renorm_dmax": np.array("a")}, "renorm_dmax is 'a'"),
+    "no reference": ({"renorm_rmin": np.array(0), "renorm_decay": np.array(0.5)}, "missing renorm_mean, re"),
+    "two ways of it": (
+        {"save_memory": np.array(1), "virtual_batch_size": np.array(2)},
+        "virtual_batch_size and save_memory are given, which exclude each other",
+    ),
     "flag": ({"warmup": np.array(2)}, "warmup is 2, expected 0 or 1"),
     "flag kind": ({"zero_debias": np.array(1.0)}, r"zero_debias is 1.0 \(float\), expected 0 or 1"),
     "guard": ({"on_nonfinite": np.array("stop")}, "on_nonfinite is 'stop', expected 'propagate', 'raise' or"),

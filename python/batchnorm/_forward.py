@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _running
-from ._functional import ResidualTrainResult, activation_mask_bytes, batch_norm, batch_norm_train, moments
+from . import _args, _running, _ways
+from ._functional import activation_mask_bytes, batch_norm, moments
 from ._layer_base import COLD, STATISTICS, LayerBase
+from ._ways import Kept
 
 Array = NDArray[Any]
 
@@ -32,16 +33,6 @@ class Request(NamedTuple):
     keep: Any = None
     residual: Any = None
     out: Any = None
-
-
-class Kept(NamedTuple):
-    """What backward needs of a forward."""
-
-    x: Array
-    mean: Array
-    inv_std: Array
-    options: dict[str, Any]  # of batch_norm_backward
-    residual: bool
 
 
 class Resolved(NamedTuple):
@@ -83,7 +74,7 @@ def forward(layer: LayerBase, x: Array, request: Request, where: dict[str, Any])
     part = None
     if layer._collector is not None:
         part = layer._collector.measure(x, where)  # before x is overwritten in place
-    step = _Step(layer, x, where) if todo.update else None
+    step = Step(layer, x, where) if todo.update else None
     if step is not None and not step.count:
         step = None  # an empty batch counts for nothing
     way = _by_batch if todo.batch else _by_running
@@ -96,40 +87,36 @@ def forward(layer: LayerBase, x: Array, request: Request, where: dict[str, Any])
 
 
 def _by_batch(
-    layer: LayerBase, x: Array, request: Request, where: dict[str, Any], keep: bool, step: _Step | None
+    layer: LayerBase, x: Array, request: Request, where: dict[str, Any], keep: bool, step: Step | None
 ) -> tuple[Array, Kept | None]:
-    options: dict[str, Any] = {}
-    if step is not None:
-        if layer._on_nonfinite == "raise" and request.out is not None and step.count > 1:
+    if step is not None and layer._on_nonfinite == "raise" and request.out is not None and step.count > 1:
+        if layer._virtual_batch_size is None:
             step.foresee()
             step.set_aside()
-        options = {
-            "running_mean": step.mean, "running_var": step.var, "decay": step.decay,
-            "running_ddof": layer._running_ddof,
-        }  # fmt: skip
-    result = batch_norm_train(
-        x, layer._gamma, layer._beta, eps=layer._eps, activation=layer._activation,
-        residual=request.residual, out=request.out, **options, **where,
-    )  # fmt: skip
+    arguments = {
+        "eps": layer._eps, "activation": layer._activation, "residual": request.residual,
+        "out": request.out, **where,
+    }  # fmt: skip
+    y, kept = _ways.by_batch(layer, x, arguments, step)
     if step is not None:
         step.check()
-        step.measured = result.mean, result.inv_std**-2.0 - layer._eps
-    if not keep:
-        return result.y, None
-    backward: dict[str, Any] = {"stats": "batch"}
-    if isinstance(result, ResidualTrainResult):
-        backward["activation_mask"] = result.activation_mask
-    return result.y, Kept(x, result.mean, result.inv_std, backward, request.residual is not None)
+    return y, kept if keep else None
 
 
 def _by_running(
-    layer: LayerBase, x: Array, request: Request, where: dict[str, Any], keep: bool, step: _Step | None
+    layer: LayerBase, x: Array, request: Request, where: dict[str, Any], keep: bool, step: Step | None
 ) -> tuple[Array, Kept | None]:
     """Normalise with the running statistics as they are before this call's update."""
     if not layer._counters.trusted:
         check_statistics(layer, x, where, 6)
     if step is not None:
         step.foresee()
+        if step.reference is not None and step.measured is not None:
+            mean, var = step.measured
+            _running.update_running(
+                *step.reference, mean, np.sqrt(var + layer._eps), decay=_reference_decay(layer, step.decay),
+                count=step.count, ddof=0,
+            )  # fmt: skip
     backward: dict[str, Any] = {"stats": "fixed"}
     if keep and request.residual is not None and layer._activation is not None:
         backward["activation_mask"] = np.zeros(activation_mask_bytes(x, **where), np.uint8)
@@ -146,11 +133,17 @@ def _by_running(
     return y, Kept(x, mean, inv_std, backward, request.residual is not None)
 
 
-class _Step:
+def _reference_decay(layer: LayerBase, decay: float) -> float:
+    own = layer._renorm["decay"]
+    return decay if own is None else float(own)
+
+
+class Step:
     """An update of running statistics, prepared aside where it may not come to pass."""
 
     def __init__(self, layer: LayerBase, x: Array, where: dict[str, Any]) -> None:
         self.layer, self.x, self.where = layer, x, where
+        self.reference: tuple[Array, Array] | None = None  # renorm_mean and renorm_std, if there are any
         channels = layer._num_features or 1
         self.count = x.size // channels if isinstance(x, np.ndarray) else 0  # else the function refuses x
         counters = layer._counters
@@ -164,7 +157,9 @@ class _Step:
         )  # fmt: skip
         self.aside = layer._on_nonfinite != "propagate"
         self.mean, self.var = layer._running_mean, layer._running_var
-        if self.aside:
+        if layer._renorm_mean is not None:
+            self.reference = layer._renorm_mean, layer._renorm_std
+        if self.aside or layer._virtual_batch_size is not None:
             self.set_aside()
         self.skipped = False
         self.measured: tuple[Array, Array] | None = None
@@ -173,6 +168,27 @@ class _Step:
         """Let the update happen to copies, as they are now."""
         self.aside = True
         self.mean, self.var = self.layer._running_mean.copy(), self.layer._running_var.copy()
+        if self.reference is not None:
+            self.reference = self.layer._renorm_mean.copy(), self.layer._renorm_std.copy()
+
+    def measure(self, mean: Array, inv_std: Array) -> None:
+        """Note the batch's statistics, for the history."""
+        if self.layer._history is not None:
+            with np.errstate(all="ignore"):
+                self.measured = mean, inv_std**-2.0 - self.layer._eps
+
+    def take(self, mean: Array, var: Array, count: int) -> None:
+        """Update the statistics by a mean and a population variance of parts of `count` values."""
+        _running.update_running(
+            self.mean, self.var, mean, var, decay=self.decay, count=count, ddof=self.layer._running_ddof
+        )
+        self.measured = mean, var
+
+    def refer(self, mean: Array, inv_std: Array) -> None:
+        """Let a batch be the reference of batch renormalisation."""
+        assert self.reference is not None
+        for vector, value in zip(self.reference, (mean, 1 / inv_std), strict=True):
+            np.copyto(vector, value, casting="same_kind")
 
     def foresee(self) -> None:
         """Update the statistics without normalising, and see whether that will do."""
@@ -211,6 +227,9 @@ class _Step:
         if self.aside:
             np.copyto(layer._running_mean, self.mean)
             np.copyto(layer._running_var, self.var)
+            if self.reference is not None:
+                np.copyto(layer._renorm_mean, self.reference[0])
+                np.copyto(layer._renorm_std, self.reference[1])
         layer._counters.step(self.decay, self.count * (layer._num_features or 1))
         if layer._history is not None and self.measured is not None:
             layer._history.add(layer, *self.measured, self.count)

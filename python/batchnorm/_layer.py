@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import _args, _forward, _running
-from ._forward import Kept, Request
+from . import _args, _forward, _running, _ways
+from ._forward import Request
 from ._functional import batch_norm, batch_norm_backward, batch_norm_train
 from ._history import History, checked_limit
 from ._layer_base import Counters, checked_dtype, checked_initial, checked_int, checked_vector
@@ -63,6 +63,18 @@ class BatchNorm(LayerTools):
         ONNX). Batches are always normalised with the population variance.
     activation : {None, "relu"}
         Applied to the result (plus the residual, if there is one), in the same pass.
+    renorm : bool or mapping, optional
+        Batch renormalisation in training: limits ``rmin``, ``rmax``, ``dmax`` as in ``batch_renorm_train``,
+        such as ``{"rmax": 3.0, "dmax": 5.0}``; True: none. With ``decay`` among them the reference is a pair
+        of its own, `renorm_mean` and `renorm_std`. The first batch, for which there is no reference yet, is
+        normalised plainly. The limits may be changed by assigning to `renorm`.
+    virtual_batch_size : int, optional
+        Normalise parts of so many samples each by its own statistics in training, as
+        ``ghost_batch_norm_train``. The running statistics receive the average of the parts' in one update, so
+        `decay` means the same as without.
+    save_memory : bool, default False
+        Keep y for ``backward`` instead of x, as ``batch_norm_train_saving``; with ``out=x`` the layer then
+        needs no memory of its own. y must not be changed before backward. Only without an activation.
     on_nonfinite : {"propagate", "raise", "skip"}
         What happens when NaN or Inf would enter the running statistics: they take it (it stays in its
         channel); the call is a ValueError that changes nothing; or the batch is normalised, but left out of
@@ -157,6 +169,9 @@ class BatchNorm(LayerTools):
         center: bool = True,
         running_ddof: int = 1,
         activation: _args.ActivationName | None = None,
+        renorm: Mapping[str, float] | bool | None = None,
+        virtual_batch_size: int | None = None,
+        save_memory: bool = False,
         on_nonfinite: Literal["propagate", "raise", "skip"] = "propagate",
         allow_initial_statistics: bool = False,
         initial: Mapping[str, Initial] | None = None,
@@ -175,6 +190,10 @@ class BatchNorm(LayerTools):
         self._center = _args.check_flag(center, "center")
         self._running_ddof = _args.check_ddof(running_ddof, "running_ddof")
         self._activation = _args.check_activation(activation)
+        self._renorm = _ways.check_renorm(renorm)
+        self._virtual_batch_size = _ways.check_virtual_batch_size(virtual_batch_size)
+        self._save_memory = _args.check_flag(save_memory, "save_memory")
+        _ways.check_together(self._renorm, virtual_batch_size, save_memory, activation)
         self._on_nonfinite = _running.check_on_nonfinite(on_nonfinite)
         self._allow_initial_statistics = _args.check_flag(
             allow_initial_statistics, "allow_initial_statistics"
@@ -188,6 +207,7 @@ class BatchNorm(LayerTools):
         self._counters = Counters()
         self._collector, self._updating, self._frozen, self._training = None, True, (), True
         self._num_features = self._gamma = self._beta = self._running_mean = self._running_var = None
+        self._renorm_mean = self._renorm_std = None
         self._saved = self.dgamma = self.dbeta = self.dresidual = None
         self._refresh()
         if num_features is not None:
@@ -195,6 +215,24 @@ class BatchNorm(LayerTools):
             self._initial = None
 
     # ---- modes ---------------------------------------------------------------------------------------------
+
+    @property
+    def renorm(self) -> dict[str, float | None] | None:
+        """The limits of batch renormalisation, or None. Assigning changes them."""
+        return None if self._renorm is None else dict(self._renorm)
+
+    @renorm.setter
+    def renorm(self, value: Mapping[str, float | None] | bool | None) -> None:
+        renorm = _ways.check_renorm(value)
+        own = self._renorm is not None and self._renorm["decay"] is not None
+        if (renorm is not None and renorm["decay"] is not None) != own:
+            raise ValueError(
+                "renorm: whether the reference has a decay of its own is decided when the layer is built; "
+                + ("give decay among the limits" if own else "leave decay away")
+            )
+        _ways.check_together(renorm, self._virtual_batch_size, self._save_memory, self._activation)
+        self._renorm = renorm
+        self._refresh()
 
     def train(self, mode: bool = True) -> Self:
         """Let calls use and update statistics as in training (or not, with False); return the layer.
@@ -347,7 +385,8 @@ class BatchNorm(LayerTools):
         if lazy:
             self._initial = None
         self._saved = _NOT_KEPT if kept is None else kept
-        if request.out is not None and _args._same_memory(request.out, x):
+        in_place = request.out is not None and _args._same_memory(request.out, x)
+        if in_place and (kept is None or kept.saved is None):
             self._saved = _OVERWRITTEN
         return y
 
@@ -416,13 +455,9 @@ class BatchNorm(LayerTools):
                 activation=self._activation, needs=self._needs, out=out,
             )  # fmt: skip
             dresidual = None
-        elif type(saved) is Kept:
+        elif type(saved) is _ways.Kept:
             x = saved.x
-            needs = (*self._needs, "dresidual") if saved.residual else self._needs
-            result = batch_norm_backward(
-                dy, x, saved.mean, saved.inv_std, self._gamma, self._beta, axis=self._axis,
-                activation=self._activation, needs=needs, out=out, **saved.options,
-            )  # fmt: skip
+            result = saved.backward(self, dy, out)
             dx, dgamma, dbeta = result
             dresidual = getattr(result, "dresidual", None)
         else:
@@ -454,7 +489,8 @@ class BatchNorm(LayerTools):
     def __repr__(self) -> str:
         usual = {
             "scale": True, "center": True, "running_ddof": 1, "warmup": False, "zero_debias": False,
-            "on_nonfinite": "propagate", "allow_initial_statistics": False,
+            "on_nonfinite": "propagate", "allow_initial_statistics": False, "renorm": None,
+            "virtual_batch_size": None, "save_memory": False,
         }  # fmt: skip
         fields = [f"{name}={getattr(self, name)!r}" for name in ("decay", "eps", "axis", "activation")]
         fields += [f"{n}={getattr(self, n)!r}" for n, value in usual.items() if getattr(self, n) != value]

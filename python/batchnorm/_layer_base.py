@@ -17,7 +17,10 @@ from . import _args, _running
 
 _T = TypeVar("_T")
 
-INITIAL = {"gamma": 1.0, "beta": 0.0, "running_mean": 0.0, "running_var": 1.0}
+INITIAL = {
+    "gamma": 1.0, "beta": 0.0, "running_mean": 0.0, "running_var": 1.0, "renorm_mean": 0.0, "renorm_std": 1.0
+}  # fmt: skip
+REFERENCE = ("renorm_mean", "renorm_std")
 STATISTICS = ("running_mean", "running_var")
 
 # Statistics are cold while the initial values weigh more than this.
@@ -122,9 +125,10 @@ class LayerBase:
     __slots__ = (
         "__weakref__", "_activation", "_allow_initial_statistics", "_axis", "_beta", "_center", "_collector",
         "_counters", "_data_format", "_decay", "_dtype", "_eps", "_frozen", "_gamma", "_history", "_initial",
-        "_needs", "_num_features", "_on_nonfinite", "_rank", "_running_ddof", "_running_mean", "_running_var",
-        "_saved", "_scale", "_special", "_training", "_updating", "_warmup", "_zero_debias", "dbeta",
-        "dgamma", "dresidual",
+        "_needs", "_num_features", "_on_nonfinite", "_rank", "_renorm", "_renorm_mean", "_renorm_std",
+        "_running_ddof", "_running_mean", "_running_var", "_save_memory", "_saved", "_scale", "_special",
+        "_training", "_updating", "_virtual_batch_size", "_warmup", "_zero_debias", "dbeta", "dgamma",
+        "dresidual",
     )  # fmt: skip
 
     # The vectors, None until the channel count is known: Any spares the call path asking twice.
@@ -132,6 +136,11 @@ class LayerBase:
     _beta: Any
     _running_mean: Any
     _running_var: Any
+    _renorm_mean: Any  # a reference of its own, with renorm={"decay": ...}
+    _renorm_std: Any
+    _renorm: Any  # the limits by name, or None
+    _virtual_batch_size: Any  # int or None
+    _save_memory: bool
     _num_features: int | None
     _activation: Any
     _axis: int
@@ -170,6 +179,10 @@ class LayerBase:
     data_format = Setting["_args.DataFormatName | None"]("The data_format given instead of an axis, or None.")
     scale = Setting[bool]("Whether the layer has gamma.")
     center = Setting[bool]("Whether the layer has beta.")
+    renorm_mean = _Vector("Reference mean of batch renormalisation with a decay of its own, or None.")
+    renorm_std = _Vector("Reference standard deviation of the same, or None.")
+    virtual_batch_size = Setting["int | None"]("Samples of the parts that are normalised apart, or None.")
+    save_memory = Setting[bool]("Whether y is kept for backward instead of x.")
     running_ddof = Setting[int]("1: running_var is the unbiased estimate; 0: the population variance.")
     activation = Setting["_args.ActivationName | None"]("The activation applied to the result, or None.")
     dtype = Setting["np.dtype[Any]"]("Data type of parameters and running statistics.")
@@ -232,6 +245,9 @@ class LayerBase:
             and self._updating
             and self._collector is None
             and self._history is None
+            and self._renorm is None
+            and self._virtual_batch_size is None
+            and not self._save_memory
         )
         self._special = not short
         trained = () if "parameters" in self._frozen else self._parameter_names()
@@ -241,7 +257,8 @@ class LayerBase:
         return (*(("gamma",) * self._scale), *(("beta",) * self._center))
 
     def _vector_names(self) -> tuple[str, ...]:
-        return (*self._parameter_names(), *STATISTICS)
+        own = self._renorm is not None and self._renorm["decay"] is not None
+        return (*self._parameter_names(), *STATISTICS, *(REFERENCE * own))
 
     # ---- vectors -------------------------------------------------------------------------------------------
 
@@ -260,6 +277,7 @@ class LayerBase:
     def _forget(self) -> None:
         self._num_features = None
         self._gamma = self._beta = self._running_mean = self._running_var = None
+        self._renorm_mean = self._renorm_std = None
         self._counters = Counters()
         self._refresh()
 
@@ -348,7 +366,7 @@ def checked_vector(
         raise ValueError(f"{name} has shape {given.shape}, expected ({count or 'C'},), one value per channel")
     with np.errstate(over="ignore", under="ignore"):
         vector = given.astype(dtype, copy=False)
-    not_negative = name.endswith("running_var")
+    not_negative = name.endswith(("running_var", "renorm_std"))
     good = np.isfinite(vector) & ((vector >= 0) | (not not_negative))
     if not good.all():
         channel = int(good.argmin())

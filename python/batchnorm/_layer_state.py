@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _running, _state
-from ._layer_base import INITIAL, STATISTICS, Counters, LayerBase, checked_int, checked_vector
+from . import _args, _running, _state, _ways
+from ._layer_base import INITIAL, REFERENCE, STATISTICS, Counters, LayerBase, checked_int, checked_vector
 from ._parameter import Parameter
 
 if TYPE_CHECKING:
@@ -23,13 +23,15 @@ FORMAT_VERSION = 2
 class Snapshot:
     """Running statistics and their counters at one moment, from ``bn.snapshot()`` for ``bn.rollback()``."""
 
-    __slots__ = ("_counters", "_mean", "_var")
+    __slots__ = ("_counters", "_vectors")
 
-    def __init__(self, mean: NDArray[Any], var: NDArray[Any], counters: Counters) -> None:
-        self._mean, self._var, self._counters = mean.copy(), var.copy(), counters.copy()
+    def __init__(self, vectors: Mapping[str, NDArray[Any]], counters: Counters) -> None:
+        self._vectors = {name: value.copy() for name, value in vectors.items()}
+        self._counters = counters.copy()
 
     def __repr__(self) -> str:
-        return f"Snapshot({len(self._mean)} channels, num_updates={self._counters.num_updates})"
+        channels = len(self._vectors["running_mean"])
+        return f"Snapshot({channels} channels, num_updates={self._counters.num_updates})"
 
 
 class LayerState(LayerBase):
@@ -67,8 +69,10 @@ class LayerState(LayerBase):
             all others have shape (): the counters ``num_updates``, ``num_values``, ``num_skipped``,
             ``initial_weight``, and ``format_version``, ``axis``, ``running_ddof``: int64; ``eps``, ``decay``:
             float64; ``warmup``, ``zero_debias``, ``allow_initial_statistics``: int64, 0 or 1;
-            ``activation``, ``data_format``, ``on_nonfinite``, and a ``decay`` that is None: str ("none" for
-            None). Gradients, mode and the saved input are not part of it.
+            ``renorm_rmin``, ``renorm_rmax``, ``renorm_dmax``, ``renorm_decay``: float64;
+            ``virtual_batch_size``, ``save_memory``: int64; ``activation``, ``data_format``, ``on_nonfinite``:
+            str; "none" for None. With ``renorm={"decay": ...}`` also ``renorm_mean``, ``renorm_std``.
+            Gradients, mode and the saved input are not part of it.
         """
         state = {name: value.copy() for name, value in self._known_vectors("state_dict()").items()}
         for name in SCALARS:
@@ -79,6 +83,8 @@ class LayerState(LayerBase):
         return state
 
     def _scalar(self, name: str) -> Any:
+        if name.startswith("renorm_"):
+            return None if self._renorm is None else self._renorm[name.removeprefix("renorm_")]
         return getattr(self._counters if name in _COUNTERS else self, name)
 
     def load_state_dict(self, state: Mapping[str, NDArray[Any]], *, strict: bool = True) -> Self:
@@ -119,6 +125,15 @@ class LayerState(LayerBase):
             )
         schedule = {name: scalars.get(name, getattr(self, name)) for name in _SCHEDULE}
         _running.check_schedule(**schedule)
+        renorm = _renorm_of(scalars, self._renorm)
+        parts = scalars.get("virtual_batch_size", self._virtual_batch_size)
+        saving = scalars.get("save_memory", self._save_memory)
+        _ways.check_together(renorm, parts, saving, self._activation)
+        if _ways.has_reference(renorm) != _ways.has_reference(self._renorm):
+            raise ValueError(
+                "renorm has a decay of its own, and so renorm_mean and renorm_std, either in the state or in "
+                "this layer, expected both or neither: build the layer as the saved one was"
+            )
         count = self._num_features
         vectors: dict[str, NDArray[Any]] = {}
         for name in names:
@@ -136,6 +151,8 @@ class LayerState(LayerBase):
         for name in ("eps", "running_ddof", "on_nonfinite", "allow_initial_statistics"):
             if name in scalars:
                 setattr(self, "_" + name, scalars[name])
+        self._renorm = renorm
+        self._virtual_batch_size, self._save_memory = parts, saving
         for name, value in schedule.items():
             setattr(self, "_" + name, value)
         self._load_counters(vectors, scalars)
@@ -200,6 +217,7 @@ class LayerState(LayerBase):
             layout = "axis" if scalars.get("data_format") is None else "data_format"
             options = {name: scalars[name] for name in (*_OPTIONS, layout) if name in scalars}
             dtype = state["running_mean"].dtype if "running_mean" in state else np.float32
+            options["renorm"] = _renorm_of(scalars, None)
             options |= {"scale": "gamma" in state, "center": "beta" in state, "dtype": dtype}
             layer = cls(**options)
             check_names(state, (*layer._vector_names(), *scalar_names(scalars)), True, "")
@@ -210,6 +228,10 @@ class LayerState(LayerBase):
             raise ValueError(f"cannot load {os.fspath(path)!r}: {error}") from error
 
     # ---- statistics that may have to go back ---------------------------------------------------------------
+
+    def _statistics_names(self) -> tuple[str, ...]:
+        """The vectors that a training forward changes."""
+        return tuple(name for name in self._vector_names() if name in (*STATISTICS, *REFERENCE))
 
     def snapshot(self) -> Snapshot:
         """Copy the running statistics and their counters, all that a training forward changes.
@@ -230,7 +252,7 @@ class LayerState(LayerBase):
         ``bn(x, update=False)``, or a whole network inside ``with bn.no_update():``.
         """
         vectors = self._known_vectors("snapshot()")
-        return Snapshot(vectors["running_mean"], vectors["running_var"], self._counters)
+        return Snapshot({name: vectors[name] for name in self._statistics_names()}, self._counters)
 
     def rollback(self, snapshot: Snapshot) -> Self:
         """Put running statistics and counters back to a snapshot of this layer; return the layer.
@@ -244,14 +266,16 @@ class LayerState(LayerBase):
         """
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"snapshot is {_args._kind(snapshot)}, expected the result of bn.snapshot()")
-        own = self._known_vectors("rollback()")["running_mean"]
-        if snapshot._mean.shape != own.shape or snapshot._mean.dtype != own.dtype:
+        own, theirs = self._known_vectors("rollback()")["running_mean"], snapshot._vectors["running_mean"]
+        names = self._statistics_names()
+        if theirs.shape != own.shape or theirs.dtype != own.dtype or tuple(snapshot._vectors) != names:
             raise ValueError(
-                f"snapshot has {snapshot._mean.shape[0]} channels of {snapshot._mean.dtype}, expected "
-                f"{self._num_features} of {own.dtype}: it is that of another layer"
+                f"snapshot has {', '.join(snapshot._vectors)} of {len(theirs)} channels of {theirs.dtype}, "
+                f"expected {', '.join(names)} of {self._num_features} of {own.dtype}: it is that of "
+                f"another layer"
             )
-        np.copyto(self._running_mean, snapshot._mean)
-        np.copyto(self._running_var, snapshot._var)
+        for name in names:
+            np.copyto(getattr(self, "_" + name), snapshot._vectors[name])
         self._counters.take(snapshot._counters)
         return self
 
@@ -316,7 +340,11 @@ class LayerState(LayerBase):
         for name in LayerBase.__slots__:
             if name != "__weakref__":
                 setattr(other, name, getattr(self, name))
-        apart = {None: self._vector_names(), "params": STATISTICS, "stats": self._parameter_names()}[share]
+        apart = {
+            None: self._vector_names(),
+            "params": self._statistics_names(),
+            "stats": self._parameter_names(),
+        }[share]
         for name in apart if self._num_features is not None else ():
             setattr(other, "_" + name, getattr(self, "_" + name).copy())
         if share != "stats":
@@ -370,6 +398,21 @@ def _checked_weight(value: object) -> float:
     return number
 
 
+def _is_none(value: object) -> bool:
+    return isinstance(value, str) and value == "none"
+
+
+def _limit(name: str) -> Callable[[object], float | None]:
+    def check(value: object) -> float | None:
+        if _is_none(value):
+            return None
+        limits = _ways.check_renorm({name: _args._real(value, f"renorm_{name}", "a number or 'none'")})
+        assert limits is not None
+        return float(limits[name])
+
+    return check
+
+
 def _flag(name: str) -> Callable[[object], bool]:
     return lambda v: checked_int(v, name, 0, 1, "0 or 1") == 1
 
@@ -393,11 +436,30 @@ SCALARS: dict[str, Callable[[object], Any]] = {
     "zero_debias": _flag("zero_debias"),
     "on_nonfinite": _running.check_on_nonfinite,
     "allow_initial_statistics": _flag("allow_initial_statistics"),
+    "virtual_batch_size": lambda v: None if _is_none(v) else _ways.check_virtual_batch_size(v),
+    "save_memory": _flag("save_memory"),
+    **{f"renorm_{name}": _limit(name) for name in ("rmin", "rmax", "dmax", "decay")},
 }
 _FORMAT_1 = tuple(SCALARS)[:8]
 _COUNTERS = ("num_updates", "num_values", "num_skipped", "initial_weight")
 _SCHEDULE = ("decay", "warmup", "zero_debias")
-_OPTIONS = (*_SCHEDULE, "eps", "running_ddof", "activation", "on_nonfinite", "allow_initial_statistics")
+_OPTIONS = (
+    *_SCHEDULE, "eps", "running_ddof", "activation", "on_nonfinite", "allow_initial_statistics",
+    "virtual_batch_size", "save_memory",
+)  # fmt: skip
+
+
+def _renorm_of(scalars: Mapping[str, Any], own: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The option `renorm` of a state; `own` is the layer's, for what the state does not say."""
+    found = {name: scalars[f"renorm_{name}"] for name in _RENORM if f"renorm_{name}" in scalars}
+    if not found:
+        return own
+    if found.get("rmin") is None:
+        return None
+    return _ways.check_renorm({name: value for name, value in found.items() if value is not None})
+
+
+_RENORM = ("rmin", "rmax", "dmax", "decay")
 
 
 def scalar_names(scalars: Mapping[str, Any]) -> tuple[str, ...]:
