@@ -55,10 +55,10 @@ class Digits:
         train, test = (images.astype(np.float32) / 255 for images in (data.train_images, data.test_images))
         return cls(train, data.train_labels, test, data.test_labels)
 
-    def batches(self, rng: np.random.Generator) -> list[Array]:
+    def batches(self, rng: np.random.Generator, size: int) -> list[Array]:
         """The numbers of the training images, in random order, in batches."""
         order = rng.permutation(len(self.train))
-        return [order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH)]
+        return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
 
 
 def build(pixels: int, seed: int, **options: object) -> Sequential:
@@ -79,17 +79,19 @@ def norms(network: Sequential) -> dict[str, BatchNorm]:
     return {name: layer for name, layer in network.layers.items() if isinstance(layer, BatchNorm)}
 
 
-def train(network: Sequential, digits: Digits, epochs: int, seed: int) -> float:
+def train(
+    network: Sequential, digits: Digits, epochs: int, seed: int, *, batch: int = BATCH, rate: float = RATE
+) -> float:
     """Train; return the share of images that the network got right in its last epoch, in training mode."""
     rng, optimizer = np.random.default_rng(seed), Adam()
     network.train()
     for _ in range(epochs):
         hits = seen = 0
-        for chosen in digits.batches(rng):
+        for chosen in digits.batches(rng, batch):
             scores = network(digits.train[chosen])
             _, gradient = cross_entropy(scores, digits.train_labels[chosen])
             network.backward(gradient)
-            optimizer.step(network.parameters(), RATE)
+            optimizer.step(network.parameters(), rate)
             hits += int((scores.argmax(axis=1) == digits.train_labels[chosen]).sum())
             seen += len(chosen)
     return hits / seen
