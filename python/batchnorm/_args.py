@@ -86,7 +86,7 @@ _FOREIGN = {
     "is_training": _MODES,
     "train": _MODES,
     "inplace": "pass out=x",
-    "trainable": "eval() normalises with the running statistics and updates nothing",
+    "trainable": "freeze() makes a BatchNorm use the running statistics and update nothing",
     "device": "there is only the CPU",
     "activation_fn": "it is called activation here",
 }
