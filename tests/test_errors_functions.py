@@ -347,7 +347,7 @@ for kind, value in {
     case("moments", f"keepdims {kind}", {"keepdims": value}, TypeError, "keepdims", got, "True or False")
 
 ACTIVATED = ("batch_norm", "batch_norm_train", "batch_norm_backward")
-for value in ("ReLU", "tanh", "", "relu ", "none"):
+for value in ("ReLU", "gelu", "", "relu ", "none"):
     case(
         ACTIVATED,
         f"activation {value!r}",
@@ -762,7 +762,7 @@ for name, (value, error, got) in WRONG_MASK.items():
         "40 uint8",
         r"activation_mask_bytes\(x\)",
     )
-match = (r"\bactivation_mask\b", "without activation='relu'", "drop one")
+match = (r"\bactivation_mask\b", "activation=None", "'relu', 'leaky_relu' or 'relu6'|'relu' or", "drop one")
 case(
     MASKED,
     "activation_mask without activation",

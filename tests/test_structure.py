@@ -246,9 +246,10 @@ def test_files_of_the_wheel():
 
 
 def test_size_of_the_wheel():
+    # Most of it is the kernels, twice: in the extension and in the static library.
     packed = sum(len(zlib.compress(p.read_bytes())) for p in installed().values())
-    assert packed < 3e6, f"the wheel takes {packed / 1e6:.1f} MB"
-    assert sum(p.stat().st_size for p in installed().values()) < 8e6
+    assert packed < 3.5e6, f"the wheel takes {packed / 1e6:.1f} MB"
+    assert sum(p.stat().st_size for p in installed().values()) < 10e6
 
 
 def test_version_of_the_core():

@@ -146,3 +146,44 @@ def difference_error(size, curvature, step):
     `curvature` bounds the third derivative: truncation is h^2 / 6 of it.
     """
     return SLACK * (5 * U64 * size / step + curvature * step * step / 6)
+
+
+# Roundings of an activation, in units of u times its value. It takes e = exp(t), of which q = exp(r) - 1 with
+# |r| <= ln 2 / 2 is off by 3 u |q| (r: 2, its polynomial: 1), so 1 + q by (3 |q| + |1 + q|) u, at most
+# 2.3 u |1 + q|, and e by 3 u with what Taylor's series omits; 1 + e by at most 3 u / 2 + u.
+_EXP = 3.0
+_ACTIVATION = {
+    "relu": 0.0,
+    "leaky_relu": 1.0,
+    "relu6": 0.0,
+    "sigmoid": _EXP + 2.5 + 1,  # e / (1 + e)
+    "tanh": 3.5
+    + 3.5
+    + 2,  # m / (2 + m), m = exp(t) - 1 off by 3.5: 2^n q and 2^n - 1 are exact, the sum is at least |q| / 1.5
+    "silu": _EXP + 1 + 2.5 + 1,
+}
+_DERIVATIVE = {"sigmoid": _EXP + 2 * 2.5 + 1 + 1, "tanh": _EXP + 2 * 2.5 + 1 + 1, "silu": _EXP + 1 + 2.5 + 1}
+
+
+def activation_error(dtype, y, activation):
+    """Bound of |act(v) - y| for v as it is."""
+    return stored(dtype, y, u_compute(dtype) * _ACTIVATION[activation] * np.abs(y) + _subnormal(dtype))
+
+
+def activation_gradient_error(dtype, v, dy, want, activation):
+    """Bound of |dy act'(v) - want|: act' and one product.
+
+    silu' = s (1 + v (1 - s)) has a root, near which the bracket's roundings, 7.5 u |v (1 - s)| + u, stay.
+    """
+    if activation not in _DERIVATIVE:
+        return stored(dtype, want, u_compute(dtype) * np.abs(want))
+    error = (_DERIVATIVE[activation] + 1) * np.abs(want)
+    if activation == "silu":
+        e = np.exp(-np.abs(v))
+        error = error + np.abs(dy) * (7.5 * np.abs(v) * e / (1 + e) ** 2 + np.abs(want / dy))
+    return stored(dtype, want, u_compute(dtype) * error + 4 * np.abs(dy) * _subnormal(dtype))
+
+
+def _subnormal(dtype):
+    """The least number of the compute type: results below the normal ones are off by about half of it."""
+    return np.longdouble(2) ** (-1074 if np.dtype(dtype) == np.float64 else -149)

@@ -78,15 +78,26 @@ bool as_int(py::handle h, std::int64_t& out) {
     return overflow == 0;
 }
 
-bool as_activation(py::handle h, Activation& out) {
-    if (h.is_none()) {
+// An activation's name, and the slope, which leaky_relu alone may have; None leaves its default.
+bool as_activation(py::handle name, py::handle slope, Activation& out, double& out_slope) {
+    if (name.is_none()) {
         out = Activation::none;
-        return true;
+        return slope.is_none();
     }
-    if (!PyUnicode_CheckExact(h.ptr()) || PyUnicode_CompareWithASCIIString(h.ptr(), "relu") != 0) return false;
-    out = Activation::relu;
-    return true;
+    if (!PyUnicode_CheckExact(name.ptr())) return false;
+    constexpr std::pair<const char*, Activation> names[] = {{"relu", Activation::relu},   {"leaky_relu", Activation::leaky_relu},
+                                                            {"relu6", Activation::relu6}, {"sigmoid", Activation::sigmoid},
+                                                            {"tanh", Activation::tanh},   {"silu", Activation::silu}};
+    for (const auto& [known, activation] : names) {
+        if (PyUnicode_CompareWithASCIIString(name.ptr(), known) != 0) continue;
+        out = activation;
+        return slope.is_none() || (activation == Activation::leaky_relu && as_double(slope, out_slope));
+    }
+    return false;
 }
+
+// Whether the forward keeps a mask after a residual; of the smooth ones backward needs more than a bit.
+bool has_mask(Activation a) { return a == Activation::relu || a == Activation::leaky_relu || a == Activation::relu6; }
 
 // An array of x's kind and memory order.
 py::object empty_like(py::handle x) {
@@ -176,15 +187,16 @@ private:
 py::object given_or_like(py::handle out, py::handle x) { return out.is_none() ? empty_like(x) : py::reinterpret_borrow<py::object>(out); }
 
 py::object batch_norm(py::handle x, py::handle mean, py::handle var, py::handle gamma, py::handle beta, py::handle eps, py::handle axis,
-                      py::handle activation, py::handle residual, py::handle mask, py::handle num_threads, py::handle out, bool disjoint,
-                      bool prepared) {
+                      py::handle activation, py::handle slope, py::handle residual, py::handle mask, py::handle num_threads, py::handle out,
+                      bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormArgs a;
         std::int64_t channel_axis;
         Together together;
-        if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_activation(activation, a.activation) ||
-            !as_channels(mean, a.mean) || !as_channels(var, a.var) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) ||
-            !as_mask(mask, a.activation_mask) || !as_thread_count(num_threads, a.num_threads)) {
+        if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) ||
+            !as_activation(activation, slope, a.activation, a.slope) || !as_channels(mean, a.mean) || !as_channels(var, a.var) ||
+            !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_mask(mask, a.activation_mask) ||
+            !as_thread_count(num_threads, a.num_threads)) {
             return {};
         }
         py::object y = given_or_like(out, x);
@@ -212,7 +224,7 @@ py::object renormalised(BatchNormTrainArgs& a, py::object y, py::object mean, py
     a.renorm.r = r.values;
     a.renorm.d = d.values;
     py::object mask = py::none();
-    if (a.residual && a.activation != Activation::none) {
+    if (a.residual && has_mask(a.activation)) {
         Vector<std::uint8_t> bits(activation_mask_bytes(a.x));
         std::memset(bits.values.data(), 0, bits.values.size());
         a.activation_mask = bits.values;
@@ -222,17 +234,18 @@ py::object renormalised(BatchNormTrainArgs& a, py::object y, py::object mean, py
     return py::make_tuple(std::move(y), std::move(mean), std::move(inv_std), std::move(mask), std::move(r.array), std::move(d.array));
 }
 
-// With a residual and an activation, the result has the mask as its fourth. With renorm, the fourth is the mask or None, then follow r and
-// d.
+// With a residual and an activation that has a mask, that is the result's fourth. With renorm, the fourth is the mask or None, then follow
+// r and d.
 py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py::handle running_mean, py::handle running_var,
                             py::handle decay, py::handle running_ddof, py::handle eps, py::handle axis, py::handle activation,
-                            py::handle residual, py::handle num_threads, py::handle out, py::handle renorm, bool disjoint, bool prepared) {
+                            py::handle slope, py::handle residual, py::handle num_threads, py::handle out, py::handle renorm, bool disjoint,
+                            bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormTrainArgs a;
         std::int64_t channel_axis, ddof;
         Together together;
         if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_double(decay, a.decay) ||
-            !as_int(running_ddof, ddof) || ddof < 0 || ddof > 1 || !as_activation(activation, a.activation) ||
+            !as_int(running_ddof, ddof) || ddof < 0 || ddof > 1 || !as_activation(activation, slope, a.activation, a.slope) ||
             !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_channels(running_mean, a.running_mean) ||
             !as_channels(running_var, a.running_var) || !as_thread_count(num_threads, a.num_threads) || !as_renorm(renorm, a.renorm)) {
             return {};
@@ -247,7 +260,7 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
         a.mean = mean.values;
         a.inv_std = inv_std.values;
         if (!renorm.is_none()) return renormalised(a, std::move(y), std::move(mean.array), std::move(inv_std.array));
-        if (residual.is_none() || a.activation == Activation::none) {
+        if (residual.is_none() || !has_mask(a.activation)) {
             without_gil(elements(a.y), [&] { batchnorm::batch_norm_train(a); });
             return py::make_tuple(std::move(y), std::move(mean.array), std::move(inv_std.array));
         }
@@ -262,18 +275,19 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
 // What is not needed is None in the result; dx and dresidual go into `out` and `out_residual` if those are given. The result has
 // dresidual as its fourth if that is needed.
 py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py::handle inv_std, py::handle gamma, py::handle beta,
-                               py::handle axis, bool fixed, py::handle activation, py::handle mask, bool need_dx, bool need_dgamma,
-                               bool need_dbeta, bool need_dresidual, py::handle num_threads, py::handle out, py::handle out_residual,
-                               bool disjoint, bool prepared) {
+                               py::handle axis, bool fixed, py::handle activation, py::handle slope, py::handle mask, py::handle residual,
+                               bool need_dx, bool need_dgamma, bool need_dbeta, bool need_dresidual, py::handle num_threads, py::handle out,
+                               py::handle out_residual, bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormBackwardArgs a;
         a.stats = fixed ? Stats::fixed : Stats::batch;
         std::int64_t channel_axis;
         Together together;
-        if (!together.read(x, a.x) || !together.read(dy, a.dy) || !as_int(axis, channel_axis) || !as_activation(activation, a.activation) ||
-            !as_channels(mean, a.mean) || !as_channels(inv_std, a.inv_std) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) ||
-            !as_mask(mask, a.activation_mask) || !as_thread_count(num_threads, a.num_threads) || (!need_dx && !out.is_none()) ||
-            (!need_dresidual && !out_residual.is_none())) {
+        if (!together.read(x, a.x) || !together.read(dy, a.dy) || !as_int(axis, channel_axis) ||
+            !as_activation(activation, slope, a.activation, a.slope) || !as_channels(mean, a.mean) || !as_channels(inv_std, a.inv_std) ||
+            !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_mask(mask, a.activation_mask) ||
+            !as_thread_count(num_threads, a.num_threads) || (!need_dx && !out.is_none()) || (!need_dresidual && !out_residual.is_none()) ||
+            (!residual.is_none() && !together.read(residual, a.residual))) {
             return {};
         }
         py::object dx = py::none(), dresidual = py::none();
@@ -348,7 +362,8 @@ py::tuple channel_sums(py::handle a, py::handle b, std::int64_t axis, py::handle
     return py::make_tuple(std::move(sum_a.array), std::move(sum_ab.array));
 }
 
-// a * k_a + (b - center) * k_b + k_0 per channel. `gate` is None or (activation, inv_std, gamma, beta); out may be None.
+// a * k_a + (b - center) * k_b + k_0 per channel. `gate` is None or (activation, inv_std, gamma, beta), then perhaps the slope; out may be
+// None.
 py::object combine(py::handle a, py::handle b, py::handle k_a, py::handle center, py::handle k_b, py::handle k_0, std::int64_t axis,
                    py::handle gate, py::handle num_threads, py::handle out) {
     CombineArgs args;
@@ -356,10 +371,11 @@ py::object combine(py::handle a, py::handle b, py::handle k_a, py::handle center
     fits(together.read(a, args.a) && together.read(b, args.b) && as_channels(k_a, args.k_a) && as_channels(center, args.center) &&
          as_channels(k_b, args.k_b) && as_channels(k_0, args.k_0) && as_thread_count(num_threads, args.num_threads));
     if (!gate.is_none()) {
-        fits(PyTuple_CheckExact(gate.ptr()) && PyTuple_GET_SIZE(gate.ptr()) == 4);
+        fits(PyTuple_CheckExact(gate.ptr()) && (PyTuple_GET_SIZE(gate.ptr()) == 4 || PyTuple_GET_SIZE(gate.ptr()) == 5));
         const auto item = [&](Py_ssize_t i) { return py::handle(PyTuple_GET_ITEM(gate.ptr(), i)); };
-        fits(as_activation(item(0), args.activation) && as_channels(item(1), args.inv_std) && as_channels(item(2), args.gamma) &&
-             as_channels(item(3), args.beta));
+        const py::handle slope = PyTuple_GET_SIZE(gate.ptr()) == 5 ? item(4) : py::handle(Py_None);
+        fits(as_activation(item(0), slope, args.activation, args.slope) && as_channels(item(1), args.inv_std) &&
+             as_channels(item(2), args.gamma) && as_channels(item(3), args.beta));
     }
     py::object result = given_or_like(out, a);
     fits(together.write(result, args.out) && together.look(axis));

@@ -22,8 +22,8 @@ namespace py = pybind11;
 // NumPy's limit on dimensions.
 inline constexpr int kMaxDims = 64;
 
-// The most tensors of one operation: dy, x, dx and dresidual.
-inline constexpr std::size_t kMaxTogether = 4;
+// The most tensors of one operation: dy, x, residual, dx and dresidual.
+inline constexpr std::size_t kMaxTogether = 5;
 
 // The type number NumPy gave ml_dtypes.bfloat16 in this process; -1 until Python has seen such an array.
 inline std::atomic<int> bfloat16_type_num{-1};

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "gate.h"
 #include "moment_sums.h"
 #include "reduce.h"
 #include "tuning.h"
@@ -149,21 +150,19 @@ coeffs::Renorm renorm(const Renorm& a, int64_t c, double mean, double inv_std) {
     return coeffs::renorm(mean, inv_std, at(a.mean, c), at(a.std, c), a.rmin, a.rmax, a.dmax);
 }
 
-kernels::Gate gate_of(Activation activation, bool masked) {
-    return activation == Activation::none ? kernels::open : masked ? kernels::masked : kernels::relu;
-}
-
 // What the elementwise pass of a forward function, whose arguments `a` are, needs besides its box and per-channel numbers.
 template <class Args>
 kernels::ApplyArgs apply_args(const Args& a, const Geometry& g, const Plan& plan) {
+    const Act act = act_of(a.activation, a.slope, g.dtype, !a.activation_mask.empty());
     return {{},
             to_operand(a.x),
             to_operand(a.residual),
             to_operand(a.y),
             {},
-            gate_of(a.activation, !a.activation_mask.empty()),
-            to_mask(g, a.activation_mask.data()),
-            plan.stream};
+            act.gate,
+            to_mask(g, a.activation_mask.empty() ? nullptr : a.activation_mask.data()),
+            plan.stream,
+            act.curve};
 }
 
 template <class C>
@@ -310,7 +309,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         }
         return;
     }
-    const Plan plan = make_plan(g, 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
+    const Plan plan = make_plan(g, a.residual ? 3 : 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
     Workspace ws;
     ChannelSums sums(ws, g.channels);
     const bool is_double = g.dtype == Dtype::float64;
@@ -325,16 +324,20 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                 affine.set(c, coeffs::affine<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
             }
         };
-        const kernels::Gate gate = gate_of(a.activation, !a.activation_mask.empty());
-        const kernels::Mask mask = to_mask(g, const_cast<std::uint8_t*>(a.activation_mask.data()));  // only read
+        const Act act = act_of(a);
+        const kernels::Gate gate = act.gate;
+        const kernels::Mask mask = to_mask(g, a.activation_mask.empty() ? nullptr : const_cast<std::uint8_t*>(a.activation_mask.data()));
+        const kernels::Operand z = to_operand(a.residual);
         const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
         const auto sum_tile = [&](const Where& where, bool, double* dy, double* dy_x) {
             const int64_t c = where.box.channel_begin;
             // Zeros subtracted one by one give the same bits as none, only later.
             const double* const about = shift.from(c);
             const int64_t channels = where.box.channel_end - c;
-            const bool shifted = is_double || std::any_of(about, about + channels, [](double s) { return s != 0; });
-            sums_kernel({where, to_operand(a.dy), to_operand(a.x), shifted ? about : nullptr, affine.from(c), dy, dy_x, gate, mask});
+            const bool shifted =
+                is_double || gate == kernels::curve || std::any_of(about, about + channels, [](double s) { return s != 0; });
+            sums_kernel(
+                {where, to_operand(a.dy), to_operand(a.x), shifted ? about : nullptr, affine.from(c), dy, dy_x, gate, mask, act.curve, z});
         };
         const auto finish = [&](int64_t c0, int64_t c1, bool) {
             for (int64_t c = c0; c < c1; ++c) {
@@ -348,17 +351,30 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
             return true;
         };
         const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
-        // The residual's gradient comes on the way of a masked dx. Else it is dx with fixed statistics and k_dy = 1; without an activation,
-        // dy itself.
-        const bool dz_alone = a.dresidual && (!a.dx || gate != kernels::masked);
+        // The residual's gradient comes on the way of dx behind a mask or a curve. Else it is dx with fixed statistics and k_dy = 1;
+        // without an activation, dy itself.
+        const bool dz_alone = a.dresidual && (!a.dx || (gate != kernels::masked && gate != kernels::curve));
         Row<C> ones(ws, plan);
         if (dz_alone) ones.fill(1);
         const Tensor& dx = a.dx ? a.dx : a.dresidual;
         const auto map = [&](const Where& where) {
             const int64_t c = where.box.channel_begin;
-            kernels::GradApplyArgs args{where,        to_operand(a.dy), to_operand(a.x), to_operand(dx), {},   affine.from(c),
-                                        k_dy.from(c), x_scale.from(c),  k_x.from(c),     k_0.from(c),    gate, mask,
-                                        fixed,        plan.stream};
+            kernels::GradApplyArgs args{where,
+                                        to_operand(a.dy),
+                                        to_operand(a.x),
+                                        to_operand(dx),
+                                        {},
+                                        affine.from(c),
+                                        k_dy.from(c),
+                                        x_scale.from(c),
+                                        k_x.from(c),
+                                        k_0.from(c),
+                                        gate,
+                                        mask,
+                                        fixed,
+                                        plan.stream,
+                                        act.curve,
+                                        z};
             if (dz_alone) {
                 kernels::GradApplyArgs dz = args;
                 dz.dx = to_operand(a.dresidual);

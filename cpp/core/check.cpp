@@ -232,10 +232,21 @@ void call_threads(int n) {
     if (n < 0) fail("num_threads is " + std::to_string(n) + ", expected at least 1, or 0 for the default");
 }
 
-// A mask that is given has the right size and a ReLU to tell of.
+void activation(Activation activation, double value, const Geometry& g) {
+    if (activation < Activation::none || activation > Activation::silu) fail("activation is not known, expected one that Activation names");
+    if (activation != Activation::leaky_relu) return;
+    const bool fits = g.dtype == Dtype::float64 ? std::isfinite(value) : std::isfinite(static_cast<float>(value));
+    if (!fits) fail("slope is " + std::to_string(value) + ", expected a finite number that the type x computes in can hold");
+}
+
+bool piecewise_linear(Activation a) { return a == Activation::relu || a == Activation::leaky_relu || a == Activation::relu6; }
+
+// A mask that is given has the right size and an activation to tell of.
 void mask(std::span<const std::uint8_t> bytes, Activation activation, const Geometry& g) {
     if (bytes.empty()) return;
-    if (activation != Activation::relu) fail("activation_mask is given without activation relu, of which it tells; drop one of them");
+    if (!piecewise_linear(activation)) {
+        fail("activation_mask is given without activation relu, leaky_relu or relu6, of which it tells; drop one of them");
+    }
     if (static_cast<std::int64_t>(bytes.size()) != mask_bytes(g)) {
         fail("activation_mask has " + std::to_string(bytes.size()) +
              " bytes, expected activation_mask_bytes(x) = " + std::to_string(mask_bytes(g)));
@@ -247,6 +258,18 @@ void residual(const ConstTensor& z, const Tensor& y, const Geometry& g, bool dis
     if (!z) return;
     same_shape(z, "residual", g);
     if (!disjoint) no_partial_overlap(y, "y", z, "residual");
+}
+
+// After a residual, x alone does not tell the activation's derivative.
+void backward_residual(const BatchNormBackwardArgs& a, const Geometry& g) {
+    if (a.residual) {
+        same_shape(a.residual, "residual", g);
+        if (a.activation == Activation::none) fail("residual is given without an activation, for which alone it is read; drop it");
+        if (!a.activation_mask.empty()) fail("residual and activation_mask are given, which tell the same; drop one of them");
+    } else if (a.dresidual && a.activation != Activation::none && a.activation_mask.empty()) {
+        fail(std::string(piecewise_linear(a.activation) ? "activation_mask" : "residual") +
+             " is missing, expected the forward's: after a residual, x does not tell where the activation was on");
+    }
 }
 
 // A mask that is written touches no other array.
@@ -307,6 +330,7 @@ Geometry arguments(const BatchNormArgs& a) {
     same_shape(a.y, "y", g);
     distinct_elements(a.y, "y");
     residual(a.residual, a.y, g, a.disjoint);
+    activation(a.activation, a.slope, g);
     mask(a.activation_mask, a.activation, g);
     call_threads(a.num_threads);
     if (a.disjoint) return g;
@@ -350,6 +374,7 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     }
     renorm(a.renorm, a, mean, inv_std, g);
     residual(a.residual, a.y, g, a.disjoint);
+    activation(a.activation, a.slope, g);
     mask(a.activation_mask, a.activation, g);
     call_threads(a.num_threads);
     if (a.disjoint) return g;
@@ -402,17 +427,17 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
     if (a.dresidual) {
         same_shape(a.dresidual, "dresidual", g);
         distinct_elements(a.dresidual, "dresidual");
-        if (a.activation == Activation::relu && a.activation_mask.empty()) {
-            fail("activation_mask is missing, expected the forward's: after a residual, x does not tell where the activation was on");
-        }
     }
+    activation(a.activation, a.slope, g);
     mask(a.activation_mask, a.activation, g);
+    backward_residual(a, g);
     call_threads(a.num_threads);
     if (a.disjoint) return g;
     for (const auto& [v, name] : {std::pair{&a.dgamma, "dgamma"}, {&a.dbeta, "dbeta"}}) {
         if (!*v) continue;
         apart(range_of(a.x), "x", *v, name);
         apart(range_of(a.dy), "dy", *v, name);
+        if (a.residual) apart(range_of(a.residual), "residual", *v, name);
         if (a.dx) apart(range_of(a.dx), "dx", *v, name);
         if (a.dresidual) apart(range_of(a.dresidual), "dresidual", *v, name);
         mask_apart(a.activation_mask, std::pair{*v, name});
@@ -420,6 +445,7 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
     for (const auto& [out, out_name] : {std::pair{&a.dx, "dx"}, {&a.dresidual, "dresidual"}}) {
         if (!*out) continue;
         no_partial_overlap(*out, out_name, a.dy, "dy");
+        if (a.residual) no_partial_overlap(*out, out_name, a.residual, "residual");
         if (out == &a.dx) no_partial_overlap(*out, out_name, a.x, "x");
         mask_apart(a.activation_mask, std::pair{*out, out_name});
         for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
@@ -450,7 +476,7 @@ Geometry arguments(const CombineArgs& a) {
     same_shape(a.b, "b", g, "a");
     same_shape(a.out, "out", g, "a");
     distinct_elements(a.out, "out");
-    if (a.activation != Activation::none && a.activation != Activation::relu) fail("activation is not known here, expected none or relu");
+    activation(a.activation, a.slope, g);
     call_threads(a.num_threads);
     for (const auto& [v, name] : {std::pair{&a.k_a, "k_a"},
                                   {&a.center, "center"},

@@ -1,5 +1,6 @@
 // The drivers of channel_sums and combine: the kernels of backward by themselves, with the caller's numbers per channel.
 #include "batchnorm/batchnorm.hpp"
+#include "gate.h"
 #include "reduce.h"
 
 namespace batchnorm {
@@ -30,6 +31,7 @@ void combine_as(const CombineArgs& a, const Geometry& g, const KernelTable& tabl
     });
     const kernels::GradApplyFn kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
     const bool a_alone = !a.k_b && !a.k_0;
+    const Act act = act_of(a.activation, a.slope, g.dtype);
     for_each(plan.map_items(), plan, [&](int64_t i) {
         const Where where = plan.map_item(i);
         const int64_t c = where.box.channel_begin;
@@ -43,10 +45,11 @@ void combine_as(const CombineArgs& a, const Geometry& g, const KernelTable& tabl
                 x_scale.from(c),
                 k_b.from(c),
                 k_0.from(c),
-                a.activation == Activation::none ? kernels::open : kernels::relu,
+                act.gate,
                 {},
                 a_alone,
-                plan.stream});
+                plan.stream,
+                act.curve});
     });
 }
 

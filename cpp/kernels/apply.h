@@ -1,7 +1,8 @@
 // Kernel `apply`: y = (x - center) * scale + offset per channel, optionally + z, optionally max(y, 0) with a mask of where that kept
-// the value, in one pass.
+// the value, or another activation, in one pass.
 #pragma once
 
+#include "activation.h"
 #include "walk.h"
 
 namespace batchnorm::BATCHNORM_ISA {
@@ -20,36 +21,46 @@ template <class T>
 struct ApplyPointers {
     const T *x, *z;  // z is read only if there is a residual
     T* y;
-    uint8_t* mask;  // written only with gate masked
+    uint8_t* mask;  // written only with gate masked, and with gate curve unless null
     int64_t first_bit;
+    bool stream;
 };
 
+// With gate curve, with_z and with_stream say what may be.
 template <Gate gate, bool with_z, bool with_stream, class T, class PerChannel>
 BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t period, PerChannel center, PerChannel scale,
-                                PerChannel offset) {
-    MaskWriter<gate == kernels::masked> mask(p.mask, p.first_bit);
+                                PerChannel offset, const Curve& curve) {
+    const bool add_z = with_z && (!asks<gate> || p.z != nullptr);
+    const bool put_bits = gate == kernels::masked || (asks<gate> && p.mask != nullptr);
+    MaskWriter<gate == kernels::masked || asks<gate>> mask(p.mask, put_bits ? p.first_bit : 0);
     const auto value = [&](Block<T> v, Block<T> z, int64_t k) {
         v = affine(v, center.at(k), scale.at(k), offset.at(k));
-        return with_z ? v + z : v;
+        return add_z ? v + z : v;
     };
-    const auto gated = [&](Block<T> v) { return gate == kernels::open ? v : relu(v); };
+    const auto gated = [&](Block<T> v) {
+        if constexpr (gate == kernels::curve) return curved(v, curve);
+        return gate == kernels::open ? v : relu(v);
+    };
+    const auto bits = [&](Block<T> v) { return gate == kernels::curve ? curve_bits(v, curve) : positive_bits(v); };
     const auto whole = [&](int64_t e, int64_t k) {
         prefetch_ahead(p.x + e);
-        if constexpr (with_z) prefetch_ahead(p.z + e);
-        const Block<T> v = value(load(p.x + e), with_z ? load(p.z + e) : Block<T>{}, k);
-        if constexpr (gate == kernels::masked) mask.put(positive_bits(v));
+        if (add_z) prefetch_ahead(p.z + e);
+        const Block<T> v = value(load(p.x + e), add_z ? load(p.z + e) : Block<T>{}, k);
+        if (put_bits) mask.put(bits(v));
         return gated(v);
     };
     const auto part = [&](int64_t e, int64_t k, int64_t m) {
-        const Block<T> v = value(load_part(p.x + e, m), with_z ? load_part(p.z + e, m) : Block<T>{}, k);
-        if constexpr (gate == kernels::masked) mask.put(positive_bits(v), m);
+        const Block<T> v = value(load_part(p.x + e, m), add_z ? load_part(p.z + e, m) : Block<T>{}, k);
+        if (put_bits) mask.put(bits(v), m);
         store_part(p.y + e, m, gated(v));
     };
-    const int64_t head = with_stream || n >= kWorthAligning ? elements_to_alignment(p.y) : -1;
-    if (head >= 0) {
+    const bool may_stream = with_stream && (!asks<gate> || p.stream);
+    const int64_t head = may_stream || n >= kWorthAligning ? elements_to_alignment(p.y) : -1;
+    if (head >= 0 || asks<gate>) {
+        const bool stream = may_stream && (!asks<gate> || head >= 0);
         for_blocks(
-            head, n, period, [&](int64_t e, int64_t k) { with_stream ? store_stream(p.y + e, whole(e, k)) : store(p.y + e, whole(e, k)); },
-            part);
+            asks<gate> && head < 0 ? 0 : head, n, period,
+            [&](int64_t e, int64_t k) { stream ? store_stream(p.y + e, whole(e, k)) : store(p.y + e, whole(e, k)); }, part);
     } else {
         for_blocks(0, n, period, [&](int64_t e, int64_t k) { store(p.y + e, whole(e, k)); }, part);
     }
@@ -59,16 +70,17 @@ BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t pe
 template <Gate gate, bool with_z, bool with_stream, class T>
 BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a) {
     const Box& b = a.where.box;
-    const Runs<const T> x(a.x, b), z(with_z ? a.z : a.x, b);
+    const bool add_z = with_z && (!asks<gate> || a.z.data != nullptr);
+    const Runs<const T> x(a.x, b), z(add_z ? a.z : a.x, b);
     const Runs<T> y(a.y, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
     using PerChannel = Broadcast<Compute<T>>;
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
         for (int64_t c = 0; c < channels; ++c) {
             const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
-            apply_run<gate, with_z, with_stream>(ApplyPointers<T>{x.at(n, c), with_z ? z.at(n, c) : nullptr, y.at(n, c), a.mask.bits, bit},
-                                                 run, kNoPeriod, PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c),
-                                                 PerChannel(a.affine.offset, c));
+            apply_run<gate, with_z, with_stream>(
+                ApplyPointers<T>{x.at(n, c), add_z ? z.at(n, c) : nullptr, y.at(n, c), a.mask.bits, bit, a.stream}, run, kNoPeriod,
+                PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c), a.curve);
         }
     }
 }
@@ -76,17 +88,19 @@ BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a) {
 template <Gate gate, bool with_z, bool with_stream, class T>
 BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
     const Box& b = a.where.box;
-    const Rows<const T> x(a.x, a.where), z(with_z ? a.z : a.x, a.where);
+    const bool add_z = with_z && (!asks<gate> || a.z.data != nullptr);
+    const Rows<const T> x(a.x, a.where), z(add_z ? a.z : a.x, a.where);
     const Rows<T> y(a.y, a.where);
     const int64_t channels = b.channel_end - b.channel_begin;
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
     const auto rows = [&](int64_t r, int64_t n, int64_t period) {
         const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
-        apply_run<gate, with_z, with_stream>(ApplyPointers<T>{x.at(r), with_z ? z.at(r) : nullptr, y.at(r), a.mask.bits, bit}, n, period,
-                                             center, scale, offset);
+        apply_run<gate, with_z, with_stream>(ApplyPointers<T>{x.at(r), add_z ? z.at(r) : nullptr, y.at(r), a.mask.bits, bit, a.stream}, n,
+                                             period, center, scale, offset, a.curve);
     };
-    if (x.dense(channels) && y.dense(channels) && z.dense(channels) && (gate != kernels::masked || a.mask.outer_stride == channels)) {
+    if (x.dense(channels) && y.dense(channels) && z.dense(channels) &&
+        (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels)) {
         // All rows are one stretch of memory, whatever their length.
         return rows(b.outer_begin, (b.outer_end - b.outer_begin) * channels, a.where.fold * channels);
     }
@@ -97,7 +111,11 @@ BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
 template <class As>
 BATCHNORM_INLINE void apply_flags(const ApplyArgs& a, As as) {
     with_gate(a.gate, [&](auto gate) {
-        with_flag(a.z.data != nullptr, [&](auto z) { with_flag(a.stream, [&](auto stream) { as(gate, z, stream); }); });
+        if constexpr (asks<decltype(gate)::value>) {
+            as(gate, Flag<true>{}, Flag<true>{});
+        } else {
+            with_flag(a.z.data != nullptr, [&](auto z) { with_flag(a.stream, [&](auto stream) { as(gate, z, stream); }); });
+        }
     });
     if (a.stream) stream_fence();
 }

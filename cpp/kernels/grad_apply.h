@@ -20,42 +20,48 @@ struct GradPointers {
     T *dx, *dz;  // dz may be null
     const uint8_t* mask;
     int64_t first_bit;
+    const T* z;  // may be null; read only with gate curve
+    bool fixed, stream;
 };
 
+// With gate curve, with_dz and with_stream say what may be, and `fixed` nothing.
 template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T, class PerChannel>
-BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_t period, const GradCoefficients<PerChannel>& c) {
-    const auto through = [&](Block<T> g, Block<T> v, int64_t e, int64_t k) {
-        return through_gate<gate>(g, v, c.center, c.scale, c.offset, k, p.mask, p.first_bit + e);
+BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_t period, const GradCoefficients<PerChannel>& c,
+                                     const Curve& curve) {
+    const bool add_z = asks<gate> && p.z != nullptr, put_z = with_dz && (!asks<gate> || p.dz != nullptr);
+    const bool just_scale = asks<gate> ? p.fixed : fixed;
+    const auto through = [&](Block<T> g, Block<T> v, Block<T> z, int64_t e, int64_t k) {
+        return through_gate<gate>(g, v, z, c.center, c.scale, c.offset, k, p.mask, p.first_bit + e, curve);
     };
     const auto value = [&](Block<T> g, Block<T> v, int64_t k) {
-        if constexpr (fixed) {
-            return g * c.k_dy.at(k);
-        } else {
-            return (g * c.k_dy.at(k) + ((v - c.center.at(k)) * c.x_scale.at(k)) * c.k_x.at(k)) + c.k_0.at(k);
-        }
+        if (just_scale) return g * c.k_dy.at(k);
+        return (g * c.k_dy.at(k) + ((v - c.center.at(k)) * c.x_scale.at(k)) * c.k_x.at(k)) + c.k_0.at(k);
     };
-    constexpr bool read_x = gate == kernels::relu || !fixed;
+    constexpr bool read_x = gate == kernels::relu || gate == kernels::curve || !fixed;
     const auto whole = [&](int64_t e, int64_t k, auto put, auto put_dz) {
         prefetch_ahead(p.dy + e);
         if constexpr (read_x) prefetch_ahead(p.x + e);
+        if (add_z) prefetch_ahead(p.z + e);
         const Block<T> v = read_x ? load(p.x + e) : Block<T>{};
-        const Block<T> g = through(load(p.dy + e), v, e, k);
-        if constexpr (with_dz) put_dz(p.dz + e, g);
+        const Block<T> g = through(load(p.dy + e), v, add_z ? load(p.z + e) : Block<T>{}, e, k);
+        if (put_z) put_dz(p.dz + e, g);
         put(p.dx + e, value(g, v, k));
     };
     const auto part = [&](int64_t e, int64_t k, int64_t m) {
         const Block<T> v = read_x ? load_part(p.x + e, m) : Block<T>{};
-        const Block<T> g = through(load_part(p.dy + e, m), v, e, k);
-        if constexpr (with_dz) store_part(p.dz + e, m, g);
+        const Block<T> g = through(load_part(p.dy + e, m), v, add_z ? load_part(p.z + e, m) : Block<T>{}, e, k);
+        if (put_z) store_part(p.dz + e, m, g);
         store_part(p.dx + e, m, value(g, v, k));
     };
-    const int64_t head = with_stream || n >= kWorthAligning ? elements_to_alignment(p.dx) : -1;
-    const bool stream_dz = with_stream && with_dz && elements_to_alignment(p.dz) == head;  // both start on a line together
+    const bool may_stream = with_stream && (!asks<gate> || p.stream);
+    const int64_t head = may_stream || n >= kWorthAligning ? elements_to_alignment(p.dx) : -1;
+    const bool stream_dx = may_stream && (!asks<gate> || head >= 0);
+    const bool stream_dz = stream_dx && put_z && elements_to_alignment(p.dz) == head;  // both start on a line together
     const auto put = [](T* to, Block<T> v) { store(to, v); };
-    const auto put_dx = [](T* to, Block<T> v) { with_stream ? store_stream(to, v) : store(to, v); };
-    const auto put_dz = [stream_dz](T* to, Block<T> v) { stream_dz ? store_stream(to, v) : store(to, v); };
-    if (head >= 0) {
-        for_blocks(head, n, period, [&](int64_t e, int64_t k) { whole(e, k, put_dx, put_dz); }, part);
+    const auto put_dx = [&](T* to, Block<T> v) { stream_dx ? store_stream(to, v) : store(to, v); };
+    const auto put_dz = [&](T* to, Block<T> v) { stream_dz ? store_stream(to, v) : store(to, v); };
+    if (head >= 0 || asks<gate>) {
+        for_blocks(asks<gate> && head < 0 ? 0 : head, n, period, [&](int64_t e, int64_t k) { whole(e, k, put_dx, put_dz); }, part);
     } else {
         for_blocks(0, n, period, [&](int64_t e, int64_t k) { whole(e, k, put, put); }, part);
     }
@@ -64,8 +70,9 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
 template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T>
 BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
     const Box& b = a.where.box;
-    const Runs<const T> dy(a.dy, b), x(a.x, b);
-    const Runs<T> dx(a.dx, b), dz(with_dz ? a.dz : a.dx, b);
+    const bool add_z = asks<gate> && a.z.data != nullptr, put_z = with_dz && a.dz.data != nullptr;
+    const Runs<const T> dy(a.dy, b), x(a.x, b), z(add_z ? a.z : a.x, b);
+    const Runs<T> dx(a.dx, b), dz(put_z ? a.dz : a.dx, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
     using PerChannel = Broadcast<Compute<T>>;
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
@@ -78,8 +85,10 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
                                                  PerChannel(a.k_x, c),
                                                  PerChannel(a.k_0, c)};
             const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
-            const GradPointers<T> p{dy.at(n, c), x.at(n, c), dx.at(n, c), dz.at(n, c), a.mask.bits, bit};
-            grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k);
+            const GradPointers<T> p{
+                dy.at(n, c), x.at(n, c), dx.at(n, c), put_z ? dz.at(n, c) : nullptr, a.mask.bits, bit, add_z ? z.at(n, c) : nullptr,
+                a.fixed,     a.stream};
+            grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k, a.curve);
         }
     }
 }
@@ -87,8 +96,9 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
 template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T>
 BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     const Box& b = a.where.box;
-    const Rows<const T> dy(a.dy, a.where), x(a.x, a.where);
-    const Rows<T> dx(a.dx, a.where), dz(with_dz ? a.dz : a.dx, a.where);
+    const bool add_z = asks<gate> && a.z.data != nullptr, put_z = with_dz && a.dz.data != nullptr;
+    const Rows<const T> dy(a.dy, a.where), x(a.x, a.where), z(add_z ? a.z : a.x, a.where);
+    const Rows<T> dx(a.dx, a.where), dz(put_z ? a.dz : a.dx, a.where);
     const int64_t channels = b.channel_end - b.channel_begin;
     using PerChannel = PerElement<Compute<T>>;
     const GradCoefficients<PerChannel> k{
@@ -96,20 +106,22 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
         PerChannel(a.k_x),           PerChannel(a.k_0)};
     const auto rows = [&](int64_t r, int64_t n, int64_t period) {
         const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
-        const GradPointers<T> p{dy.at(r), x.at(r), dx.at(r), dz.at(r), a.mask.bits, bit};
-        grad_apply_run<gate, fixed, with_dz, with_stream>(p, n, period, k);
+        const GradPointers<T> p{dy.at(r), x.at(r), dx.at(r), put_z ? dz.at(r) : nullptr, a.mask.bits, bit, add_z ? z.at(r) : nullptr,
+                                a.fixed,  a.stream};
+        grad_apply_run<gate, fixed, with_dz, with_stream>(p, n, period, k, a.curve);
     };
-    if (dy.dense(channels) && x.dense(channels) && dx.dense(channels) && dz.dense(channels) &&
-        (gate != kernels::masked || a.mask.outer_stride == channels)) {
+    if (dy.dense(channels) && x.dense(channels) && dx.dense(channels) && dz.dense(channels) && z.dense(channels) &&
+        (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels)) {
         return rows(b.outer_begin, (b.outer_end - b.outer_begin) * channels, a.where.fold * channels);
     }
     for (int64_t r = b.outer_begin; r < b.outer_end; ++r) rows(r, channels, kNoPeriod);
 }
 
-// Runs `as` with the four choices as constants. dz exists with a mask alone.
+// Runs `as` with the four choices as constants. dz exists with a mask or a curve alone.
 template <class As>
 BATCHNORM_INLINE void grad_apply_flags(const GradApplyArgs& a, As as) {
     with_gate(a.gate, [&](auto gate) {
+        if constexpr (asks<decltype(gate)::value>) return as(gate, Flag<false>{}, Flag<true>{}, Flag<true>{});
         with_flag(a.fixed, [&](auto fixed) {
             with_flag(a.stream, [&](auto stream) {
                 if constexpr (decltype(gate)::value == kernels::masked) {

@@ -1,5 +1,6 @@
 // Kernel `grad_sums`: the two sums backward needs, sum of dy and sum of dy * (x - shift) per channel over one box, in double. With
-// ReLU, dy counts only where the forward value was positive: recomputed by the same expression, or read from the forward's mask.
+// ReLU, dy counts only where the forward value was positive: recomputed by the same expression, or read from the forward's mask. Other
+// activations multiply it by their derivative there.
 #pragma once
 
 #include "apply.h"
@@ -32,15 +33,18 @@ struct GradSums {
     }
 };
 
-// dy as it reaches the normalisation. center, scale and offset are read only with gate relu, the mask's bit number `bit` and those
-// behind it only with gate masked.
+// dy as it reaches the normalisation. center, scale and offset are read only with gates relu and curve, the mask's bit number `bit` and
+// those behind it only with gate masked or, if there is a mask, curve; z (zeros: none) only with gate curve.
 template <Gate gate, class V, class PerChannel>
-BATCHNORM_INLINE V through_gate(V dy, V x, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t k,
-                                const uint8_t* mask, int64_t bit) {
+BATCHNORM_INLINE V through_gate(V dy, V x, V z, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t k,
+                                const uint8_t* mask, int64_t bit, const Curve& curve) {
     if constexpr (gate == kernels::relu) {
         return where_positive(affine(x, center.at(k), scale.at(k), offset.at(k)), dy);
     } else if constexpr (gate == kernels::masked) {
         return where_bits(mask_bits(mask, bit), dy);
+    } else if constexpr (gate == kernels::curve) {
+        if (mask != nullptr) return by_bit(mask_bits(mask, bit), dy, dy * slope_of<V>(curve));
+        return curved_gradient(dy, affine(x, center.at(k), scale.at(k), offset.at(k)) + z, curve);
     } else {
         return dy;
     }
@@ -49,7 +53,8 @@ BATCHNORM_INLINE V through_gate(V dy, V x, const PerChannel& center, const PerCh
 template <Gate gate, bool shifted, class T>
 BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
-    const Runs<const T> dy(a.dy, b), x(a.x, b);
+    const bool add_z = asks<gate> && a.z.data != nullptr;
+    const Runs<const T> dy(a.dy, b), x(a.x, b), z(add_z ? a.z : a.x, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
     using PerChannel = Broadcast<Compute<T>>;
     alignas(64) double lanes[kernels::kMaxGroup][2][kLanes];
@@ -62,26 +67,29 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 const F64 shift = Ops<F64>::broadcast(shifted ? a.shift[c0 + c] : 0);
                 const T* const dy_run = dy.at(n, c0 + c);
                 const T* const x_run = x.at(n, c0 + c);
+                const T* const z_run = z.at(n, c0 + c);
                 const auto fetch = [&](int64_t e) {
                     prefetch_ahead(dy_run + e);
                     prefetch_ahead(x_run + e);
+                    if (add_z) prefetch_ahead(z_run + e);
                 };
                 if constexpr (gate != kernels::open) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
                     const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c0 + c) * a.mask.channel_stride + b.inner_begin;
-                    const auto gated = [&](Block<T> g, Block<T> v, int64_t e) {
-                        return to_double(through_gate<gate>(g, v, center, scale, offset, 0, a.mask.bits, bit + e));
+                    const auto gated = [&](Block<T> g, Block<T> v, Block<T> residual, int64_t e) {
+                        return to_double(through_gate<gate>(g, v, residual, center, scale, offset, 0, a.mask.bits, bit + e, a.curve));
                     };
                     for_blocks(
                         0, run, kNoPeriod,
                         [&](int64_t e, int64_t) {
                             fetch(e);
                             const Block<T> v = load(x_run + e);
-                            sums.add(gated(load(dy_run + e), v, e), to_double(v), shift);
+                            sums.add(gated(load(dy_run + e), v, add_z ? load(z_run + e) : Block<T>{}, e), to_double(v), shift);
                         },
                         [&](int64_t e, int64_t, int64_t m) {
                             const Block<T> v = load_part(x_run + e, m);
-                            sums.add_first(gated(load_part(dy_run + e, m), v, e), to_double(v), shift, m);
+                            const Block<T> residual = add_z ? load_part(z_run + e, m) : Block<T>{};
+                            sums.add_first(gated(load_part(dy_run + e, m), v, residual, e), to_double(v), shift, m);
                         });
                 } else {
                     for_blocks(
@@ -105,10 +113,11 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     }
 }
 
-// R rows at a time; the mask's bits of row j start at bit + j * bit_step.
+// R rows at a time, z's read if there is one; the mask's bits of row j start at bit + j * bit_step.
 template <Gate gate, bool shifted, int R, class T>
-BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], int64_t width, int64_t bit, int64_t bit_step,
-                                     const GradSumsArgs& a) {
+BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], const T* const (&z)[R], int64_t width, int64_t bit,
+                                     int64_t bit_step, const GradSumsArgs& a) {
+    const bool add_z = asks<gate> && a.z.data != nullptr;
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
     const auto rows = [&](int64_t e, auto load_double_at, auto load_at) {
@@ -118,9 +127,12 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
         for (int j = 0; j < R; ++j) {
             prefetch_ahead(dy[j] + e);
             prefetch_ahead(x[j] + e);
+            if (add_z) prefetch_ahead(z[j] + e);
             if constexpr (gate != kernels::open) {
                 const Block<T> v = load_at(x[j] + e);
-                const Block<T> g = through_gate<gate>(load_at(dy[j] + e), v, center, scale, offset, e, a.mask.bits, bit + j * bit_step + e);
+                const Block<T> residual = add_z ? load_at(z[j] + e) : Block<T>{};
+                const Block<T> g = through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e, a.mask.bits,
+                                                      bit + j * bit_step + e, a.curve);
                 sums.add(to_double(g), to_double(v), shift);
             } else {
                 sums.add(load_double_at(dy[j] + e), load_double_at(x[j] + e), shift);
@@ -141,24 +153,29 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
 template <Gate gate, bool shifted, class T>
 BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
-    const FoldedRows<T> dy(a.dy, a.where), x(a.x, a.where);
+    const bool add_z = asks<gate> && a.z.data != nullptr;
+    const FoldedRows<T> dy(a.dy, a.where), x(a.x, a.where), z(add_z ? a.z : a.x, a.where);
     const int64_t fold = a.where.fold, width = fold * x.channels;
     memset(a.sum_dy, 0, (size_t)round_up(width) * sizeof(double));
     memset(a.sum_dy_x, 0, (size_t)round_up(width) * sizeof(double));
-    T dy_buffer[kMaxFoldedWidth], x_buffer[kMaxFoldedWidth];
+    T dy_buffer[kMaxFoldedWidth], x_buffer[kMaxFoldedWidth], z_buffer[asks<gate> ? kMaxFoldedWidth : 1];
     const int64_t bit_step = fold * a.mask.outer_stride;
     int64_t r = b.outer_begin;
     const auto bit = [&] { return r * a.mask.outer_stride + b.channel_begin; };
-    for (; !dy.gather && !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
-        const T* const dy_rows[4] = {dy.rows.at(r), dy.rows.at(r + fold), dy.rows.at(r + 2 * fold), dy.rows.at(r + 3 * fold)};
-        const T* const x_rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
-        grad_sums_rows<gate, shifted>(dy_rows, x_rows, width, bit(), bit_step, a);
+    // Several rows at a time, their sums in registers: not where the gate's call would spill them, which code of that size is not worth.
+    if constexpr (!asks<gate>) {
+        for (; !dy.gather && !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
+            const T* const dy_rows[4] = {dy.rows.at(r), dy.rows.at(r + fold), dy.rows.at(r + 2 * fold), dy.rows.at(r + 3 * fold)};
+            const T* const x_rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
+            grad_sums_rows<gate, shifted>(dy_rows, x_rows, x_rows, width, bit(), bit_step, a);
+        }
     }
     for (; r < b.outer_end; r += fold) {
         const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
         const T* const dy_rows[1] = {dy.at(r, n_rows, dy_buffer)};
         const T* const x_rows[1] = {x.at(r, n_rows, x_buffer)};
-        grad_sums_rows<gate, shifted>(dy_rows, x_rows, n_rows * x.channels, bit(), bit_step, a);
+        const T* const z_rows[1] = {add_z ? z.at(r, n_rows, z_buffer) : x_rows[0]};
+        grad_sums_rows<gate, shifted>(dy_rows, x_rows, z_rows, n_rows * x.channels, bit(), bit_step, a);
     }
 }
 
@@ -166,7 +183,7 @@ BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
 template <class T, class As>
 BATCHNORM_INLINE void grad_sums_flags(const GradSumsArgs& a, As as) {
     with_gate(a.gate, [&](auto gate) {
-        if constexpr (is_double<T>) {
+        if constexpr (is_double<T> || asks<decltype(gate)::value>) {
             as(gate, Flag<true>{});
         } else {
             with_flag(a.shift != nullptr, [&](auto shifted) { as(gate, shifted); });

@@ -54,13 +54,26 @@ struct Where {
     int64_t fold;
 };
 
-// What stands between the normalised value and y, and in backward between dy and the normalisation: ReLU, its on and off recomputed
-// from x or read from a mask.
-enum Gate : int { open, relu, masked };
+// What stands between the normalised value v (after z) and y, and in backward between dy and the normalisation: nothing; ReLU, its on and
+// off recomputed from x, or read from a mask; or a curve, which one being a run-time choice.
+enum Gate : int { open, relu, masked, curve };
 
-// One bit per element of a tensor, set where ReLU let the value through: bit (outer, channel, inner) is number outer * outer_stride +
-// channel * channel_stride + inner, from the lowest of the first byte on. Bits of the box are written, others kept; a byte that two
-// boxes share may be written by one thread at a time. kMaskSlack bytes behind the last bit's may be read.
+// Gate curve: y = act(v) and g = dy act'(v). NaN stays NaN in y, and -0 is passed on as by max(v, 0).
+//   relu        v < 0 ? 0 : v                      g = v > 0 ? dy : 0
+//   leaky_relu  v > 0 ? v : slope v                g = v > 0 ? dy : slope dy      slope finite in Compute, not 0 (that is relu)
+//   relu6       v < 0 ? 0 : v > 6 ? 6 : v          g = 0 < v < 6 ? dy : 0
+//   sigmoid     1 / (1 + exp(-v))                  g = dy y (1 - y)
+//   tanh        (1 - exp(-2v)) / (1 + exp(-2v))    g = dy (1 - y^2)
+//   silu        v sigmoid(v)                       g = dy (s + v s (1 - s)), s = sigmoid(v)
+enum class CurveKind : int { relu, leaky_relu, relu6, sigmoid, tanh, silu };
+struct Curve {
+    CurveKind kind = CurveKind::relu;
+    double slope = 0;
+};
+
+// One bit per element of a tensor, set where the activation's slope is 1 (v > 0, for relu6 also v < 6): bit (outer, channel, inner) is
+// number outer * outer_stride + channel * channel_stride + inner, from the lowest of the first byte on. Bits of the box are written, others
+// kept; a byte that two boxes share may be written by one thread at a time. kMaskSlack bytes behind the last bit's may be read.
 struct Mask {
     uint8_t* bits;
     int64_t outer_stride, channel_stride;
@@ -79,8 +92,8 @@ struct MomentsArgs {
     double* sum_sq;
 };
 
-// y = (x - center) * scale + offset, three roundings in Compute, plus z (a fourth) if there is one, then max(y, 0) unless the gate is
-// open (NaN stays NaN), then one rounding to storage. `center`, `scale`, `offset` are Compute arrays.
+// y = (x - center) * scale + offset, three roundings in Compute, plus z (a fourth) if there is one, then through the gate, max(y, 0) unless
+// it is open or curve (NaN stays NaN), then one rounding to storage. `center`, `scale`, `offset` are Compute arrays.
 struct Affine {
     const void* center;
     const void* scale;
@@ -91,31 +104,36 @@ struct ApplyArgs {
     Where where;
     Operand x, z, y;  // z, the residual, without data: none
     Affine affine;
-    Gate gate;  // masked: ReLU, and where it was on is written to mask
+    Gate gate;  // masked: ReLU, and where it was on is written to mask; curve: to the mask if that has bits and the curve is no smooth one
     Mask mask;
     bool stream;  // non-temporal stores: for outputs that no cache will hold
+    Curve curve{};
 };
 
-// g = dy where the gate lets through, else 0: open always, relu where apply(x) > 0, masked where the bit is set. sum_dy[c] = sum of g,
-// sum_dy_x[c] = sum of g * (x - shift[c]), in double. As for moments, no shift (null) means 0, and float64 storage always has one.
+// g = dy where the gate lets through, else 0: open always, relu where apply(x) > 0, masked where the bit is set. Gate curve: g = dy
+// act'(v), v = apply(x) before its gate, with z if that has data; or, of leaky_relu with a mask, dy where the bit is set, else slope dy.
+// sum_dy[c] = sum of g, sum_dy_x[c] = sum of g * (x - shift[c]), in double. As for moments, no shift (null) means 0; float64 storage and
+// gate curve always have one.
 struct GradSumsArgs {
     Where where;
     Operand dy, x;
     const double* shift;
-    Affine affine;  // read only with gate relu
+    Affine affine;  // read only with gate relu or curve
     double* sum_dy;
     double* sum_dy_x;
     Gate gate;
     Mask mask;
+    Curve curve{};
+    Operand z{};  // the residual; read only with gate curve
 };
 
 // dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 with g as above; with fixed statistics dx = g * k_dy and x is read only
-// with gate relu. dz = g, if wanted. x_scale is a power of two that brings x - center to about 1, so that k_x has the size of dx whatever
-// the spread of x.
+// with gate relu or curve. dz = g, if wanted. x_scale is a power of two that brings x - center to about 1, so that k_x has the size of dx
+// whatever the spread of x.
 struct GradApplyArgs {
     Where where;
-    Operand dy, x, dx, dz;  // dz, the residual's gradient, with gate masked alone; without data: none
-    Affine affine;          // center always; scale and offset only with gate relu
+    Operand dy, x, dx, dz;  // dz, the residual's gradient, with gate masked or curve alone; without data: none
+    Affine affine;          // center always; scale and offset only with gate relu or curve
     const void* k_dy;
     const void* x_scale;
     const void* k_x;
@@ -124,6 +142,8 @@ struct GradApplyArgs {
     Mask mask;
     bool fixed;
     bool stream;
+    Curve curve{};
+    Operand z{};  // as for grad_sums
 };
 
 using MomentsFn = void (*)(const MomentsArgs&) noexcept;

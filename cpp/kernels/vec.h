@@ -28,6 +28,7 @@ typedef double VD __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint32_t VU __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef int32_t VI __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef int64_t VL __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
+typedef uint64_t VQ __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint16_t VH __attribute__((vector_size(BATCHNORM_VECTOR_BYTES / 2)));
 
 // Storage types. The two 16-bit formats are their bits; conversions below are the only arithmetic on them.

@@ -162,8 +162,22 @@ struct GateIs {
 };
 template <class F>
 BATCHNORM_INLINE void with_gate(kernels::Gate gate, F f) {
-    gate == kernels::open ? f(GateIs<kernels::open>{}) : gate == kernels::relu ? f(GateIs<kernels::relu>{}) : f(GateIs<kernels::masked>{});
+    switch (gate) {
+        case kernels::open:
+            return f(GateIs<kernels::open>{});
+        case kernels::relu:
+            return f(GateIs<kernels::relu>{});
+        case kernels::masked:
+            return f(GateIs<kernels::masked>{});
+        case kernels::curve:
+            return f(GateIs<kernels::curve>{});
+    }
 }
+
+// Gate curve, whose work per block is large, asks as it runs what the other gates have as constants: a variant for each answer would
+// cost more size than it saves time.
+template <kernels::Gate gate>
+inline constexpr bool asks = gate == kernels::curve;
 
 // A run-time flag as a constant: calls f(Flag<true>{}) or f(Flag<false>{}).
 template <bool b>

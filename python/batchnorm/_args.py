@@ -23,11 +23,15 @@ from . import _core
 
 Array = NDArray[Any]
 
-ActivationName = Literal["relu"]
+ActivationName = Literal["relu", "leaky_relu", "relu6", "sigmoid", "tanh", "silu"]
 DataFormatName = Literal[
     "NC", "NCL", "NLC", "NCHW", "NHWC", "NCDHW", "NDHWC", "channels_first", "channels_last"
 ]
 ACTIVATIONS: tuple[str, ...] = get_args(ActivationName)
+# Those of which one bit per element tells backward enough.
+PIECEWISE_LINEAR = ("relu", "leaky_relu", "relu6")
+DEFAULT_SLOPE = 0.01
+_TOO_LARGE_FOR_FLOAT32 = 2.0**128 - 2.0**103  # rounds to infinity from here on
 GRADIENTS = ("dx", "dgamma", "dbeta")
 NEEDS = (*GRADIENTS, "dresidual")
 
@@ -175,9 +179,33 @@ def check_activation(activation: object) -> str | None:
     """An activation's name or None."""
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
         return None if activation is None else str(activation)
-    expected = f"None or {' or '.join(map(repr, ACTIVATIONS))}"
+    expected = f"None, {' or '.join(', '.join(map(repr, ACTIVATIONS)).rsplit(', ', 1))}"
+    close = (
+        difflib.get_close_matches(activation.lower(), ACTIVATIONS, n=1) if isinstance(activation, str) else ()
+    )
+    hint = f"; did you mean {close[0]!r}?" if close else ""
     error = ValueError if isinstance(activation, str) else TypeError
-    raise error(f"activation is {_kind(activation)}, expected {expected}")
+    raise error(f"activation is {_kind(activation)}, expected {expected}{hint}")
+
+
+def check_slope(slope: object, activation: str | None, dtype: object = np.float64) -> float | None:
+    """leaky_relu's slope as a float, its default for None; None for other activations, which have none."""
+    expected = "a finite number, leaky_relu's factor for values below 0"
+    if slope is None:
+        return DEFAULT_SLOPE if activation == "leaky_relu" else None
+    value = _real(slope, "slope", expected)
+    if activation != "leaky_relu":
+        raise ValueError(
+            f"slope is given with activation={activation!r}, which has none; drop it, or use "
+            f"activation='leaky_relu'"
+        )
+    if not math.isfinite(value):
+        raise ValueError(f"slope is {value}, expected {expected}")
+    if dtype != np.float64 and abs(value) >= _TOO_LARGE_FOR_FLOAT32:
+        raise ValueError(
+            f"slope is {value}, expected {expected}, within the range of float32 for x of {dtype}"
+        )
+    return value
 
 
 def resolve_axis_argument(axis: object, data_format: object) -> int:
@@ -449,7 +477,7 @@ def _residual(value: object, x: Array) -> Array | None:
 def _mask(
     value: object, x: Array, axis: int, activation: str | None, apart_from: Mapping[str, Array | None]
 ) -> Array | None:
-    """A activation_mask for x, which has its final memory order; overlapping none of `apart_from`."""
+    """An activation_mask for x, which has its final memory order; overlapping none of `apart_from`."""
     if value is None:
         return None
     count = _core.activation_mask_bytes(x, axis)
@@ -462,9 +490,10 @@ def _mask(
         raise ValueError(
             f"activation_mask has shape {value.shape} and strides {value.strides}, expected {expected}"
         )
-    if activation is None:
+    if activation not in PIECEWISE_LINEAR:
         raise ValueError(
-            "activation_mask is given without activation='relu', of which it tells; drop one of them"
+            f"activation_mask is given with activation={activation!r}, expected one of which it can tell, "
+            f"{' or '.join(map(repr, PIECEWISE_LINEAR))}; drop one of them"
         )
     for name, array in apart_from.items():
         if array is not None and _share(value, array):
@@ -489,6 +518,7 @@ def inference(
     axis: object,
     data_format: object,
     activation: object,
+    slope: object,
     residual: object,
     activation_mask: object,
     num_threads: object,
@@ -503,6 +533,7 @@ def inference(
         raise ValueError(f"var is {v[channel]} at channel {channel}, expected values >= 0")
     g, b = _affine(gamma, beta, x, channel_axis)
     eps, activation, threads = check_eps(eps), check_activation(activation), _threads(num_threads)
+    slope = check_slope(slope, activation, x.dtype)
     z, y = _residual(residual, x), None
     vectors = {"mean": m, "var": v, "gamma": g, "beta": b}
     if out is not None:
@@ -512,7 +543,7 @@ def inference(
     bits = _mask(activation_mask, x, channel_axis, activation, apart)
     if bits is not None and not bits.flags.writeable:
         raise ValueError("activation_mask is read-only, expected a writable array")
-    return x, m, v, g, b, eps, channel_axis, activation, z, bits, threads, y, True, True
+    return x, m, v, g, b, eps, channel_axis, activation, slope, z, bits, threads, y, True, True
 
 
 def training(
@@ -527,6 +558,7 @@ def training(
     axis: object,
     data_format: object,
     activation: object,
+    slope: object,
     residual: object,
     num_threads: object,
     out: object,
@@ -555,6 +587,7 @@ def training(
                     raise ValueError(f"{name} shares memory with {other_name}, expected separate arrays")
     decay, ddof = check_decay(decay), check_ddof(running_ddof, "running_ddof")
     eps, activation, threads = check_eps(eps), check_activation(activation), _threads(num_threads)
+    slope = check_slope(slope, activation, x.dtype)
     if x.size == channels:
         raise ValueError(
             f"x has shape {x.shape} with one value per channel (axis {channel_axis}), from which no variance "
@@ -566,7 +599,7 @@ def training(
         vectors = {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv}
         y = _output(out, "out", x, {"x": x} if z is None else {"x": x, "residual": z}, vectors)
     x, z = _in_one_direction(x, z, {"out": y}, channel_axis)
-    return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, z, threads, y, None, True, True
+    return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, slope, z, threads, y, None, True, True
 
 
 def check_stats(stats: object) -> bool:
@@ -595,6 +628,27 @@ def check_needs(needs: object) -> tuple[bool, bool, bool, bool]:
     return "dx" in needs, "dgamma" in needs, "dbeta" in needs, "dresidual" in needs
 
 
+def _backward_residual(
+    residual: object, x: Array, activation: str | None, activation_mask: object, need_dresidual: bool
+) -> Array | None:
+    """The forward's residual, where it can be used and is not missing."""
+    z = _residual(residual, x)
+    if z is not None:
+        if activation is None:
+            raise ValueError(
+                "residual is given without an activation, for which alone backward reads it; drop it"
+            )
+        if activation_mask is not None:
+            raise ValueError("residual and activation_mask are given, which tell the same; drop one of them")
+    elif need_dresidual and activation is not None and activation_mask is None:
+        name = "activation_mask" if activation in PIECEWISE_LINEAR else "residual"
+        raise ValueError(
+            f"{name} is None, expected that of the forward pass: with a residual, x does not "
+            f"tell where the activation was on"
+        )
+    return z
+
+
 def backward(
     dy: object,
     x: object,
@@ -606,7 +660,9 @@ def backward(
     data_format: object,
     stats: object,
     activation: object,
+    slope: object,
     activation_mask: object,
+    residual: object,
     needs: object,
     num_threads: object,
     out: object,
@@ -622,6 +678,7 @@ def backward(
     s = _per_channel(inv_std, "inv_std", x, channel_axis, finite=False)
     g, b = _affine(gamma, beta, x, channel_axis)
     fixed, activation = check_stats(stats), check_activation(activation)
+    slope = check_slope(slope, activation, x.dtype)
     need_dx, need_dgamma, need_dbeta, need_dresidual = check_needs(needs)
     threads = _threads(num_threads)
     if not fixed and x.size == x.shape[channel_axis]:
@@ -629,11 +686,7 @@ def backward(
             f"x has shape {x.shape} with one value per channel (axis {channel_axis}), expected at least 2 "
             f"with stats='batch'; after a forward with given statistics use stats='fixed'"
         )
-    if need_dresidual and activation is not None and activation_mask is None:
-        raise ValueError(
-            "activation_mask is None, expected that of the forward pass: with a residual, x does not "
-            "tell where the activation was on"
-        )
+    z = _backward_residual(residual, x, activation, activation_mask, need_dresidual)
     vectors = {"mean": m, "inv_std": s, "gamma": g, "beta": b}
     outputs: dict[str, Array | None] = {"out": None, "out_residual": None}
     for name, value, gradient, needed in (
@@ -649,16 +702,19 @@ def backward(
             )
         # The residual's gradient may be written before x has been read.
         in_place_of = {"dy": dy, "x": x} if name == "out" else {"dy": dy}
+        if z is not None:
+            in_place_of["residual"] = z
         apart_from = vectors if name == "out" else {**vectors, "x": x}
         outputs[name] = _output(value, name, x, in_place_of, apart_from)
     dx, dresidual = outputs.values()
     if dx is not None and dresidual is not None and _share(dx, dresidual):
         raise ValueError("out and out_residual overlap, expected two separate arrays")
     x, other = _in_one_direction(x, dy, outputs, channel_axis)
+    _, z = _in_one_direction(x, z, {"dy": other, **outputs}, channel_axis)
     bits = _mask(activation_mask, x, channel_axis, activation, outputs)
     return (
-        other, x, m, s, g, b, channel_axis, fixed, activation, bits, need_dx, need_dgamma, need_dbeta,
-        need_dresidual, threads, dx, dresidual, True, True,
+        other, x, m, s, g, b, channel_axis, fixed, activation, slope, bits, z, need_dx, need_dgamma,
+        need_dbeta, need_dresidual, threads, dx, dresidual, True, True,
     )  # fmt: skip
 
 

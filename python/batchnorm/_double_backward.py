@@ -37,6 +37,7 @@ def batch_norm_double_backward(
     data_format: _args.DataFormatName | None = None,
     stats: Literal["batch", "fixed"] = "batch",
     activation: _args.ActivationName | None = None,
+    slope: float | None = None,
     num_threads: int | None = None,
     **unknown: NoReturn,
 ) -> DoubleGradients:
@@ -57,9 +58,11 @@ def batch_norm_double_backward(
         As in :func:`batch_norm_backward`; ``beta`` matters only with an activation.
     axis, data_format, stats, num_threads
         As in :func:`batch_norm_backward`.
-    activation : None or "relu"
-        The forward pass's activation. ReLU has no curvature: where it was off, ``dy`` counts as 0, and so
+    activation : None, "relu", "leaky_relu" or "relu6"
+        The forward pass's activation. These have no curvature: where relu was off, ``dy`` counts as 0, and so
         does the gradient with respect to it.
+    slope : float, optional
+        leaky_relu's, as in :func:`batch_norm`.
 
     Returns
     -------
@@ -105,7 +108,7 @@ def batch_norm_double_backward(
         _args.reject_keywords(batch_norm_double_backward, unknown)
     if type(axis) is tuple:
         return cast("DoubleGradients", _several_axes.call(batch_norm_double_backward, locals()))
-    call = _Call(dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, num_threads)
+    call = _Call(dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, slope, num_threads)
     return call.second_order(ddx, ddgamma, ddbeta)
 
 
@@ -114,20 +117,21 @@ class _Call:
 
     def __init__(
         self, dy: Any, x: Any, mean: Any, inv_std: Any, gamma: Any, beta: Any, axis: Any, data_format: Any,
-        stats: Any, activation: Any, num_threads: Any,
+        stats: Any, activation: Any, slope: Any, num_threads: Any,
     ) -> None:  # fmt: skip
-        if activation not in (None, "relu"):
+        if activation is not None and activation not in _args.PIECEWISE_LINEAR:
             _args.check_activation(activation)
             raise ValueError(
-                f"activation is {activation!r}, whose curvature is not computed, expected None or 'relu'; "
-                f"apply the activation, and its own second order, outside"
+                f"activation is {activation!r}, whose curvature is not computed, expected None, "
+                f"{', '.join(map(repr, _args.PIECEWISE_LINEAR))}; apply the activation, and its own second "
+                f"order, outside"
             )
         prepared = _args.backward(
-            dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, None,
-            ("dx", "dgamma", "dbeta"), num_threads, None, None,
+            dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, slope, None,
+            None, ("dx", "dgamma", "dbeta"), num_threads, None, None,
         )  # fmt: skip
         self.dy, self.x, self.mean, self.inv_std, self.gamma, self.beta, self.axis, self.fixed = prepared[:8]
-        self.activation, self.threads = activation, num_threads
+        self.activation, self.slope, self.threads = activation, prepared[9], num_threads
         self.count = self.x.size // self.x.shape[self.axis]
         wide = self.x.dtype == np.float64 if gamma is None else gamma.dtype == np.float64
         self.vector = np.dtype(np.float64 if wide else np.float32)
@@ -140,10 +144,10 @@ class _Call:
         return _core.combine(a, b, k_a, center, k_b, k_0, self.axis, None, self.threads, out)
 
     def _gated(self, a: Array, out: Array | None) -> Array:
-        """`a` where the activation let the forward's value through, else 0."""
+        """`a` times the activation's slope at the forward's value."""
         if self.activation is None:
             return a
-        gate = (self.activation, self.inv_std, self.gamma, self.beta)
+        gate = (self.activation, self.inv_std, self.gamma, self.beta, self.slope)
         options = (None, self.mean, None, None, self.axis, gate, self.threads, out)
         return _core.combine(a, self.x, *options)
 

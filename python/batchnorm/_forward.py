@@ -35,6 +35,12 @@ class Request(NamedTuple):
     out: Any = None
 
 
+def spoils(out: Array | None, kept: Kept | None) -> bool:
+    """Whether `out` overwrote the residual that backward, after a smooth activation, reads again."""
+    residual = None if kept is None else kept.options.get("residual")
+    return out is not None and residual is not None and _args._share(out, residual)
+
+
 class Resolved(NamedTuple):
     """What a call does."""
 
@@ -94,8 +100,8 @@ def _by_batch(
             step.foresee()
             step.set_aside()
     arguments = {
-        "eps": layer._eps, "activation": layer._activation, "residual": request.residual,
-        "out": request.out, **where,
+        "eps": layer._eps, "activation": layer._activation, "slope": layer._slope,
+        "residual": request.residual, "out": request.out, **where,
     }  # fmt: skip
     y, kept = _ways.by_batch(layer, x, arguments, step)
     if step is not None:
@@ -119,10 +125,13 @@ def _by_running(
             )  # fmt: skip
     backward: dict[str, Any] = {"stats": "fixed"}
     if keep and request.residual is not None and layer._activation is not None:
-        backward["activation_mask"] = np.zeros(activation_mask_bytes(x, **where), np.uint8)
+        if layer._activation in _args.PIECEWISE_LINEAR:
+            backward["activation_mask"] = np.zeros(activation_mask_bytes(x, **where), np.uint8)
+        else:
+            backward["residual"] = request.residual
     y = batch_norm(
         x, layer._running_mean, layer._running_var, layer._gamma, layer._beta, eps=layer._eps,
-        activation=layer._activation, residual=request.residual, out=request.out,
+        activation=layer._activation, slope=layer._slope, residual=request.residual, out=request.out,
         activation_mask=backward.get("activation_mask"), **where,
     )  # fmt: skip
     if not keep:

@@ -75,6 +75,7 @@ def batch_norm(
     axis: int | tuple[int, ...] = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
+    slope: float | None = None,
     residual: Array | None = None,
     activation_mask: NDArray[np.uint8] | None = None,
     num_threads: int | None = None,
@@ -100,13 +101,16 @@ def batch_norm(
     data_format : str, optional
         Alias of ``axis``: NC, NCL, NLC, NCHW, NHWC, NCDHW, NDHWC, channels_first or channels_last. Not
         together with ``axis``.
-    activation : None or "relu"
+    activation : None, "relu", "leaky_relu", "relu6", "sigmoid", "tanh" or "silu"
         Applied to the result in the same pass.
+    slope : float, optional
+        leaky_relu's factor for values below 0, 0.01 if absent; finite, may be 0 or negative. An error with
+        another activation.
     residual : array like x, optional
         Added before the activation, in the same pass; x's shape and dtype.
     activation_mask : writable uint8 array of shape (activation_mask_bytes(x),), optional
-        Receives where the activation let values through, for a backward with ``stats="fixed"`` after a
-        residual. Bits between runs of a channel keep their value.
+        Receives where relu, leaky_relu or relu6 let values through unchanged, for a backward with
+        ``stats="fixed"`` after a residual. Bits between runs of a channel keep their value.
     num_threads : int, optional
         Threads for this call, 1 to 65536; absent means :func:`get_num_threads`. No result depends on it.
     out : array like x, optional
@@ -132,7 +136,17 @@ def batch_norm(
     b`` with per-channel numbers from float64; the part of the mean that float32 cannot hold goes into ``b``.
     Arithmetic on elements is float64 for float64 input and float32 otherwise.
 
+    With v the activation's input: relu ``max(v, 0)``, leaky_relu ``v if v > 0 else slope * v`` [2]_, relu6
+    ``min(max(v, 0), 6)`` [3]_, sigmoid ``1 / (1 + exp(-v))``, tanh, silu ``v * sigmoid(v)`` [4]_. The smooth
+    ones are within 5 units in the last place of that arithmetic, at both ends of the range too. NaN stays
+    NaN, and infinity gives the limit: silu(-inf) is -0.
+
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 2.
+    .. [2] A. Maas, A. Hannun and A. Ng, "Rectifier Nonlinearities Improve Neural Network Acoustic Models",
+       2013, section 2.
+    .. [3] A. Krizhevsky, "Convolutional Deep Belief Networks on CIFAR-10", 2010.
+    .. [4] S. Elfwing, E. Uchibe and K. Doya, "Sigmoid-Weighted Linear Units for Neural Network Function
+       Approximation in Reinforcement Learning", 2017, arXiv:1702.03118, equation 5.
 
     Examples
     --------
@@ -152,6 +166,7 @@ def batch_norm(
             eps,
             axis,
             activation,
+            slope,
             residual,
             activation_mask,
             num_threads,
@@ -177,6 +192,7 @@ def batch_norm(
         axis,
         data_format,
         activation,
+        slope,
         residual,
         activation_mask,
         num_threads,
@@ -200,6 +216,7 @@ def batch_norm_train(
     axis: int | tuple[int, ...] = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
+    slope: float | None = None,
     residual: Array | None = None,
     num_threads: int | None = None,
     out: Array | None = None,
@@ -223,16 +240,17 @@ def batch_norm_train(
         Keras, Flax and ONNX.
     eps : float
         Added to the variance inside the square root; finite, >= 0.
-    axis, data_format, activation, residual, num_threads, out
+    axis, data_format, activation, slope, residual, num_threads, out
         As in :func:`batch_norm`.
 
     Returns
     -------
     TrainResult
         ``y`` like x (dtype, shape, memory order), and ``mean`` and ``inv_std = 1 / sqrt(var + eps)``,
-        float64 of shape (C,), for :func:`batch_norm_backward`. With ``residual`` and an activation a
-        :class:`ResidualTrainResult`, whose ``activation_mask`` backward needs as well. An empty batch
-        gives an empty ``y``, NaN statistics and no update.
+        float64 of shape (C,), for :func:`batch_norm_backward`. With ``residual`` and relu, leaky_relu or
+        relu6 a :class:`ResidualTrainResult`, whose ``activation_mask`` backward needs as well; after
+        sigmoid, tanh and silu it needs the ``residual`` itself. An empty batch gives an empty ``y``, NaN
+        statistics and no update.
 
     Raises
     ------
@@ -270,6 +288,7 @@ def batch_norm_train(
             eps,
             axis,
             activation,
+            slope,
             residual,
             num_threads,
             out,
@@ -297,6 +316,7 @@ def batch_norm_train(
         axis,
         data_format,
         activation,
+        slope,
         residual,
         num_threads,
         out,
@@ -324,7 +344,9 @@ def batch_norm_backward(
     data_format: _args.DataFormatName | None = None,
     stats: Literal["batch", "fixed"] = "batch",
     activation: _args.ActivationName | None = None,
+    slope: float | None = None,
     activation_mask: NDArray[np.uint8] | None = None,
+    residual: Array | None = None,
     needs: tuple[str, ...] = ("dx", "dgamma", "dbeta"),
     num_threads: int | None = None,
     out: Array | None = None,
@@ -350,20 +372,23 @@ def batch_norm_backward(
     stats : "batch" or "fixed"
         "batch": the statistics came from ``x`` itself and gradients flow through them. "fixed": they were
         given (inference, frozen statistics).
-    activation : None or "relu"
-        The forward pass's activation. Where it was off is recomputed from ``x``, nothing needs to be kept,
-        unless there was a residual.
+    activation, slope
+        The forward pass's. Its input is recomputed from ``x``, nothing needs to be kept, unless there was a
+        residual.
     activation_mask : uint8 array, optional
-        The forward pass's ``activation_mask``, for an ``x`` of the same memory order. Required after a
-        residual with an activation: without it the gradients would be those of a forward without the
-        residual, and nothing here can tell.
+        The forward pass's ``activation_mask``, for an ``x`` of the same memory order. After a residual with
+        an activation it or ``residual`` is required: without them the gradients would be those of a forward
+        without the residual, and nothing here can tell.
+    residual : array like x, optional
+        The forward pass's ``residual``, for any activation; after sigmoid, tanh and silu there is no other
+        way. Not together with ``activation_mask``, and an error without an activation.
     needs : tuple of "dx", "dgamma", "dbeta", "dresidual"
         What to compute; the rest is None and costs nothing. "dresidual" makes the result a
         :class:`ResidualGradients`.
     num_threads : int, optional
         As in :func:`batch_norm`.
     out, out_residual : array like x, optional
-        Receive ``dx`` and ``dresidual``; one of them may be ``dy`` itself (in place).
+        Receive ``dx`` and ``dresidual``; one of them may be ``dy`` or ``residual`` itself (in place).
 
     Returns
     -------
@@ -376,13 +401,17 @@ def batch_norm_backward(
     TypeError, ValueError
         As :func:`batch_norm`; also ``dy`` of another shape or dtype, unknown names in ``needs``, ``out``
         without "dx" in ``needs``, ``out_residual`` without "dresidual", "dresidual" with an activation and
-        without an activation_mask.
+        with neither activation_mask nor residual, or with both.
 
     Notes
     -----
     With ``x_hat = (x - mean) * inv_std`` and n values per channel: ``dbeta = sum(dy)``, ``dgamma = sum(dy *
     x_hat)``, and ``dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)`` [1]_, or ``gamma *
     inv_std * dy`` with fixed statistics. Sums run in float64.
+
+    With an activation, ``dy * act'(v)`` takes the place of dy, and is the residual's gradient; v is the
+    activation's input. At 0 and 6, where relu, leaky_relu and relu6 have no derivative, they take that of the
+    flat side: 0, and ``slope`` for leaky_relu.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3.
 
@@ -420,7 +449,9 @@ def batch_norm_backward(
             axis,
             stats == "fixed",
             activation,
+            slope,
             activation_mask,
+            residual,
             True,
             True,
             True,
@@ -440,8 +471,8 @@ def batch_norm_backward(
     if _per_sample.asked(x, gamma, beta, axis, data_format):
         return cast("Gradients", _per_sample.call(batch_norm_backward, locals()))
     arguments = _args.backward(
-        dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, activation_mask, needs,
-        num_threads, out, out_residual,
+        dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, slope,
+        activation_mask, residual, needs, num_threads, out, out_residual,
     )  # fmt: skip
     result = _core.batch_norm_backward(*arguments)
     assert result is not None

@@ -36,6 +36,7 @@ def ghost_batch_norm_train(
     axis: int = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
+    slope: float | None = None,
     residual: Array | None = None,
     num_threads: int | None = None,
     out: Array | None = None,
@@ -54,7 +55,7 @@ def ghost_batch_norm_train(
         Samples of a part; a divisor of N. The parts are samples 0 to virtual_batch_size - 1, and so on.
     running_mean, running_var : writable array of float32 or float64, shape (C,), optional
         Both or neither. Updated in place once the call has succeeded, by each part in turn.
-    decay, running_ddof, eps, axis, data_format, activation, residual, num_threads, out
+    decay, running_ddof, eps, axis, data_format, activation, slope, residual, num_threads, out
         As in :func:`batch_norm_train`.
 
     Returns
@@ -119,6 +120,7 @@ def ghost_batch_norm_train(
                 eps=eps,
                 axis=channel_axis,
                 activation=activation,
+                slope=slope,
                 residual=None if z is None else z[part],
                 num_threads=num_threads,
                 out=y[part] if direct else None,
@@ -152,7 +154,9 @@ def ghost_batch_norm_backward(
     axis: int = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
+    slope: float | None = None,
     activation_mask: NDArray[np.uint8] | None = None,
+    residual: Array | None = None,
     needs: tuple[str, ...] = _args.GRADIENTS,
     num_threads: int | None = None,
     out: Array | None = None,
@@ -173,7 +177,7 @@ def ghost_batch_norm_backward(
         The forward pass's.
     activation_mask : uint8 array with G rows, optional
         The forward pass's.
-    axis, data_format, activation, needs, num_threads, out, out_residual
+    axis, data_format, activation, slope, residual, needs, num_threads, out, out_residual
         As in :func:`batch_norm_backward`.
 
     Returns
@@ -203,7 +207,7 @@ def ghost_batch_norm_backward(
     if unknown:
         _args.reject_keywords(ghost_batch_norm_backward, unknown)
     x, channel_axis, size = _parts_of(x, axis, data_format, virtual_batch_size)
-    dy = _args._like_x(dy, "dy", x)
+    dy, z = _args._like_x(dy, "dy", x), _args._residual(residual, x)
     channels, n = x.shape[channel_axis], len(x) // size
     mean, inv_std = (_by_part(v, name, n, channels) for v, name in ((mean, "mean"), (inv_std, "inv_std")))
     g, b = _args._affine(gamma, beta, x, channel_axis)
@@ -214,13 +218,14 @@ def ghost_batch_norm_backward(
         raise ValueError(
             f"activation_mask has no {n} rows, expected that of ghost_batch_norm_train, one row for each part"
         )
-    dx = _destination(out, "out", need_dx, x, {"dy": dy, "x": x}, {"mean": mean, "inv_std": inv_std})
+    read = {"dy": dy} if z is None else {"dy": dy, "residual": z}
+    dx = _destination(out, "out", need_dx, x, {**read, "x": x}, {"mean": mean, "inv_std": inv_std})
     dz = _destination(
         out_residual,
         "out_residual",
         need_dresidual,
         x,
-        {"dy": dy},
+        read,
         {"x": x, "mean": mean, "inv_std": inv_std},
     )
     if dx is not None and dz is not None and _args._share(dx, dz):
@@ -238,7 +243,9 @@ def ghost_batch_norm_backward(
             *wide,
             axis=channel_axis,
             activation=activation,
+            slope=slope,
             activation_mask=activation_mask if activation_mask is None else activation_mask[i],
+            residual=None if z is None else z[part],
             needs=tuple(needs),
             num_threads=num_threads,
             out=dx[part] if dx is not None and dx_direct else None,

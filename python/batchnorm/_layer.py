@@ -61,8 +61,10 @@ class BatchNorm(LayerTools):
     running_ddof : {1, 0}
         The estimator kept in `running_var`: var*n/(n-1) (1, as PyTorch and the paper) or var (0, as Keras and
         ONNX). Batches are always normalised with the population variance.
-    activation : {None, "relu"}
+    activation : {None, "relu", "leaky_relu", "relu6", "sigmoid", "tanh", "silu"}
         Applied to the result (plus the residual, if there is one), in the same pass.
+    slope : float, optional
+        leaky_relu's factor for values below 0; 0.01 if absent. An error with another activation.
     renorm : bool or mapping, optional
         Batch renormalisation in training: limits ``rmin``, ``rmax``, ``dmax`` as in ``batch_renorm_train``,
         such as ``{"rmax": 3.0, "dmax": 5.0}``; True: none. With ``decay`` among them the reference is a pair
@@ -169,6 +171,7 @@ class BatchNorm(LayerTools):
         center: bool = True,
         running_ddof: int = 1,
         activation: _args.ActivationName | None = None,
+        slope: float | None = None,
         renorm: Mapping[str, float] | bool | None = None,
         virtual_batch_size: int | None = None,
         save_memory: bool = False,
@@ -190,6 +193,7 @@ class BatchNorm(LayerTools):
         self._center = _args.check_flag(center, "center")
         self._running_ddof = _args.check_ddof(running_ddof, "running_ddof")
         self._activation = _args.check_activation(activation)
+        self._slope = _args.check_slope(slope, self._activation)
         self._renorm = _ways.check_renorm(renorm)
         self._virtual_batch_size = _ways.check_virtual_batch_size(virtual_batch_size)
         self._save_memory = _args.check_flag(save_memory, "save_memory")
@@ -343,7 +347,8 @@ class BatchNorm(LayerTools):
                     x, self._gamma, self._beta,
                     running_mean=self._running_mean, running_var=self._running_var,
                     decay=self._decay, running_ddof=self._running_ddof, eps=self._eps,
-                    axis=axis, data_format=data_format, activation=self._activation, out=out,
+                    axis=axis, data_format=data_format, activation=self._activation, slope=self._slope,
+                    out=out,
                 )  # fmt: skip
                 self._saved = (x, mean, inv_std)
                 size = x.size
@@ -357,7 +362,8 @@ class BatchNorm(LayerTools):
                     _forward.check_statistics(self, x, {"axis": axis, "data_format": data_format}, 3)
                 y = batch_norm(
                     x, self._running_mean, self._running_var, self._gamma, self._beta, eps=self._eps,
-                    axis=axis, data_format=data_format, activation=self._activation, out=out,
+                    axis=axis, data_format=data_format, activation=self._activation, slope=self._slope,
+                    out=out,
                 )  # fmt: skip
                 self._saved = _NOT_KEPT
         except ValueError:
@@ -387,6 +393,8 @@ class BatchNorm(LayerTools):
         self._saved = _NOT_KEPT if kept is None else kept
         in_place = request.out is not None and _args._same_memory(request.out, x)
         if in_place and (kept is None or kept.saved is None):
+            self._saved = _OVERWRITTEN
+        if _forward.spoils(request.out, kept):
             self._saved = _OVERWRITTEN
         return y
 
@@ -452,7 +460,7 @@ class BatchNorm(LayerTools):
             x, mean, inv_std = saved
             dx, dgamma, dbeta = batch_norm_backward(
                 dy, x, mean, inv_std, self._gamma, self._beta, axis=self._axis,
-                activation=self._activation, needs=self._needs, out=out,
+                activation=self._activation, slope=self._slope, needs=self._needs, out=out,
             )  # fmt: skip
             dresidual = None
         elif type(saved) is _ways.Kept:
@@ -468,6 +476,8 @@ class BatchNorm(LayerTools):
         self.dresidual = dresidual
         if out is not None and _args._same_memory(out, x):
             self._saved = _OVERWRITTEN
+        if type(saved) is _ways.Kept and _forward.spoils(out, saved):
+            self._saved = _OVERWRITTEN
         return dx
 
     def _no_backward(self) -> NoReturn:
@@ -482,6 +492,8 @@ class BatchNorm(LayerTools):
         raise RuntimeError(
             "backward is not possible, the input of the last forward has been overwritten: "
             "call the layer with another out than x (or none), and backward with another out than x"
+            + ", nor the residual"
+            * (self._activation in ("sigmoid", "tanh", "silu"))
         )
 
     # ---- text ----------------------------------------------------------------------------------------------
@@ -492,6 +504,8 @@ class BatchNorm(LayerTools):
             "on_nonfinite": "propagate", "allow_initial_statistics": False, "renorm": None,
             "virtual_batch_size": None, "save_memory": False,
         }  # fmt: skip
+        if self._slope is not None:
+            usual["slope"] = _args.DEFAULT_SLOPE
         fields = [f"{name}={getattr(self, name)!r}" for name in ("decay", "eps", "axis", "activation")]
         fields += [f"{n}={getattr(self, n)!r}" for n, value in usual.items() if getattr(self, n) != value]
         fields += [f"dtype={self._dtype}"] * (self._dtype != np.float32)

@@ -126,9 +126,9 @@ class LayerBase:
         "__weakref__", "_activation", "_allow_initial_statistics", "_axis", "_beta", "_center", "_collector",
         "_counters", "_data_format", "_decay", "_dtype", "_eps", "_frozen", "_gamma", "_history", "_initial",
         "_needs", "_num_features", "_on_nonfinite", "_rank", "_renorm", "_renorm_mean", "_renorm_std",
-        "_running_ddof", "_running_mean", "_running_var", "_save_memory", "_saved", "_scale", "_special",
-        "_training", "_updating", "_virtual_batch_size", "_warmup", "_zero_debias", "dbeta", "dgamma",
-        "dresidual",
+        "_running_ddof", "_running_mean", "_running_var", "_save_memory", "_saved", "_scale", "_slope",
+        "_special", "_training", "_updating", "_virtual_batch_size", "_warmup", "_zero_debias", "dbeta",
+        "dgamma", "dresidual",
     )  # fmt: skip
 
     # The vectors, None until the channel count is known: Any spares the call path asking twice.
@@ -152,6 +152,7 @@ class LayerBase:
     _scale: bool
     _center: bool
     _running_ddof: int
+    _slope: float | None
     _warmup: bool
     _zero_debias: bool
     _on_nonfinite: str
@@ -185,6 +186,7 @@ class LayerBase:
     save_memory = Setting[bool]("Whether y is kept for backward instead of x.")
     running_ddof = Setting[int]("1: running_var is the unbiased estimate; 0: the population variance.")
     activation = Setting["_args.ActivationName | None"]("The activation applied to the result, or None.")
+    slope = Setting["float | None"]("leaky_relu's slope, or None with another activation.")
     dtype = Setting["np.dtype[Any]"]("Data type of parameters and running statistics.")
     eps = Setting("Added to the variance inside the square root; may be changed.", _args.check_eps)
     training = Setting("What a call without ``training=`` does.", partial(_args.check_flag, name="training"))

@@ -70,13 +70,16 @@ class LayerState(LayerBase):
             ``initial_weight``, and ``format_version``, ``axis``, ``running_ddof``: int64; ``eps``, ``decay``:
             float64; ``warmup``, ``zero_debias``, ``allow_initial_statistics``: int64, 0 or 1;
             ``renorm_rmin``, ``renorm_rmax``, ``renorm_dmax``, ``renorm_decay``: float64;
-            ``virtual_batch_size``, ``save_memory``: int64; ``activation``, ``data_format``, ``on_nonfinite``:
-            str; "none" for None. With ``renorm={"decay": ...}`` also ``renorm_mean``, ``renorm_std``.
-            Gradients, mode and the saved input are not part of it.
+            ``slope``, of leaky_relu alone: float64; ``virtual_batch_size``, ``save_memory``: int64;
+            ``activation``, ``data_format``, ``on_nonfinite``: str; "none" for None. With ``renorm={"decay":
+            ...}`` also ``renorm_mean``, ``renorm_std``. Gradients, mode and the saved input are not part of
+            it.
         """
         state = {name: value.copy() for name, value in self._known_vectors("state_dict()").items()}
         for name in SCALARS:
             value = FORMAT_VERSION if name == "format_version" else self._scalar(name)
+            if name == "slope" and value is None:
+                continue
             if value is True or value is False:
                 value = int(value)
             state[name] = np.array("none" if value is None else value)
@@ -118,11 +121,13 @@ class LayerState(LayerBase):
         scalars = checked_scalars(state)
         names = self._vector_names()
         check_names(state, (*names, *scalar_names(scalars)), strict, " (strict=False loads what fits)")
-        if scalars.get("activation", self._activation) != self._activation:
-            raise ValueError(
-                f"activation is {scalars['activation']!r} in the state, expected {self._activation!r} as in "
-                "this layer: build the layer with it, or take it out of the state and load with strict=False"
-            )
+        for name in ("activation", "slope"):
+            own = getattr(self, name)
+            if scalars.get(name, own) != own:
+                raise ValueError(
+                    f"{name} is {scalars[name]!r} in the state, expected {own!r} as in this layer: build the "
+                    "layer with it, or take it out of the state and load with strict=False"
+                )
         schedule = {name: scalars.get(name, getattr(self, name)) for name in _SCHEDULE}
         _running.check_schedule(**schedule)
         renorm = _renorm_of(scalars, self._renorm)
@@ -439,12 +444,13 @@ SCALARS: dict[str, Callable[[object], Any]] = {
     "virtual_batch_size": lambda v: None if _is_none(v) else _ways.check_virtual_batch_size(v),
     "save_memory": _flag("save_memory"),
     **{f"renorm_{name}": _limit(name) for name in ("rmin", "rmax", "dmax", "decay")},
+    "slope": lambda v: _args.check_slope(v, "leaky_relu"),
 }
 _FORMAT_1 = tuple(SCALARS)[:8]
 _COUNTERS = ("num_updates", "num_values", "num_skipped", "initial_weight")
 _SCHEDULE = ("decay", "warmup", "zero_debias")
 _OPTIONS = (
-    *_SCHEDULE, "eps", "running_ddof", "activation", "on_nonfinite", "allow_initial_statistics",
+    *_SCHEDULE, "eps", "running_ddof", "activation", "slope", "on_nonfinite", "allow_initial_statistics",
     "virtual_batch_size", "save_memory",
 )  # fmt: skip
 
@@ -464,7 +470,8 @@ _RENORM = ("rmin", "rmax", "dmax", "decay")
 
 def scalar_names(scalars: Mapping[str, Any]) -> tuple[str, ...]:
     """The entries beside the vectors that a state of this one's format has."""
-    return _FORMAT_1 if scalars.get("format_version") == 1 else tuple(SCALARS)
+    names = _FORMAT_1 if scalars.get("format_version") == 1 else tuple(SCALARS)
+    return names if scalars.get("activation") == "leaky_relu" else tuple(n for n in names if n != "slope")
 
 
 def checked_scalars(state: Mapping[str, Any]) -> dict[str, Any]:

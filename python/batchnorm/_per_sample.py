@@ -139,15 +139,15 @@ def _inference(
     residual: Any, activation_mask: Any, out: Any, **options: Any,
 ) -> Array:  # fmt: skip
     checked = _args.inference(
-        x, mean, var, None, None, eps, axis, data_format, options["activation"], residual, None,
-        options["num_threads"], out,
+        x, mean, var, None, None, eps, axis, data_format, options["activation"], options["slope"], residual,
+        None, options["num_threads"], out,
     )  # fmt: skip
     x, mean, var, axis, residual = (
         checked[0],
         checked[1],
         checked[2],
         checked[6] % checked[0].ndim,
-        checked[8],
+        checked[9],
     )
     scale, shift = _Affine(gamma, "gamma", x, axis, 1), _Affine(beta, "beta", x, axis, 0)
     if x.size == 0:
@@ -162,9 +162,9 @@ def _training(
 ) -> Any:  # fmt: skip
     checked = _args.training(
         x, None, None, running_mean, running_var, decay, running_ddof, eps, axis, data_format,
-        options["activation"], residual, options["num_threads"], out,
+        options["activation"], options["slope"], residual, options["num_threads"], out,
     )  # fmt: skip
-    x, axis, residual = checked[0], checked[8] % checked[0].ndim, checked[10]
+    x, axis, residual = checked[0], checked[8] % checked[0].ndim, checked[11]
     scale, shift = _Affine(gamma, "gamma", x, axis, 1), _Affine(beta, "beta", x, axis, 0)
     mean, var = _functional.moments(x, axis=axis, num_threads=options["num_threads"])
     inv_std = 1 / np.sqrt(var + eps)
@@ -172,7 +172,7 @@ def _training(
     bits = None
     if x.size:
         parts = _Parts(axis, x, residual, out)
-        if residual is not None and options["activation"] is not None:
+        if residual is not None and options["activation"] in _args.PIECEWISE_LINEAR:
             bits = _mask_for(parts, x)
         y = _apply(x, mean, var, scale, shift, axis, out, residual, bits, parts, eps=eps, **options)
         if running_mean is not None:
@@ -191,21 +191,21 @@ def _training(
 
 def _backward(
     dy: Any, x: Any, mean: Any, inv_std: Any, gamma: Any, beta: Any, *, axis: Any, data_format: Any,
-    stats: Any, activation: Any, activation_mask: Any, needs: Any, num_threads: Any, out: Any,
-    out_residual: Any, **options: Any,
+    stats: Any, activation: Any, slope: Any, activation_mask: Any, residual: Any, needs: Any,
+    num_threads: Any, out: Any, out_residual: Any, **options: Any,
 ) -> Any:  # fmt: skip
-    if activation is not None and activation_mask is None and stats == "batch" and activation != "relu":
-        raise ValueError(
-            f"activation is {activation!r} with gamma or beta of shape (N, C), expected None or 'relu'; "
-            f"apply the activation outside"
-        )
     checked = _args.backward(
-        dy, x, mean, inv_std, None, None, axis, data_format, stats, None, None, needs, num_threads, out,
-        out_residual,
+        dy, x, mean, inv_std, None, None, axis, data_format, stats, None, None, None, None, needs,
+        num_threads, out, out_residual,
     )  # fmt: skip
     dy, x, mean, inv_std, axis = checked[0], checked[1], checked[2], checked[3], checked[6] % checked[1].ndim
     scale, shift = _Affine(gamma, "gamma", x, axis, 1), _Affine(beta, "beta", x, axis, 0)
     need_dx, need_dgamma, need_dbeta, need_dresidual = _args.check_needs(needs)
+    activation = _args.check_activation(activation)
+    slope = _args.check_slope(slope, activation, x.dtype)
+    z = _args._backward_residual(residual, x, activation, activation_mask, need_dresidual)
+    if z is not None and any(o is not None and _args._share(o, z) for o in (out, out_residual)):
+        z = z.copy()  # it is read again when they have been written
     shape = (x.shape[0], x.shape[axis])
     dgamma, dbeta, dx, dz = np.zeros(shape), np.zeros(shape), None, None
     if need_dx:
@@ -213,14 +213,17 @@ def _backward(
     if need_dresidual:
         dz = _core.new_like(x) if out_residual is None else out_residual
     if x.size:
-        parts = _Parts(axis, x, dy, dx, dz)
+        parts = _Parts(axis, x, dy, dx, dz, z)
 
-        def each(i: int, wanted: tuple[str, ...], dy: Array, **outputs: Any) -> Any:
+        def each(i: int, wanted: tuple[str, ...], dy: Array, gated: bool = False, **outputs: Any) -> Any:
+            gate: dict[str, Any] = {}
+            if not gated:
+                gate = {"activation": activation, "slope": slope, "residual": parts.optional(z, i)}
+                gate["activation_mask"] = parts.bits(activation_mask, i)
             return _functional.batch_norm_backward(
                 parts.tensor(dy, i), parts.tensor(x, i), parts.numbers(mean, i), parts.numbers(inv_std, i),
                 parts.numbers(scale.wide, i), parts.numbers(shift.wide, i), axis=axis, stats="fixed",
-                activation=activation, activation_mask=parts.bits(activation_mask, i), needs=wanted,
-                num_threads=num_threads, **outputs, **options,
+                needs=wanted, num_threads=num_threads, **gate, **outputs, **options,
             )  # fmt: skip
 
         for i in parts if need_dgamma or need_dbeta or (need_dx and stats == "batch") else ():
@@ -228,7 +231,8 @@ def _backward(
             rows = slice(None) if parts.merged else slice(i, i + 1)
             dgamma[rows], dbeta[rows] = (v.reshape(-1, shape[1]) for v in (sums.dgamma, sums.dbeta))
         inside = dy
-        if activation_mask is not None and (dz is not None or (dx is not None and stats == "batch")):
+        gated = activation_mask is not None or z is not None
+        if gated and (dz is not None or (dx is not None and stats == "batch")):
             inside = _core.new_like(x) if dz is None else dz  # dy behind the activation
             for i in parts:
                 each(i, ("dresidual",), dy, out_residual=parts.tensor(inside, i))
@@ -236,10 +240,10 @@ def _backward(
             np.copyto(dz, dy)
         if dx is not None and stats == "fixed":
             for i in parts:
-                each(i, ("dx",), dy, out=parts.tensor(dx, i))
+                each(i, ("dx",), inside, gated=inside is not dy, out=parts.tensor(dx, i))
         elif dx is not None:
-            gated = activation if activation_mask is None else None
-            _dx(inside, x, mean, inv_std, scale, shift, dgamma, dbeta, gated, parts, num_threads, dx)
+            act = None if gated or activation is None else (activation, slope)
+            _dx(inside, x, mean, inv_std, scale, shift, dgamma, dbeta, act, parts, num_threads, dx)
     gradients = (
         dx,
         scale.gradient(dgamma, shift, x) if need_dgamma else None,
@@ -250,7 +254,7 @@ def _backward(
 
 def _dx(
     dy: Array, x: Array, mean: Array, inv_std: Array, gamma: _Affine, beta: _Affine, dgamma: Array,
-    dbeta: Array, activation: str | None, parts: _Parts, num_threads: int | None, out: Array,
+    dbeta: Array, act: tuple[str, float | None] | None, parts: _Parts, num_threads: int | None, out: Array,
 ) -> None:  # fmt: skip
     """dx = inv_std (gamma dy - sum gamma dy / n - x_hat sum gamma dy x_hat / n), gamma that of the sample."""
     n, s = x.size // parts.channels, inv_std.astype(np.float64)
@@ -258,9 +262,10 @@ def _dx(
     k_0 = -s * (gamma.wide * dbeta).sum(axis=0) / n
     for i in parts:
         gate = None
-        if activation is not None:
+        if act is not None:
             gate = (
-                activation, parts.numbers(s, i), parts.numbers(gamma.wide, i), parts.numbers(beta.wide, i),
+                act[0], parts.numbers(s, i), parts.numbers(gamma.wide, i), parts.numbers(beta.wide, i),
+                act[1],
             )  # fmt: skip
         _core.combine(
             parts.tensor(dy, i), parts.tensor(x, i), parts.numbers(gamma.wide * s, i), parts.numbers(mean, i),

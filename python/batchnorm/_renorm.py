@@ -45,6 +45,7 @@ def batch_renorm_train(
     axis: int = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
     activation: _args.ActivationName | None = None,
+    slope: float | None = None,
     residual: Array | None = None,
     num_threads: int | None = None,
     out: Array | None = None,
@@ -74,7 +75,7 @@ def batch_renorm_train(
         Weight of the OLD running value.
     renorm_decay : float in [0, 1], optional
         The same for ``renorm_mean`` and ``renorm_std``; absent means ``decay``.
-    running_ddof, eps, axis, data_format, activation, residual, num_threads, out
+    running_ddof, eps, axis, data_format, activation, slope, residual, num_threads, out
         As in :func:`batch_norm_train`.
 
     Returns
@@ -118,7 +119,7 @@ def batch_renorm_train(
         if kind == np.float32 or kind == np.float64:
             renorm: Any = (running_mean, _std_of(running_var, eps), rmin, rmax, dmax)
             result = _core.batch_norm_train(
-                x, gamma, beta, running_mean, running_var, decay, running_ddof, eps, axis, activation,
+                x, gamma, beta, running_mean, running_var, decay, running_ddof, eps, axis, activation, slope,
                 residual, num_threads, out, renorm, False, False,
             )  # fmt: skip
             if result is not None:
@@ -137,6 +138,7 @@ def batch_renorm_train(
         axis,
         data_format,
         activation,
+        slope,
         residual,
         num_threads,
         out,

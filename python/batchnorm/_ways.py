@@ -43,7 +43,7 @@ class Kept(NamedTuple):
             return batch_norm_backward_from_output(dy, self.x, self.saved, needs=needs, out=out)
         return self.function(
             dy, self.x, self.mean, self.inv_std, gamma=layer._gamma, beta=layer._beta, axis=layer._axis,
-            activation=layer._activation, needs=needs, out=out, **self.options,
+            activation=layer._activation, slope=layer._slope, needs=needs, out=out, **self.options,
         )  # fmt: skip
 
 
@@ -75,9 +75,12 @@ def has_reference(renorm: Mapping[str, Any] | None) -> bool:
     return renorm is not None and renorm["decay"] is not None
 
 
-def _mask_of(result: Any) -> dict[str, Any]:
-    mask = getattr(result, "activation_mask", None)
-    return {} if mask is None else {"activation_mask": mask}
+def _gate_of(result: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What tells backward the activation's derivative: after a residual a mask, or the residual again."""
+    mask, residual = getattr(result, "activation_mask", None), arguments["residual"]
+    if mask is not None:
+        return {"activation_mask": mask}
+    return {} if residual is None or arguments["activation"] is None else {"residual": residual}
 
 
 def _plain(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step | None) -> tuple[Array, Kept]:
@@ -86,7 +89,9 @@ def _plain(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step | N
         step.measure(result.mean, result.inv_std)
         if step.reference is not None:  # the first batch of a reference that is not known yet
             step.refer(result.mean, result.inv_std)
-    return result.y, Kept(x, result.mean, result.inv_std, _mask_of(result), arguments["residual"] is not None)
+    return result.y, Kept(
+        x, result.mean, result.inv_std, _gate_of(result, arguments), arguments["residual"] is not None
+    )
 
 
 def _renormalised(
@@ -103,7 +108,7 @@ def _renormalised(
     result = _renorm.batch_renorm_train(x, layer._gamma, layer._beta, **arguments, **limits)
     if step is not None:
         step.measure(result.mean, result.inv_std)
-    options = {**_mask_of(result), "r": result.r, "d": result.d}
+    options = {**_gate_of(result, arguments), "r": result.r, "d": result.d}
     kept = Kept(
         x, result.mean, result.inv_std, options, arguments["residual"] is not None,
         _renorm.batch_renorm_backward,
@@ -131,7 +136,7 @@ def _in_parts(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step 
         y = _args._output(out, "out", x, {n: v for n, v in places.items() if v is not None}, {})
         np.copyto(y, result.y)
         y = out
-    options = {**_mask_of(result), "virtual_batch_size": size}
+    options = {**_gate_of(result, arguments), "virtual_batch_size": size}
     kept = Kept(
         x, result.mean, result.inv_std, options, arguments["residual"] is not None, ghost_batch_norm_backward
     )
@@ -139,7 +144,7 @@ def _in_parts(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step 
 
 
 def _saving(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step | None) -> tuple[Array, Kept]:
-    given = {name: value for name, value in arguments.items() if name != "residual"}
+    given = {name: value for name, value in arguments.items() if name not in ("residual", "slope")}
     if arguments["residual"] is not None:
         raise ValueError(
             "residual is given and save_memory is True: y with a residual does not tell x; drop one of them, "

@@ -1019,7 +1019,7 @@ void test_errors_of_residual() {
     REFUSES(masked_train, "residual overlaps running_mean", a.running_mean = std::span(v.z).first(3));
     REFUSES(masked_train, "residual overlaps running_var", a.running_var = std::span(v.z).subspan(57, 3));
 
-    REFUSES(masked_inference, "activation_mask is given without activation relu, of which it tells; drop one of them",
+    REFUSES(masked_inference, "activation_mask is given without activation relu, leaky_relu or relu6, of which it tells; drop one of them",
             a.activation = Activation::none);
     REFUSES(masked_train, "activation_mask is given without activation relu", a.activation = Activation::none);
     REFUSES(masked_backward, "activation_mask is given without activation relu", a.activation = Activation::none);
@@ -1049,6 +1049,20 @@ void test_errors_of_residual() {
     REFUSES(masked_backward,
             "activation_mask is missing, expected the forward's: after a residual, x does not tell where the activation was on",
             a.activation_mask = {});
+    REFUSES(masked_backward, "residual is missing, expected the forward's", (a.activation = Activation::tanh, a.activation_mask = {}));
+    REFUSES(masked_backward, "residual and activation_mask are given, which tell the same; drop one of them",
+            a.residual = Valid::view(v.z));
+    REFUSES(masked_backward, "residual is given without an activation, for which alone it is read; drop it",
+            (a.activation = Activation::none, a.activation_mask = {}, a.residual = Valid::view(v.z)));
+    const auto with_residual = [](Valid& v, BatchNormBackwardArgs& a) { a.activation_mask = {}, a.residual = Valid::view(v.z); };
+    REFUSES(masked_backward, "residual has (outer, channels, inner) (4, 2, 5)", (with_residual(v, a), a.residual.channels = 2));
+    REFUSES(masked_backward, "dx partly overlaps residual", (with_residual(v, a), a.residual.data = v.dx.data() + 15));
+    REFUSES(masked_backward, "residual overlaps dgamma", (with_residual(v, a), a.dgamma = std::span(v.z).first(3)));
+    REFUSES(masked_inference, "activation_mask is given without activation relu", a.activation = Activation::silu);
+    REFUSES(masked_inference, "activation is not known, expected one that Activation names", a.activation = static_cast<Activation>(7));
+    REFUSES(masked_train, "slope is inf, expected a finite number that the type x computes in can hold",
+            (a.activation = Activation::leaky_relu, a.slope = std::numeric_limits<double>::infinity()));
+    REFUSES(masked_backward, "slope is 99999999", (a.activation = Activation::leaky_relu, a.slope = 1e39));
     REFUSES(masked_backward, "dresidual has (outer, channels, inner) (4, 2, 5), expected (4, 3, 5) as x has", a.dresidual.channels = 2);
     REFUSES(masked_backward, "dresidual has another storage type", a.dresidual.dtype = Dtype::bfloat16);
     REFUSES(masked_backward, "dresidual has strides (15, 1, 3), expected 1 for inner",
@@ -1277,7 +1291,7 @@ void test_errors_of_primitives() {
     REFUSES(combination, "b has another storage type than a", a.b.dtype = Dtype::float64);
     REFUSES(combination, "out has (outer, channels, inner) (3, 3, 5), expected (4, 3, 5) as a has", a.out.outer = 3);
     REFUSES(combination, "out has strides that reach one element twice", a.out.channel_stride = 0);
-    REFUSES(combination, "activation is not known here, expected none or relu", a.activation = static_cast<Activation>(77));
+    REFUSES(combination, "activation is not known, expected one that Activation names", a.activation = static_cast<Activation>(77));
     for (ConstChannels CombineArgs::* vector : {&CombineArgs::k_a, &CombineArgs::center, &CombineArgs::k_b, &CombineArgs::k_0,
                                                 &CombineArgs::inv_std, &CombineArgs::gamma, &CombineArgs::beta}) {
         REFUSES(combination, "", a.*vector = v.two);
@@ -1431,6 +1445,70 @@ void test_primitives() {
     CHECK(v.out_mean[1] == 0 && v.out_inv_std[2] == 0);
     copy.a = copy.b = copy.out = View<float>::ncs(nullptr, 0, 3, 5);
     combine(copy);
+}
+
+// Every activation, its forward and backward, with and without a residual: v is x, or x + z.
+template <class T>
+void test_activations() {
+    const auto act = [](Activation a, double v) {
+        switch (a) {
+            case Activation::leaky_relu:
+                return std::pair(v > 0 ? v : v * 0.25, v > 0 ? 1 : 0.25);
+            case Activation::relu6:
+                return std::pair(std::clamp(v, 0.0, 6.0), v > 0 && v < 6 ? 1.0 : 0.0);
+            case Activation::sigmoid:
+                return std::pair(1 / (1 + std::exp(-v)), std::exp(-v) / std::pow(1 + std::exp(-v), 2));
+            case Activation::tanh:
+                return std::pair(std::tanh(v), 1 - std::tanh(v) * std::tanh(v));
+            default:
+                const double s = 1 / (1 + std::exp(-v));
+                return std::pair(v * s, s + v * s * (1 - s));
+        }
+    };
+    const std::vector<float> zero(3), one(3, 1);
+    const double bound = 8 * (kCompute<T> + kStore<T>);
+    for (const Shape& s : {Shape{2, 3, 41}, Shape{70, 3, 1}}) {
+        const Inputs<T> in(s, false, Activation::none);
+        for (const Activation a : {Activation::leaky_relu, Activation::relu6, Activation::sigmoid, Activation::tanh, Activation::silu}) {
+            for (const bool with_z : {false, true}) {
+                context = std::string("activation ") + std::to_string(static_cast<int>(a)) + " of " + Format<T>::name;
+                std::vector<T> x = in.x, y = x, dy = in.dy, dx = x, z = in.z, dz = x;
+                const auto view = [&](std::vector<T>& v) { return View<T>::ncs(v.data(), s.outer, s.channels, s.inner); };
+                BatchNormArgs forward;
+                forward.x = view(x);
+                forward.y = view(y);
+                forward.mean = zero;
+                forward.var = one;
+                forward.eps = 0;
+                forward.activation = a;
+                forward.slope = 0.25;
+                BatchNormBackwardArgs backward;
+                backward.x = view(x);
+                backward.dy = view(dy);
+                backward.dx = view(dx);
+                backward.mean = zero;
+                backward.inv_std = one;
+                backward.stats = Stats::fixed;
+                backward.activation = a;
+                backward.slope = 0.25;
+                if (with_z) {
+                    forward.residual = backward.residual = view(z);
+                    backward.dresidual = view(dz);
+                }
+                batch_norm(forward);
+                batch_norm_backward(backward);
+                bool good = true;
+                for (size_t i = 0; i < x.size(); ++i) {
+                    const double v = widen(x[i]) + (with_z ? widen(z[i]) : 0);
+                    const auto [value, slope] = act(a, v);
+                    good = good && near(widen(y[i]), value, bound * (1 + std::abs(v))) &&
+                           near(widen(dx[i]), slope * widen(dy[i]), 2 * bound * (1 + std::abs(widen(dy[i])))) &&
+                           (!with_z || widen(dz[i]) == widen(dx[i]));
+                }
+                CHECK(good);
+            }
+        }
+    }
 }
 
 void test_empty() {
@@ -1593,6 +1671,7 @@ void test_type() {
     test_mask_without_residual<T>();
     test_same_bits<T>();
     test_moment_sums<T>();
+    test_activations<T>();
 }
 
 }  // namespace

@@ -131,13 +131,17 @@ struct AnyChannels {
 using ConstChannels = AnyChannels<false>;
 using Channels = AnyChannels<true>;
 
-enum class Activation { none, relu };
+// relu max(v, 0); leaky_relu v > 0 ? v : slope v (Maas, Hannun and Ng 2013); relu6 min(max(v, 0), 6) (Krizhevsky 2010); sigmoid 1 / (1 +
+// exp(-v)); tanh; silu v sigmoid(v) (Elfwing, Uchibe and Doya 2017, arXiv:1702.03118). Where the derivative jumps, at 0 and for relu6 at
+// 6, backward takes the one of the flat side (leaky_relu: slope). NaN stays NaN.
+enum class Activation { none, relu, leaky_relu, relu6, sigmoid, tanh, silu };
 
 // How the statistics of the forward pass came about: from the batch itself (gradients flow through them) or given.
 enum class Stats { batch, fixed };
 
-// Where a ReLU let values through, one bit per element: written by the forward functions, read by batch_norm_backward, which without it
-// finds out from x. After a residual it cannot. activation_mask_bytes(x) is its size, a function of shape and memory order.
+// Where relu, leaky_relu or relu6 let values through unchanged, one bit per element: written by the forward functions, read by
+// batch_norm_backward, which without it finds out from x. After a residual it cannot, unless it is given the residual, as the smooth
+// activations need it. activation_mask_bytes(x) is its size, a function of shape and memory order.
 BATCHNORM_API std::int64_t activation_mask_bytes(const ConstTensor& x);
 
 // Normalise with given statistics. y may be x or the residual itself (in place); no other overlap.
@@ -149,9 +153,10 @@ struct BatchNormArgs {
     ConstChannels gamma{}, beta{};  // absent: 1 and 0
     double eps = 1e-5;              // finite, >= 0
     Activation activation = Activation::none;
-    std::span<std::uint8_t>
-        activation_mask{};  // out, activation_mask_bytes(x) bytes, with an activation only; empty: none. Bits between runs stay.
-    int num_threads = 0;    // for this call; 0: num_threads()
+    double slope = 0.01;  // of leaky_relu, for v <= 0; finite, within float's range unless x is double; may be 0 or negative
+    std::span<std::uint8_t> activation_mask{};  // out, activation_mask_bytes(x) bytes, with relu, leaky_relu or relu6 only; empty: none.
+                                                // Bits between runs stay.
+    int num_threads = 0;                        // for this call; 0: num_threads()
     bool disjoint = false;  // the caller has checked that no output shares an element with another argument; address ranges may overlap
 };
 BATCHNORM_API void batch_norm(const BatchNormArgs& args);
@@ -180,6 +185,7 @@ struct BatchNormTrainArgs {
     int running_ddof = 1;                    // 0 or 1
     double eps = 1e-5;
     Activation activation = Activation::none;
+    double slope = 0.01;
     Renorm renorm{};
     std::span<double> mean{}, inv_std{};        // out, C each: what backward needs, unrounded
     std::span<std::uint8_t> activation_mask{};  // out
@@ -188,18 +194,20 @@ struct BatchNormTrainArgs {
 };
 BATCHNORM_API void batch_norm_train(const BatchNormTrainArgs& args);
 
-// Gradients. With x_hat = (x - mean) * inv_std and dy masked by the activation first:
+// Gradients. With x_hat = (x - mean) * inv_std and dy multiplied by the activation's derivative first:
 //     dbeta = sum dy, dgamma = sum dy * x_hat,
 //     Stats::batch  dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)
 //     Stats::fixed  dx = gamma * inv_std * dy
-// The residual's gradient is the masked dy. Outputs that are absent are not computed. dx or dresidual may be dy itself.
+// The residual's gradient is that dy. Outputs that are absent are not computed. dx or dresidual may be dy or the residual itself.
 struct BatchNormBackwardArgs {
     ConstTensor dy{}, x{};
     ConstChannels mean{}, inv_std{};  // as the forward returned them; NaN is passed on
     ConstChannels gamma{}, beta{};    // beta is read only with an activation
     Stats stats = Stats::batch;
     Activation activation = Activation::none;
-    std::span<const std::uint8_t> activation_mask{};  // the forward's; empty: where ReLU was on is recomputed from x
+    double slope = 0.01;
+    std::span<const std::uint8_t> activation_mask{};  // the forward's; empty: the activation's input is recomputed from x and the residual
+    ConstTensor residual{};                           // the forward's, with an activation and instead of its mask, or absent
     Tensor dx{}, dresidual{};
     Channels dgamma{}, dbeta{};
     int num_threads = 0;
@@ -229,8 +237,9 @@ struct CombineArgs {
     ConstTensor a{}, b{};
     Tensor out{};
     ConstChannels k_a{}, center{}, k_b{}, k_0{};  // absent: 1, 0, 0, 0; of a alone without k_b and k_0, b is not read
-    Activation activation = Activation::none;     // none or relu
-    ConstChannels inv_std{}, gamma{}, beta{};     // read only with an activation; absent: 1, 1, 0
+    Activation activation = Activation::none;
+    double slope = 0.01;                       // of leaky_relu
+    ConstChannels inv_std{}, gamma{}, beta{};  // read only with an activation; absent: 1, 1, 0
     int num_threads = 0;
     bool disjoint = false;  // as in BatchNormArgs
 };
