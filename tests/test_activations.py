@@ -525,6 +525,19 @@ def test_scale_and_shift_per_sample(direction, activation, with_residual, in_pla
         assert np.allclose(got.dresidual, wanted.dresidual, rtol=1e-13, atol=1e-13)
 
 
+def test_per_sample_residual_below_the_output():
+    p = Problem(Shape("ncs", 3, 4, 9), FLOAT64, "silu")
+    gamma = np.tile(p.gamma, (3, 1))
+    forward = batchnorm.batch_norm_train(p.x, gamma, p.beta, residual=p.z, **p.options)
+    arguments = (p.dy, p.x, forward.mean, forward.inv_std, gamma, p.beta)
+    options = {"stats": "fixed", "needs": ("dx",), **p.options}
+    want = batchnorm.batch_norm_backward(*arguments, residual=p.z, **options).dx
+    memory = np.zeros((4, 4, 9))
+    memory[:3] = p.z
+    got = batchnorm.batch_norm_backward(*arguments, residual=memory[:3], out=memory[1:], **options).dx
+    assert same_bits(got, want)
+
+
 @pytest.mark.parametrize("activation", PIECEWISE)
 def test_double_backward_of_piecewise_linear_ones(activation):
     """They only scale dy: the second order is that without an activation, of the gated dy."""

@@ -205,7 +205,7 @@ def _backward(
     slope = _args.check_slope(slope, activation, x.dtype)
     z = _args._backward_residual(residual, x, activation, activation_mask, need_dresidual)
     if z is not None and any(o is not None and _args._share(o, z) for o in (out, out_residual)):
-        z = z.copy()  # it is read again when they have been written
+        z = z.copy()  # a sample of it is read when another may have been written over it
     shape = (x.shape[0], x.shape[axis])
     dgamma, dbeta, dx, dz = np.zeros(shape), np.zeros(shape), None, None
     if need_dx:
