@@ -32,18 +32,34 @@ SHAPES = [
     Shape("nsc", 245, 20, 1),
     Shape("nsc", 33, 65, 1),
 ]
+SMALLEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "float16": 2.0**-24, "bfloat16": 2.0**-133}
 ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
-def assert_gradients(got, dy, x, forward, gamma, beta, axis=1):
+def assert_gradients(got, dy, x, forward, gamma, beta, axis=1, slope=None):
     """Each gradient within its bound of the reference from x. x_hat is off by y's error over |gamma|, and by
     some roundings of its own and of beta; the rest as in tolerances.dx_error, with beta / gamma in the place
-    of mean * inv_std."""
+    of mean * inv_std. Behind leaky_relu, its input and its gradient have a rounding more, and the smallest
+    number counts 1 / slope times."""
+    if slope is not None:
+        with_slope(got, dy, x, forward, gamma, beta, axis, slope)
+        return
+    within(got, widen(dy, precision(x.dtype)), x, forward, gamma, beta, axis)
+
+
+def with_slope(got, dy, x, forward, gamma, beta, axis, slope):
+    kind = precision(x.dtype)
+    v = reference.train(x, gamma, beta, axis=axis, dtype=kind).y
+    dv = widen(dy, kind) * np.where(v > 0, 1, kind(slope))
+    within(got, dv, x, forward, gamma, beta, axis, SMALLEST[x.dtype.name] / min(slope, 1))
+
+
+def within(got, dy, x, forward, gamma, beta, axis, coarse=None):
     kind = precision(x.dtype)
     mean, inv_std, g, b = (
         spread(widen(v, kind), x, axis) for v in (forward.mean, forward.inv_std, gamma, beta)
     )
-    wide, n, rows = widen(dy, kind), x.size // x.shape[axis], others(x, axis)
+    wide, n, rows = dy, x.size // x.shape[axis], others(x, axis)
     want = reference.backward(dy, x, forward.mean, forward.inv_std, gamma, axis, dtype=kind)
     x_hat = (widen(x, kind) - mean) * inv_std
     kept = np.isin(np.arange(x.shape[axis]), forward.saved.kept_channels)
@@ -51,12 +67,20 @@ def assert_gradients(got, dy, x, forward, gamma, beta, axis=1):
         u = tolerances.u_compute(x.dtype)
         off = tolerances.y_error(x.dtype, g * x_hat + b, x_hat, mean, inv_std, g, b) / np.abs(g)
         off = np.where(spread(kept, x, axis), 0, off + 8 * u * (np.abs(x_hat) + np.abs(b / g)))
+        if coarse is not None:
+            off = np.where(spread(kept, x, axis), 0, 3 * off + coarse / np.abs(g))
     sums = n * 2.0**-50 * np.abs(wide).sum(axis=rows)
-    dgamma_off = (np.abs(wide) * off).sum(axis=rows) + sums * (1 + np.abs(forward.mean * forward.inv_std))
+    dy_off = 0 * wide if coarse is None else ROUNDOFF[x.dtype.name] * np.abs(wide)
+    sums = sums + dy_off.sum(axis=rows)
+    dgamma_off = (
+        (dy_off * np.abs(x_hat)).sum(axis=rows)
+        + (np.abs(wide) * off).sum(axis=rows)
+        + sums * (1 + np.abs(forward.mean * forward.inv_std))
+    )
     for value, right, bound in ((got.dbeta, want.dbeta, sums), (got.dgamma, want.dgamma, dgamma_off)):
         assert np.all(np.abs(value - right) <= bound + tolerances.u_compute(value.dtype) * np.abs(right))
     mean_off = spread(sums / n, x, axis) + np.abs(x_hat) * spread(dgamma_off / n, x, axis)
-    mean_off = mean_off + off * spread(np.abs(want.dgamma) / n, x, axis)
+    mean_off = mean_off + off * spread(np.abs(want.dgamma) / n, x, axis) + dy_off
     bound = tolerances.dx_error(
         x.dtype, want.dx, wide, x_hat, mean, inv_std, spread(want.dgamma, x, axis),
         spread(want.dbeta, x, axis), n, g, sums_error=mean_off,
@@ -80,6 +104,30 @@ def test_gradients(shape, dtype, isa):
     got = batchnorm.batch_norm_backward_from_output(dy, forward.y, forward.saved)
     assert got.dx.dtype == dtype and got.dgamma.dtype == got.dbeta.dtype == np.float32
     assert_gradients(got, dy, x, forward, gamma, beta)
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.3, 2.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients_behind_leaky_relu(shape, dtype, slope):
+    x, dy, (gamma, beta) = normal(shape, dtype), gradient_of(shape, dtype), parameters(shape.channels)
+    gamma[1] = 0
+    plain = batchnorm.batch_norm_train(x, gamma, beta, activation="leaky_relu", slope=slope)
+    forward = batchnorm.batch_norm_train_saving(x, gamma, beta, activation="leaky_relu", slope=slope)
+    assert all(same_bits(a, b) for a, b in zip(forward, plain, strict=True))
+    assert 1 in forward.saved.kept_channels
+    y = forward.y.copy()
+    got = batchnorm.batch_norm_backward_from_output(dy, forward.y, forward.saved)
+    assert np.array_equal(forward.y, y)
+    assert_gradients(got, dy, x, forward, gamma, beta, slope=slope)
+    for name in got._fields:
+        one = batchnorm.batch_norm_backward_from_output(dy, y, forward.saved, needs=(name,))
+        assert same_bits(getattr(one, name), getattr(got, name))
+    for out in (dy.copy(), y, np.ones_like(x)):
+        given = out if same_bits(out, dy) else dy
+        again = batchnorm.batch_norm_backward_from_output(given, y, forward.saved, out=out)
+        assert again.dx is out and same_bits(out, got.dx) and same_bits(again.dgamma, got.dgamma)
+        y = forward.y.copy()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,15 +191,17 @@ def test_layouts_in_place(layout, threads):
         assert np.array_equal(got.dx, want_back.dx) and same_bits(got.dgamma, want_back.dgamma)
 
 
-def test_memory():
-    """In place no array beyond some vectors and the channels that are kept: 2 of 64 here."""
+@pytest.mark.parametrize("activation", [None, "leaky_relu"])
+def test_memory(activation):
+    """In place no array beyond some vectors and the channels that are kept: 2 of 64 here. Backward through
+    leaky_relu takes one tensor for the time of the call."""
     x, dy = np.ones((16, 64, 40, 40), np.float32), np.ones((16, 64, 40, 40), np.float32)
     x[::2] = 3
     gamma = np.full(64, -2, np.float32)
     gamma[[3, 9]] = 0
     batchnorm.batch_norm_train(x)  # whatever is made once
     tracemalloc.start()
-    forward = batchnorm.batch_norm_train_saving(x, gamma, out=x)
+    forward = batchnorm.batch_norm_train_saving(x, gamma, activation=activation, out=x)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.reset_peak()
     batchnorm.batch_norm_backward_from_output(dy, forward.y, forward.saved, out=dy)
@@ -159,7 +209,7 @@ def test_memory():
     tracemalloc.stop()
     kept = x.nbytes * 2 // 64
     assert kept <= forward.saved.nbytes <= held <= kept + 20_000 and peak <= kept + 20_000
-    assert back_peak <= 3 * kept + 60_000 and back_held <= 20_000
+    assert back_peak <= (x.nbytes if activation else 0) + 3 * kept + 60_000 and back_held <= 20_000
     assert repr(forward.saved) == f"SavedForBackward(x of 2 of 64 channels, {forward.saved.nbytes} bytes)"
 
 
@@ -198,9 +248,12 @@ def test_errors():
     train, back = batchnorm.batch_norm_train_saving, batchnorm.batch_norm_backward_from_output
     before = x.copy()
     with pytest.raises(
-        ValueError, match=r"activation is 'relu', from whose output.*expected None; use batch_norm_train"
+        ValueError, match=r"activation is 'relu', from whose output.*'leaky_relu'; use batch_norm_train"
     ):
         train(x, activation="relu", out=x)
+    for slope in (0, -0.1, 1e-30):
+        with pytest.raises(ValueError, match=r"slope is .*, expected a number from 2\*\*-60 to 2\*\*60"):
+            train(x, activation="leaky_relu", slope=slope, out=x)
     with pytest.raises(TypeError, match=r"no argument 'residual': y would not tell x.*drop it"):
         train(x, residual=x, out=x)
     with pytest.raises(TypeError, match=r"batch_norm_train_saving\(\) has no argument 'momentum'"):
@@ -226,6 +279,11 @@ def test_errors():
         ValueError, match="needs contains 'dresidual', but there is no residual here; drop it"
     ):
         back(dy, forward.y, forward.saved, needs=("dx", "dresidual"))
+    with pytest.raises(ValueError, match="out is given but needs does not contain 'dx'"):
+        back(dy, forward.y, forward.saved, needs=("dgamma",), out=dy)
+    with pytest.raises(ValueError, match="out overlaps y"):
+        both = np.zeros((3, 6, 4), np.float32)
+        back(dy, both[:2], forward.saved, out=both[1:])
     with pytest.raises(TypeError, match="has no argument 'gamma'"):
         back(dy, forward.y, forward.saved, gamma=np.ones(6))
     assert np.array_equal(dy, before)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _args
-from ._functional import Gradients, TrainResult, batch_norm_backward, batch_norm_train
+from ._functional import Gradients, TrainResult, batch_norm, batch_norm_backward, batch_norm_train
 
 __all__ = [
     "SavedForBackward",
@@ -29,6 +29,8 @@ class SavedForBackward:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     axis: int
+    activation: Literal["leaky_relu"] | None
+    slope: float | None
     mean: NDArray[np.float64]
     inv_std: NDArray[np.float64]
     gamma: Array | None  # copies: the forward pass's, whatever becomes of the arrays
@@ -65,7 +67,8 @@ def batch_norm_train_saving(
     eps: float = 1e-5,
     axis: int = _args.DEFAULT_AXIS,
     data_format: _args.DataFormatName | None = None,
-    activation: None = None,
+    activation: Literal["leaky_relu"] | None = None,
+    slope: float | None = None,
     num_threads: int | None = None,
     out: Array | None = None,
     **unknown: NoReturn,
@@ -82,8 +85,10 @@ def batch_norm_train_saving(
         Scale and shift per channel, of either sign, 0 included; absent means 1 and 0. Finite.
     running_mean, running_var, decay, running_ddof, eps, axis, data_format, num_threads, out
         As in :func:`batch_norm_train`.
-    activation : None
-        The only one from whose output the input can be recovered here.
+    activation : None or "leaky_relu"
+        Those from whose output the input can be recovered.
+    slope : float, optional
+        As in :func:`batch_norm_train`; positive, from 2**-60 to 2**60.
 
     Returns
     -------
@@ -95,7 +100,7 @@ def batch_norm_train_saving(
     Raises
     ------
     TypeError, ValueError
-        As :func:`batch_norm_train`; also with an activation or a residual. Nothing is changed then.
+        As :func:`batch_norm_train`; also with another activation or a residual. Nothing is changed then.
 
     Notes
     -----
@@ -105,7 +110,8 @@ def batch_norm_train_saving(
     (|beta| + |gamma|) + t / 2) / |gamma|`` exceeds ``u ** (2 / 3)``, that is where a third of the digits is
     lost (|gamma| below 0.4 % of |beta| + |gamma| in float32, 8 % in float16, 16 % in bfloat16, 0.0005 % in
     float64), the channel's x is kept instead; also where y may overflow, as ``|x_hat| < sqrt(n)`` tells.
-    What the gradients lose is of the same size, relative to what they are sums of.
+    What the gradients lose is of the same size, relative to what they are sums of. Behind leaky_relu, t
+    counts ``1 / slope`` times where that is more.
 
     .. [1] S. Rota Bulo, L. Porzi, P. Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized
        Training of DNNs", 2018, arXiv:1712.02616, section 3.
@@ -133,8 +139,8 @@ def batch_norm_train_saving(
         _args.reject_keywords(batch_norm_train_saving, unknown)
     x, channel_axis = _args._input(x, axis, data_format)
     g, b = _args._affine(gamma, beta, x, channel_axis)
-    _check_invertible(activation)
-    kept = np.flatnonzero(_lost(g, b, x, channel_axis))
+    name, factor = _invertible(activation, slope, x.dtype)
+    kept = np.flatnonzero(_lost(g, b, x, channel_axis, factor))
     # Before the call, as y may take x's place. If that fails, nothing has happened.
     kept_x = np.take(x, kept, channel_axis)
     g, b = (None if v is None else v.copy() for v in (g, b))
@@ -148,12 +154,14 @@ def batch_norm_train_saving(
         running_ddof=running_ddof,
         eps=eps,
         axis=channel_axis,
+        activation=name,
+        slope=factor,
         num_threads=num_threads,
         out=out,
     )
     saving = SavingTrainResult(*result)
     saving.saved = SavedForBackward(
-        x.shape, x.dtype, channel_axis % x.ndim, result.mean, result.inv_std, g, b, kept, kept_x
+        x.shape, x.dtype, channel_axis % x.ndim, name, factor, result.mean, result.inv_std, g, b, kept, kept_x
     )
     return saving
 
@@ -203,6 +211,9 @@ def batch_norm_backward_from_output(
     x_hat * mean(dy * x_hat))``, for gamma of either sign. How far x_hat, and with it the gradients, may be
     off: see :func:`batch_norm_train_saving`. Channels whose x was kept have the plain gradients.
 
+    Behind leaky_relu its input ``y if y > 0 else y / slope`` and ``dy if y > 0 else slope * dy`` are made
+    first, in two passes more, each rounded to y's dtype. That takes one more tensor for the time of the call.
+
     Examples
     --------
     >>> import numpy as np, batchnorm
@@ -225,8 +236,15 @@ def batch_norm_backward_from_output(
             f"forward pass"
         )
     dy = _args._like_x(dy, "dy", y)
-    if any(_args.check_needs(needs)[3:]):
+    need_dx, *_, need_dresidual = _args.check_needs(needs)
+    if need_dresidual:
         raise ValueError("needs contains 'dresidual', but there is no residual here; drop it")
+    if out is not None:
+        if not need_dx:
+            raise ValueError(
+                "out is given but needs does not contain 'dx', which it would receive; drop one of them"
+            )
+        _args._output(out, "out", y, {"dy": dy, "y": y}, {})
     kept, index = saved.kept_channels, (slice(None),) * saved.axis + (saved.kept_channels,)
     # First, as dx may take dy's place.
     from_x = None
@@ -238,6 +256,8 @@ def batch_norm_backward_from_output(
             saved.inv_std[kept],
             *(None if v is None else v[kept] for v in (saved.gamma, saved.beta)),
             axis=saved.axis,
+            activation=saved.activation,
+            slope=saved.slope,
             needs=tuple(needs),
             num_threads=num_threads,
         )
@@ -249,6 +269,8 @@ def batch_norm_backward_from_output(
         scale = gamma * gamma * saved.inv_std
     # A channel whose inv_std is NaN or infinite has NaN for y, and so for its gradients whatever its scale.
     scale = np.where(np.isfinite(scale), scale, 1.0)
+    if saved.activation is not None:
+        dy, y, out = _before_activation(dy, y, saved, num_threads, out, need_dx)
     result = batch_norm_backward(
         dy, y, beta, 1 / gamma, scale, axis=saved.axis, needs=tuple(needs), num_threads=num_threads, out=out
     )
@@ -268,24 +290,65 @@ def batch_norm_backward_from_output(
     )
 
 
-def _check_invertible(activation: object) -> None:
-    """Whether an activation's output tells its input."""
+def _before_activation(
+    dy: Array, y: Array, saved: SavedForBackward, num_threads: int | None, out: Array | None, need_dx: bool
+) -> tuple[Array, Array, Array | None]:
+    """leaky_relu's gradient and its input, and where dx goes: over one of them, in `out` if that is given."""
+    assert saved.slope is not None
+    zeros, ones = np.zeros(saved.mean.shape), np.ones(saved.mean.shape)
+    over_dy = out is not None and _args._same_memory(out, dy)
+    options: dict[str, Any] = {
+        "axis": saved.axis, "activation": saved.activation, "num_threads": num_threads,
+    }  # fmt: skip
+    # The gradient first, as it needs the sign of y, whose place its input may take.
+    g = batch_norm_backward(
+        dy,
+        y,
+        zeros,
+        ones,
+        stats="fixed",
+        slope=saved.slope,
+        needs=("dx",),
+        out=out if over_dy else None,
+        **options,
+    ).dx
+    v = batch_norm(y, zeros, ones, eps=0.0, slope=1 / saved.slope, out=None if over_dy else out, **options)
+    return g, v, (out if over_dy else v) if need_dx else None
+
+
+def _invertible(
+    activation: object, slope: object, dtype: np.dtype[Any]
+) -> tuple[Literal["leaky_relu"] | None, float | None]:
+    """An activation whose output tells its input, and its slope."""
     name = _args.check_activation(activation)
-    if name is not None:
+    factor = _args.check_slope(slope, name, dtype)
+    if name is None:
+        return None, None
+    if name != "leaky_relu":
         raise ValueError(
-            f"activation is {name!r}, from whose output the input cannot be recovered here, expected None; "
-            f"use batch_norm_train and batch_norm_backward, or apply it afterwards"
+            f"activation is {name!r}, from whose output the input cannot be recovered, expected None or "
+            f"'leaky_relu'; use batch_norm_train and batch_norm_backward, or apply it afterwards"
         )
+    if factor is None or not 2.0**-60 <= factor <= 2.0**60:
+        raise ValueError(
+            f"slope is {factor}, expected a number from 2**-60 to 2**60, so that the input can be recovered; "
+            f"use batch_norm_train and batch_norm_backward"
+        )
+    return "leaky_relu", factor
 
 
-def _lost(gamma: Array | None, beta: Array | None, x: Array, axis: int) -> NDArray[np.bool_]:
+def _lost(
+    gamma: Array | None, beta: Array | None, x: Array, axis: int, slope: float | None
+) -> NDArray[np.bool_]:
     """Of each channel, whether y does not tell x_hat well enough; the bound is in the Notes above."""
     channels = x.shape[axis]
     roundoff, smallest, largest = _FORMATS[x.dtype.name]
+    factor = 1.0 if slope is None else slope
     size = np.ones(channels) if gamma is None else np.abs(gamma.astype(np.float64))
     offset = np.zeros(channels) if beta is None else np.abs(beta.astype(np.float64))
-    digits_lost: NDArray[np.bool_] = roundoff * (offset + size) + smallest / 2 > roundoff ** (2 / 3) * size
-    overflows: NDArray[np.bool_] = offset + size * np.sqrt(x.size // channels) >= largest
+    coarse = smallest / 2 / min(factor, 1)
+    digits_lost: NDArray[np.bool_] = roundoff * (offset + size) + coarse > roundoff ** (2 / 3) * size
+    overflows: NDArray[np.bool_] = (offset + size * np.sqrt(x.size // channels)) * max(factor, 1) >= largest
     return digits_lost | overflows
 
 
