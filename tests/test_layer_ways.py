@@ -187,9 +187,11 @@ def test_parts_are_normalised_apart_and_averaged(guard, ddof, activation, residu
 # ---- keeping y ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("activation", [{}, {"activation": "leaky_relu", "slope": 0.25}], ids=str)
 @pytest.mark.parametrize("guard", ["propagate", "raise"])
-def test_backward_from_y_in_place(guard):
-    layer, plain = built(save_memory=True, on_nonfinite=guard), built(on_nonfinite=guard)
+def test_backward_from_y_in_place(guard, activation):
+    layer = built(save_memory=True, on_nonfinite=guard, **activation)
+    plain = built(on_nonfinite=guard, **activation)
     for step in range(2):
         x = images(step)
         expected = plain(x.copy())

@@ -76,7 +76,8 @@ class BatchNorm(LayerTools):
         `decay` means the same as without.
     save_memory : bool, default False
         Keep y for ``backward`` instead of x, as ``batch_norm_train_saving``; with ``out=x`` the layer then
-        needs no memory of its own. y must not be changed before backward. Only without an activation.
+        needs no memory of its own. y must not be changed before backward. Only with leaky_relu or without an
+        activation.
     on_nonfinite : {"propagate", "raise", "skip"}
         What happens when NaN or Inf would enter the running statistics: they take it (it stays in its
         channel); the call is a ValueError that changes nothing; or the batch is normalised, but left out of

@@ -144,7 +144,7 @@ def _in_parts(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step 
 
 
 def _saving(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step | None) -> tuple[Array, Kept]:
-    given = {name: value for name, value in arguments.items() if name not in ("residual", "slope")}
+    given = {name: value for name, value in arguments.items() if name != "residual"}
     if arguments["residual"] is not None:
         raise ValueError(
             "residual is given and save_memory is True: y with a residual does not tell x; drop one of them, "
@@ -199,7 +199,7 @@ def check_together(renorm: object, virtual_batch_size: object, save_memory: bool
     names = [name for name, value in given.items() if value is not None]
     if len(names) > 1:
         raise ValueError(f"{' and '.join(names)} are given, which exclude each other: drop one of them")
-    if save_memory and activation is not None:
+    if save_memory and activation not in (None, "leaky_relu"):
         raise ValueError(
             f"save_memory is True and activation is {activation!r}, from whose output x cannot be recovered: "
             f"drop one of them, or apply the activation afterwards"
