@@ -38,11 +38,12 @@ def test_it_holds_what_has_happened():
 def test_memory_is_bounded_and_the_whole_of_training_stays_in_view(updates):
     layer = BatchNorm(C, history=8)
     x = images(0)
-    for _ in range(updates):
-        layer(x)
+    for step in range(1, updates + 1):
+        layer(x - x.mean(axis=(0, 2), keepdims=True) + np.float32(step))
     steps = layer.history.steps
     assert len(steps) <= 8 and len(layer.history.batch_mean) == len(steps)
     assert len(steps) >= min(updates, 8) // 2
+    np.testing.assert_allclose(layer.history.batch_mean[:, 0], steps, rtol=1e-5)
     stride = steps[0]
     assert (np.diff(steps) == stride).all() and steps[-1] > updates - stride
 
