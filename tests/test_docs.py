@@ -47,6 +47,7 @@ def test_docstring(name):
             "moments",
             "Moments",
             "dataset_moments",
+            "normalize_images",
         ),
         *("batch_renorm_train", "batch_renorm_backward"),
         *("batch_norm_train_saving", "batch_norm_backward_from_output"),
@@ -66,7 +67,15 @@ def test_package_docstring():
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_norm", "batch_norm_train", "batch_norm_backward", "activation_mask_bytes", "moments"]
+    "name",
+    [
+        "batch_norm",
+        "batch_norm_train",
+        "batch_norm_backward",
+        "activation_mask_bytes",
+        "moments",
+        "normalize_images",
+    ],
 )
 def test_docstring_names_every_parameter(name):
     function = getattr(batchnorm, name)

@@ -111,8 +111,11 @@ WRONG_X = {
     "big-endian float64": (x0.astype(">f8"), ">f8", "byte order"),
     "big-endian float16": (x0.astype(">f2"), ">f2", "byte order"),
 }
+IMAGES = ("batch_norm", "moments")  # they take some integers: test_images.py
 for name, (value, got, expected) in WRONG_X.items():
     for function in TENSOR_FUNCTIONS:
+        if name == "uint8" and function in IMAGES:
+            continue
         change = (
             {"x": value} if function in ("moments", "activation_mask_bytes") else {"x": value, "out": None}
         )
@@ -1005,7 +1008,7 @@ Tensor.__module__ = "torch"
     [
         ({"x": Tensor()}, r"x is of type torch\.Tensor, .*use x\.detach\(\)\.cpu\(\)\.numpy\(\)"),
         ({"x": np.zeros((4, 3), np.longdouble)}, r"use x\.astype\(numpy\.float64\)"),
-        ({"x": np.zeros((4, 3), np.uint8)}, r"use x\.astype\(numpy\.float32\)"),
+        ({"x": np.zeros((4, 3), np.int32)}, r"use x\.astype\(numpy\.float32\)"),
         (
             {"mean": np.zeros(CHANNELS, np.float16)},
             r"mean has dtype float16.*use mean\.astype\(numpy\.float32\)",

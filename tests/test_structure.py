@@ -141,8 +141,9 @@ def test_every_kernel_is_listed_once():
         r"^BATCHNORM_KERNEL\((\w+), (\w+), (\w+)\)$", code("kernels/kernels.def"), re.MULTILINE
     )
     operations = {op for op, _, _ in lines}
-    dtypes = ("float32", "float64", "float16", "bfloat16")
-    assert sorted(lines) == sorted((o, d, t) for o in operations for d in ("ncs", "nsc") for t in dtypes)
+    floats, integers = ("float32", "float64", "float16", "bfloat16"), ("uint8", "int16", "uint16")
+    dtypes = {op: floats for op in operations} | {"moments": (*floats, *integers), "image": integers}
+    assert sorted(lines) == sorted((o, d, t) for o in operations for d in ("ncs", "nsc") for t in dtypes[o])
 
 
 @needs_source
@@ -157,7 +158,8 @@ def test_compiler_flags():
     assert uses <= {"kernels/vec.h"}
     functions = re.findall(r"(\w+)\([^)]*\) \{[^}]*fmadd", code("kernels/vec.h"))
     assert set(functions) == {"add_product"}, functions
-    assert "add_product(" not in code("kernels/apply.h") + code("kernels/grad_apply.h")
+    for name in ("apply", "grad_apply", "image"):
+        assert "add_product(" not in code(f"kernels/{name}.h")
 
 
 @needs_source

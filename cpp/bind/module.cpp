@@ -155,7 +155,7 @@ bool as_thread_count(py::handle h, int& out) {
 class Together {
 public:
     // Adds an array that is read, or written, and says where its view goes.
-    bool read(py::handle h, ConstTensor& to) { return add(h, false, &to, nullptr); }
+    bool read(py::handle h, ConstTensor& to, Kinds kinds = Kinds::floating) { return add(h, false, &to, nullptr, kinds); }
     bool write(py::handle h, Tensor& to) { return add(h, true, nullptr, &to); }
     bool look(std::int64_t axis) {
         const Array* pointers[kMaxTogether];
@@ -171,8 +171,8 @@ public:
     Dtype dtype() const { return arrays_[0]->dtype; }
 
 private:
-    bool add(py::handle h, bool writable, ConstTensor* read, Tensor* written) {
-        arrays_[n_] = as_array(h);
+    bool add(py::handle h, bool writable, ConstTensor* read, Tensor* written, Kinds kinds = Kinds::floating) {
+        arrays_[n_] = as_array(h, kinds);
         if (!arrays_[n_] || (writable && !arrays_[n_]->writable)) return false;
         read_[n_] = read;
         written_[n_++] = written;
@@ -203,6 +203,65 @@ py::object batch_norm(py::handle x, py::handle mean, py::handle var, py::handle 
         if (!together.write(y, a.y) || (!residual.is_none() && !together.read(residual, a.residual)) || !together.look(channel_axis)) {
             return {};
         }
+        a.disjoint = disjoint;
+        without_gil(elements(a.y), [&] { batchnorm::batch_norm(a); });
+        return y;
+    });
+}
+
+// Axis `i` of x in a result whose channels are moved from axis `from` to axis `to`, as numpy.moveaxis does.
+int moved_axis(int i, int from, int to) {
+    if (i == from) return to;
+    const int other = i < from ? i : i - 1;
+    return other < to ? other : other + 1;
+}
+
+// An array with the channels at `to` seen in the order of axes it would have with the channels at `from`.
+struct Moved {
+    py::ssize_t shape[kMaxDims], strides[kMaxDims];
+    Array array;
+    Moved(const Array& a, int from, int to) : array(a) {
+        for (int i = 0; i < a.ndim; ++i) {
+            shape[i] = a.shape[moved_axis(i, from, to)];
+            strides[i] = a.strides[moved_axis(i, from, to)];
+        }
+        array.shape = shape;
+        array.strides = strides;
+    }
+    Moved(const Moved&) = delete;
+};
+
+// batch_norm for x of integers, the result's dtype (a numpy.dtype) and channel axis given; both axes are >= 0. Nothing else than these.
+py::object batch_norm_integers(py::handle x, py::handle mean, py::handle var, py::handle gamma, py::handle beta, py::handle eps,
+                               py::handle axis, py::handle out_axis, py::handle dtype, py::handle num_threads, py::handle out,
+                               bool disjoint, bool prepared) {
+    return attempt(prepared, [&]() -> py::object {
+        BatchNormArgs a;
+        std::int64_t from, to;
+        const std::optional<Array> in = as_array(x, Kinds::any);
+        if (!in || !is_integer(in->dtype) || in->ndim > kMaxDims || !as_int(axis, from) || !as_int(out_axis, to) || from < 0 ||
+            from >= in->ndim || to < 0 || to >= in->ndim || !as_double(eps, a.eps) || !as_channels(mean, a.mean) ||
+            !as_channels(var, a.var) || !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) ||
+            !as_thread_count(num_threads, a.num_threads)) {
+            return {};
+        }
+        const int x_axis = static_cast<int>(from), y_axis = static_cast<int>(to);
+        py::object y = py::reinterpret_borrow<py::object>(out);
+        if (y.is_none()) {
+            py::tuple shape(in->ndim);
+            for (int i = 0; i < in->ndim; ++i) shape[static_cast<std::size_t>(moved_axis(i, x_axis, y_axis))] = in->shape[i];
+            PyObject* const made = new_like(x, dtype, from == to ? "K" : "C", shape);
+            if (made == nullptr) throw py::error_already_set();
+            y = py::reinterpret_steal<py::object>(made);
+        }
+        const std::optional<Array> result = as_array(y);
+        if (!result || !result->writable || result->ndim != in->ndim) return {};
+        const Moved moved(*result, x_axis, y_axis);
+        const Array* const arrays[2] = {&*in, &moved.array};
+        Tensor views[2];
+        if (!as_views(arrays, from, views, Views::image)) return {};
+        a.x = views[0];
+        a.y = views[1];
         a.disjoint = disjoint;
         without_gil(elements(a.y), [&] { batchnorm::batch_norm(a); });
         return y;
@@ -325,8 +384,8 @@ py::object moments(py::handle x, py::handle axis, py::handle ddof, py::handle nu
         int threads;
         ConstTensor view;
         Together together;
-        if (!together.read(x, view) || !as_int(axis, channel_axis) || !as_int(ddof, delta) || !as_thread_count(num_threads, threads) ||
-            !together.look(channel_axis)) {
+        if (!together.read(x, view, Kinds::any) || !as_int(axis, channel_axis) || !as_int(ddof, delta) ||
+            !as_thread_count(num_threads, threads) || !together.look(channel_axis)) {
             return {};
         }
         Vector<double> mean(view.channels), var(view.channels);
@@ -391,7 +450,7 @@ py::object moment_sums(py::handle x, py::handle axis, py::handle num_threads, bo
         int threads;
         ConstTensor view;
         Together together;
-        if (!together.read(x, view) || !as_int(axis, channel_axis) || !as_thread_count(num_threads, threads) ||
+        if (!together.read(x, view, Kinds::any) || !as_int(axis, channel_axis) || !as_thread_count(num_threads, threads) ||
             !together.look(channel_axis)) {
             return {};
         }
@@ -446,7 +505,7 @@ bool has_view(const std::vector<py::object>& objects, std::int64_t axis) {
     ConstTensor unused;
     Together together;
     for (const py::object& o : objects) {
-        if (!together.read(o, unused)) return false;
+        if (!together.read(o, unused, Kinds::any)) return false;
     }
     return together.look(axis);
 }
@@ -494,6 +553,7 @@ PyMethodDef direct(const char* name) {
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     m.doc() = "Batch normalization kernels; use the functions of the package instead.";
     static PyMethodDef functions[] = {direct<&batch_norm>("batch_norm"),
+                                      direct<&batch_norm_integers>("batch_norm_integers"),
                                       direct<&batch_norm_train>("batch_norm_train"),
                                       direct<&batch_norm_backward>("batch_norm_backward"),
                                       direct<&moments>("moments"),

@@ -36,10 +36,13 @@ struct Array {
     Dtype dtype;
     bool writable;
 
-    std::int64_t element_size() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+    std::int64_t element_size() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : dtype == Dtype::uint8 ? 1 : 2; }
 };
 
-inline std::optional<Array> as_array(py::handle h) {
+// Integers are taken where they are asked for.
+enum class Kinds { floating, any };
+
+inline std::optional<Array> as_array(py::handle h, Kinds kinds = Kinds::floating) {
     namespace d = py::detail;
     if (reinterpret_cast<PyObject*>(Py_TYPE(h.ptr())) != reinterpret_cast<PyObject*>(d::npy_api::get().PyArray_Type_)) return std::nullopt;
     const auto* const a = d::array_proxy(h.ptr());
@@ -56,10 +59,20 @@ inline std::optional<Array> as_array(py::handle h) {
         case 23:  // NPY_HALF
             r.dtype = Dtype::float16;
             break;
+        case d::npy_api::NPY_UBYTE_:
+            r.dtype = Dtype::uint8;
+            break;
+        case d::npy_api::NPY_SHORT_:
+            r.dtype = Dtype::int16;
+            break;
+        case d::npy_api::NPY_USHORT_:
+            r.dtype = Dtype::uint16;
+            break;
         default:
             if (descr->type_num != bfloat16_type_num) return std::nullopt;
             r.dtype = Dtype::bfloat16;
     }
+    if (is_integer(r.dtype) && kinds == Kinds::floating) return std::nullopt;
     for (int i = 0; i < r.ndim; ++i) {
         if (r.strides[i] % r.element_size() != 0) return std::nullopt;
     }
@@ -93,21 +106,26 @@ bool as_mask(py::handle h, std::span<Byte>& out) {
     return a->dimensions[0] > 0;
 }
 
+// An image x and its result y are of different types, and if x has rows, y may have runs in their place.
+enum class Views { alike, image };
+
 // The common view of arrays of one shape, the channel axis being `axis`. In the order of the first array's memory, the axes before the
 // channels are `outer` and those behind them `inner`; each must be one axis in every array (rows, if there is no inner, may take two:
 // a crop of whole rows). So an array's view, and with it the order of its sums, follows from shape and memory order, not from the
 // gaps between its elements. Takes up to kMaxTogether arrays. Fails if the arrays differ in shape or type or do not have such a view. An
 // array may be given twice.
-inline bool as_views(std::span<const Array* const> arrays, std::int64_t axis, std::span<Tensor> views) {
+inline bool as_views(std::span<const Array* const> arrays, std::int64_t axis, std::span<Tensor> views, Views kind = Views::alike) {
     const std::size_t n = arrays.size();
     const Array& first = *arrays[0];
     const int ndim = first.ndim;
     if (ndim < 2 || ndim > kMaxDims || axis < -ndim || axis >= ndim) return false;
     const int channel_axis = static_cast<int>(axis < 0 ? axis + ndim : axis);
     for (const Array* a : arrays) {
-        if (a->ndim != ndim || a->dtype != first.dtype || !std::equal(a->shape, a->shape + ndim, first.shape)) return false;
+        if (a->ndim != ndim || (a->dtype != first.dtype && kind == Views::alike)) return false;
+        if (!std::equal(a->shape, a->shape + ndim, first.shape)) return false;
     }
-    const std::int64_t channels = first.shape[channel_axis], size = first.element_size();
+    const std::int64_t channels = first.shape[channel_axis];
+    const auto stride = [&](std::size_t j, int i) { return arrays[j]->strides[i] / arrays[j]->element_size(); };  // in elements
 
     std::int64_t count = 1;
     for (int i = 0; i < ndim; ++i) count *= i == channel_axis ? 1 : first.shape[i];
@@ -115,7 +133,7 @@ inline bool as_views(std::span<const Array* const> arrays, std::int64_t axis, st
                           std::int64_t inner_stride) {
         Tensor& v = views[j];
         v.data = arrays[j]->data;
-        v.dtype = first.dtype;
+        v.dtype = arrays[j]->dtype;
         v.outer = outer;
         v.channels = channels;
         v.inner = inner;
@@ -155,20 +173,26 @@ inline bool as_views(std::span<const Array* const> arrays, std::int64_t axis, st
         Side& side = k < n_outer ? outer : inner;
         bool merge = side.n_groups > 0;
         for (std::size_t j = 0; merge && j < n; ++j) {
-            merge = side.groups[side.n_groups - 1].stride[j] == arrays[j]->strides[i] / size * first.shape[i];
+            merge = side.groups[side.n_groups - 1].stride[j] == stride(j, i) * first.shape[i];
         }
         Group& g = merge ? side.groups[side.n_groups - 1] : side.groups[side.n_groups++];
         g.size = (merge ? g.size : 1) * first.shape[i];
-        for (std::size_t j = 0; j < n; ++j) g.stride[j] = arrays[j]->strides[i] / size;
+        for (std::size_t j = 0; j < n; ++j) g.stride[j] = stride(j, i);
     }
 
     const bool ncs = inner.n_groups > 0;
+    const Group one{1, {}};
+    if (kind == Views::image && !ncs && channels > 1 && stride(1, channel_axis) != 1 && outer.n_groups > 0 && outer.n_groups <= 2) {
+        const Group &slow = outer.n_groups == 2 ? outer.groups[0] : one, &fast = outer.groups[outer.n_groups - 1];
+        if (stride(0, channel_axis) != 1 || fast.stride[1] != 1) return false;
+        for (std::size_t j = 0; j < n; ++j) fill(j, slow.size, fast.size, slow.stride[j], stride(j, channel_axis), fast.stride[j]);
+        return true;
+    }
     // With one channel, two groups of rows could as well be runs: such a view has no direction of its own.
     if (ncs ? inner.n_groups > 1 || outer.n_groups > 1 : outer.n_groups > (channels == 1 ? 1 : 2)) return false;
     for (std::size_t j = 0; j < n; ++j) {
-        const std::int64_t c = channels == 1 ? 1 : arrays[j]->strides[channel_axis] / size;
+        const std::int64_t c = channels == 1 ? 1 : stride(j, channel_axis);
         if (ncs ? inner.groups[0].stride[j] != 1 : n_axes > 0 && c != 1) return false;
-        const Group one{1, {}};
         const Group &slow = outer.n_groups > 0 ? outer.groups[0] : one, &fast = ncs ? inner.groups[0] : outer.groups[1];
         const bool has_fast = ncs || outer.n_groups == 2;
         fill(j, slow.size, has_fast ? fast.size : 1, slow.stride[j], c, has_fast ? fast.stride[j] : 1);

@@ -65,10 +65,10 @@ void* reallocate(void*, void* p, std::size_t size) {
 
 Handler handler{"batchnorm", 1, {nullptr, &allocate, &allocate_zeros, &reallocate, &release}};
 
-std::size_t bytes_of(py::handle x) {
-    const std::optional<Array> a = as_array(x);
+std::size_t elements_of(py::handle x) {
+    const std::optional<Array> a = as_array(x, Kinds::any);
     if (!a) return 0;
-    std::int64_t n = a->element_size();
+    std::int64_t n = 1;
     for (int i = 0; i < a->ndim; ++i) n *= a->shape[i];
     return static_cast<std::size_t>(n);
 }
@@ -82,22 +82,36 @@ bool is_default_handler() {
     return result;
 }
 
-}  // namespace
-
-PyObject* new_like(py::handle x) {
-    if (bytes_of(x) < memory::kSmallest || memory::info().limit == 0 || !is_default_handler()) {
-        return PyObject_CallOneArg(empty_like_function, x.ptr());
-    }
+// An array of `bytes` that `make` makes.
+template <class Make>
+PyObject* new_array(std::size_t bytes, Make make) {
+    if (bytes < memory::kSmallest || memory::info().limit == 0 || !is_default_handler()) return make();
     // The handler in force is a context variable, so no other thread sees ours.
     PyObject* const before = set_handler(our_handler);
     if (before == nullptr) return nullptr;
-    PyObject* const result = PyObject_CallOneArg(empty_like_function, x.ptr());
+    PyObject* const result = make();
     const py::error_scope keep_error;
     PyObject* const ours = set_handler(before);
     if (ours == nullptr) PyErr_Clear();  // no memory for that: then ours stays, which serves any array
     Py_XDECREF(ours);
     Py_DECREF(before);
     return result;
+}
+
+}  // namespace
+
+PyObject* new_like(py::handle x) {
+    const std::optional<Array> a = as_array(x);
+    const std::size_t size = a ? static_cast<std::size_t>(a->element_size()) : 0;
+    return new_array(elements_of(x) * size, [&] { return PyObject_CallOneArg(empty_like_function, x.ptr()); });
+}
+
+PyObject* new_like(py::handle x, py::handle dtype, const char* order, py::handle shape) {
+    const auto size = static_cast<std::size_t>(py::reinterpret_borrow<py::dtype>(dtype).itemsize());
+    return new_array(elements_of(x) * size, [&]() -> PyObject* {
+        const py::tuple arguments = py::make_tuple(x, dtype, order, false, shape);
+        return PyObject_CallObject(empty_like_function, arguments.ptr());
+    });
 }
 
 void start_outputs() {

@@ -9,6 +9,8 @@ namespace batchnorm::bind {
 // return it there when they die, unless the program has a NumPy memory handler of its own in force, which is then used. nullptr with
 // Python's error set if there is no memory.
 PyObject* new_like(pybind11::handle x);
+// numpy.empty_like(x, dtype, order, shape=shape).
+PyObject* new_like(pybind11::handle x, pybind11::handle dtype, const char* order, pybind11::handle shape);
 
 // Once, at import.
 void start_outputs();

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "gate.h"
+#include "image.h"
 #include "moment_sums.h"
 #include "reduce.h"
 #include "tuning.h"
@@ -99,7 +100,8 @@ public:
                 const coeffs::Moments m = coeffs::from_sums(sums_.first(c), sums_.second(c), shift_[c], n_, most_amplification_);
                 mean_[static_cast<std::size_t>(c)] = m.mean;
                 var_[static_cast<std::size_t>(c)] = m.var;
-                if (!m.trusted && !again) {
+                // Sums of integers are exact as they are.
+                if (!m.trusted && !again && !is_integer(x_.dtype)) {
                     // A float for float data: then a constant differs from it by exactly 0.
                     shift_.set(c, is_double_ ? m.better_shift : static_cast<float>(m.better_shift));
                     content = false;
@@ -183,6 +185,7 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
         for (double& v : var) v = kNaN;
         return;
     }
+    if (is_integer(g.dtype)) return integer_moments(g, x, mean, var, ddof);
     const Plan plan = make_plan(g, 1, 0);
     Workspace ws;
     const double n = static_cast<double>(g.count());
@@ -225,6 +228,7 @@ void batch_norm(const BatchNormArgs& a) {
     const parallel::Limit limit(a.num_threads);
     const KernelTable& table = check::active_level();
     if (g.count() == 0) return;
+    if (is_integer(g.dtype)) return integer_batch_norm(g, a);
     const Plan plan = make_plan(g, a.residual ? 2 : 1, 1);
     with_compute(g.dtype, [&]<class C>() {
         Workspace ws;

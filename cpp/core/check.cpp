@@ -90,7 +90,13 @@ bool fits(const AnyView<writable>& v, kernels::Direction d) {
     return d == kernels::ncs ? v.inner == 1 || v.inner_stride == 1 : is_nsc(v.channels, v.channel_stride);
 }
 
-Geometry geometry(const ConstTensor& x, const char* name = "x") {
+enum class Storage { floating, any };
+
+Geometry geometry(const ConstTensor& x, const char* name = "x", Storage storage = Storage::floating) {
+    if (storage == Storage::floating && is_integer(x.dtype)) {
+        fail(std::string(name) + " has an integer storage type, expected a floating one: integers have no gradients; convert it, or " +
+             "normalise it with batch_norm, whose y is floating");
+    }
     tensor(x, name);
     Geometry g{kernels::ncs, x.outer, x.channels, x.inner, x.dtype};
     if (g.count() == 0) return g;
@@ -317,17 +323,36 @@ void renorm(const Renorm& n, const BatchNormTrainArgs& a, const Channels& mean, 
     apart(range_of(a.y), "y", n.std, "renorm.std");
 }
 
+// What batch_norm asks of y, residual and activation if x is of integers.
+void image(const BatchNormArgs& a, const Geometry& g) {
+    if (a.residual) fail("residual is given with x of integers, expected none; drop it, or convert x to a floating type");
+    if (a.activation != Activation::none) {
+        fail("activation is given with x of integers, expected none; drop it, or convert x to a floating type");
+    }
+    if (is_integer(a.y.dtype)) fail("y has an integer storage type, expected a floating one");
+    const bool to_runs = g.direction == kernels::nsc && (g.inner == 1 || a.y.inner_stride == 1);
+    Geometry wanted = g;
+    wanted.dtype = a.y.dtype;
+    if (to_runs && !fits(a.y, g.direction)) wanted.direction = kernels::ncs;
+    same_shape(a.y, "y", wanted);
+    if (!a.disjoint && range_of(a.y).overlaps(range_of(a.x))) fail("y overlaps x, expected separate arrays");
+}
+
 }  // namespace
 
 Geometry arguments(const BatchNormArgs& a) {
-    const Geometry g = geometry(a.x);
+    const Geometry g = geometry(a.x, "x", Storage::any);
     required(static_cast<bool>(a.mean), "mean");
     required(static_cast<bool>(a.var), "var");
     channels(a.mean, "mean", g.channels, Values::finite);
     channels(a.var, "var", g.channels, Values::non_negative);
     optional_affine(a.gamma, a.beta, g.channels);
     eps(a.eps);
-    same_shape(a.y, "y", g);
+    if (is_integer(g.dtype)) {
+        image(a, g);
+    } else {
+        same_shape(a.y, "y", g);
+    }
     distinct_elements(a.y, "y");
     residual(a.residual, a.y, g, a.disjoint);
     activation(a.activation, a.slope, g);
@@ -496,7 +521,7 @@ Geometry arguments(const CombineArgs& a) {
 }
 
 Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads) {
-    const Geometry g = geometry(x);
+    const Geometry g = geometry(x, "x", Storage::any);
     call_threads(num_threads);
     const Channels mean_out(mean), var_out(var);
     channels(mean_out, "mean", g.channels);
@@ -510,7 +535,7 @@ Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::sp
 }
 
 Geometry moment_sums_arguments(const ConstTensor& x, std::span<double> sums, int num_threads) {
-    const Geometry g = geometry(x);
+    const Geometry g = geometry(x, "x", Storage::any);
     call_threads(num_threads);
     const std::int64_t expected = moment_sums_size(g.channels);
     if (static_cast<std::int64_t>(sums.size()) != expected) {

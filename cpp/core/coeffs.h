@@ -47,6 +47,34 @@ inline Moments from_sums(double sum, double sum_sq, double shift, double n, doub
     return m;
 }
 
+// numerator / denominator, to the nearest double; the denominator is below 2^95.
+__extension__ typedef unsigned __int128 Uint128;
+inline double rounded_ratio(Uint128 numerator, Uint128 denominator) {
+    Uint128 quotient = numerator / denominator, rest = numerator % denominator;
+    int exponent = 0;
+    // More bits than a double has, until the last one is sure to lie below those that decide on the rounding.
+    for (; rest != 0 && quotient >> 64 == 0; exponent -= 32) {
+        rest <<= 32;
+        quotient = quotient << 32 | rest / denominator;
+        rest %= denominator;
+    }
+    return std::ldexp(static_cast<double>(rest == 0 ? quotient : quotient | 1), exponent);
+}
+
+// Mean and variance of n integers of at most 16 bits, from their sums: correctly rounded, as the sums are exact and n < 2^47 keeps all
+// below in 128 bits. m2 = n sum x^2 - (sum x)^2 is n^2 times the population variance.
+struct IntegerMoments {
+    double mean, var;
+};
+inline IntegerMoments from_integer_sums(const Sum& sum, const Sum& sum_sq, std::int64_t n, std::int64_t ddof) {
+    const auto exact = [](double x) { return static_cast<std::int64_t>(x); };
+    const std::int64_t total = exact(sum.value) + exact(sum.error);
+    const Uint128 size = static_cast<Uint128>(total < 0 ? -total : total), count = static_cast<Uint128>(n);
+    const Uint128 squares = static_cast<Uint128>(sum_sq.value) + static_cast<Uint128>(exact(sum_sq.error));
+    const double mean = rounded_ratio(size, count);
+    return {total < 0 ? -mean : mean, rounded_ratio(count * squares - size * size, count * static_cast<Uint128>(n - ddof))};
+}
+
 inline double inv_std(double var, double eps) { return 1 / std::sqrt(var + eps); }
 
 // Numbers of the kernels' y = (x - center) * scale + offset. In C = float the mean does not fit: its rest, times the slope, goes into

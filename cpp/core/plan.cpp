@@ -83,7 +83,8 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     if (p.outer < 16 * 32 && p.outer * p.channels >= kCutElements) tiles = std::max(tiles, std::min<int64_t>(16, p.outer / 24));
     // A bound for the memory of their sums. It binds beyond 2^28 values of one channel, where a lane then adds up to 2^15 of them (2^33
     // values): rounding near 3e-15 in the mean of many runs, 4e-12 at worst.
-    tiles = std::min<int64_t>(tiles, 4096);
+    // Of integers a tile's sums stay exact up to 2^21 values.
+    tiles = std::min<int64_t>(tiles, std::max<int64_t>(4096, ceil_div(p.outer, int64_t{1} << 20)));
     p.tile_outer = round_up(ceil_div(p.outer, tiles), p.fold);
     p.tiles_outer = ceil_div(p.outer, p.tile_outer);
     p.by_channel = !p.parallel;

@@ -9,14 +9,16 @@
 namespace batchnorm {
 
 static_assert(static_cast<int>(Dtype::float32) == kernels::float32 && static_cast<int>(Dtype::float64) == kernels::float64 &&
-              static_cast<int>(Dtype::float16) == kernels::float16 && static_cast<int>(Dtype::bfloat16) == kernels::bfloat16);
+              static_cast<int>(Dtype::float16) == kernels::float16 && static_cast<int>(Dtype::bfloat16) == kernels::bfloat16 &&
+              static_cast<int>(Dtype::uint8) == kernels::uint8 && static_cast<int>(Dtype::int16) == kernels::int16 &&
+              static_cast<int>(Dtype::uint16) == kernels::uint16);
 
 static_assert(static_cast<int>(Activation::leaky_relu) - 1 == static_cast<int>(kernels::CurveKind::leaky_relu) &&
               static_cast<int>(Activation::silu) - 1 == static_cast<int>(kernels::CurveKind::silu));
 
 inline kernels::Dtype to_kernel(Dtype t) { return static_cast<kernels::Dtype>(t); }
 
-inline std::int64_t element_size(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype::float32 ? 4 : 2; }
+inline std::int64_t element_size(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype::float32 ? 4 : t == Dtype::uint8 ? 1 : 2; }
 
 // What the tensors of one call have in common. outer and inner are as in the views; a plan flattens them to rows for nsc.
 struct Geometry {

@@ -1,6 +1,7 @@
 // The body of every ISA translation unit: all kernels of kernels.def at one vector width, and the unit's only external symbol, its
 // table. The including file defines BATCHNORM_ISA and BATCHNORM_VECTOR_BYTES; isa.cmake gives it its compiler flags.
 #include "grad_apply.h"
+#include "image.h"
 #include "moments.h"
 
 namespace batchnorm::BATCHNORM_ISA {
@@ -12,6 +13,9 @@ using float32 = float;
 using float64 = double;
 using float16 = Float16;
 using bfloat16 = Bfloat16;
+using uint8 = uint8_t;
+using int16 = int16_t;
+using uint16 = uint16_t;
 }  // namespace storage
 
 constexpr kernels::KernelTable make_table(const char* isa) {

@@ -17,8 +17,8 @@
 
 namespace batchnorm::kernels {
 
-enum Dtype : int { float32, float64, float16, bfloat16 };
-inline constexpr int kDtypes = 4;
+enum Dtype : int { float32, float64, float16, bfloat16, uint8, int16, uint16 };
+inline constexpr int kDtypes = 7;
 
 enum Direction : int { ncs, nsc };
 inline constexpr int kDirections = 2;
@@ -83,7 +83,7 @@ inline constexpr int64_t kMaskSlack = 4;
 // Per-channel arrays below start at box.channel_begin. `Compute` is double for float64 storage and float otherwise.
 
 // sum[c] = sum of (x - shift[c]), sum_sq[c] = sum of (x - shift[c])^2 over the box, in double; overwritten. No shift (null) means 0, which
-// is faster; float64 storage always has one.
+// is faster; float64 storage always has one, integers never, whose sums are exact below 2^53: of up to 2^21 values.
 struct MomentsArgs {
     Where where;
     Operand x;
@@ -146,10 +146,22 @@ struct GradApplyArgs {
     Operand z{};  // as for grad_sums
 };
 
+// y = (x - center) * scale + offset of integer x, three roundings in double (center, scale and offset are double arrays), then one to float
+// or double storage, two (by way of float) to 16 bits. y is of x's direction; or, x being nsc, its inner is contiguous (`to_runs`).
+struct ImageArgs {
+    Where where;
+    Operand x, y;
+    Affine affine;
+    Dtype y_dtype;
+    bool to_runs;
+    bool stream;
+};
+
 using MomentsFn = void (*)(const MomentsArgs&) noexcept;
 using ApplyFn = void (*)(const ApplyArgs&) noexcept;
 using GradSumsFn = void (*)(const GradSumsArgs&) noexcept;
 using GradApplyFn = void (*)(const GradApplyArgs&) noexcept;
+using ImageFn = void (*)(const ImageArgs&) noexcept;
 
 struct KernelTable {
     const char* isa;
@@ -157,6 +169,7 @@ struct KernelTable {
     ApplyFn apply[kDirections][kDtypes];
     GradSumsFn grad_sums[kDirections][kDtypes];
     GradApplyFn grad_apply[kDirections][kDtypes];
+    ImageFn image[kDirections][kDtypes];  // of x's storage type
 };
 
 }  // namespace batchnorm::kernels

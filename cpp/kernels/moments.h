@@ -2,7 +2,8 @@
 //
 // A shift near the channel's data keeps the squares from cancelling later. Without one the squares of float data are exact, so the loop
 // needs 6 vector instructions per 16 elements instead of 10; the driver asks for a shift where the sums turn out to need it. For double
-// data squares are not exact, and multiply and add round separately: SSE2 has no fma, and the bits must not depend on the ISA.
+// data squares are not exact, and multiply and add round separately: SSE2 has no fma, and the bits must not depend on the ISA. Integers
+// need no shift: all their sums are exact.
 #pragma once
 
 #include "walk.h"
@@ -116,17 +117,17 @@ BATCHNORM_INLINE void moments_nsc_as(const MomentsArgs& a) {
 template <class T>
 void moments_ncs(const MomentsArgs& a) noexcept {
     if constexpr (!is_double<T>) {
-        if (a.shift == nullptr) return moments_ncs_as<false, T>(a);
+        if (is_integer<T> || a.shift == nullptr) return moments_ncs_as<false, T>(a);
     }
-    moments_ncs_as<true, T>(a);
+    if constexpr (!is_integer<T>) moments_ncs_as<true, T>(a);
 }
 
 template <class T>
 void moments_nsc(const MomentsArgs& a) noexcept {
     if constexpr (!is_double<T>) {
-        if (a.shift == nullptr) return moments_nsc_as<false, T>(a);
+        if (is_integer<T> || a.shift == nullptr) return moments_nsc_as<false, T>(a);
     }
-    moments_nsc_as<true, T>(a);
+    if constexpr (!is_integer<T>) moments_nsc_as<true, T>(a);
 }
 
 }  // namespace

@@ -56,6 +56,10 @@ template <>
 struct LanesOf<VD> {
     static constexpr int value = kVectorBytes / 8;
 };
+template <>
+struct LanesOf<VI> {
+    static constexpr int value = kVectorBytes / 4;
+};
 template <class V>
 struct LanesOf<Pair<V>> {
     static constexpr int value = 2 * LanesOf<V>::value;
@@ -72,6 +76,7 @@ struct Tree<V, lanes, true> {
 
 using F32 = Tree<VF, kernels::kLanes>::type;
 using F64 = Tree<VD, kernels::kLanes>::type;
+using I32 = Tree<VI, kernels::kLanes>::type;
 
 template <class V>
 BATCHNORM_INLINE Pair<V> operator+(Pair<V> a, Pair<V> b) {
@@ -159,6 +164,15 @@ BATCHNORM_INLINE void stream(double* p, VD v) { _mm512_stream_pd(p, (__m512d)v);
 BATCHNORM_INLINE void stream(void* p, VH v) { _mm256_stream_si256((__m256i*)p, (__m256i)v); }
 BATCHNORM_INLINE VF half_to_float(VH v) { return (VF)_mm512_cvtph_ps((__m256i)v); }
 BATCHNORM_INLINE VH float_to_half(VF v) { return (VH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BATCHNORM_INLINE VI load_ints(const uint8_t* p) { return (VI)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+BATCHNORM_INLINE VI load_ints(const int16_t* p) { return (VI)_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+BATCHNORM_INLINE VI load_ints(const uint16_t* p) { return (VI)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)); }
+BATCHNORM_INLINE Pair<VD> widen(VI v) {
+    return {(VD)_mm512_cvtepi32_pd(_mm512_castsi512_si256((__m512i)v)), (VD)_mm512_cvtepi32_pd(_mm512_extracti64x4_epi64((__m512i)v, 1))};
+}
+BATCHNORM_INLINE VF narrow(Pair<VD> v) {
+    return (VF)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)v.lo)), _mm512_cvtpd_ps((__m512d)v.hi), 1);
+}
 
 #elif BATCHNORM_VECTOR_BYTES == 32
 
@@ -189,6 +203,15 @@ BATCHNORM_INLINE void stream(double* p, VD v) { _mm256_stream_pd(p, (__m256d)v);
 BATCHNORM_INLINE void stream(void* p, VH v) { _mm_stream_si128((__m128i*)p, (__m128i)v); }
 BATCHNORM_INLINE VF half_to_float(VH v) { return (VF)_mm256_cvtph_ps((__m128i)v); }
 BATCHNORM_INLINE VH float_to_half(VF v) { return (VH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+BATCHNORM_INLINE VI load_ints(const uint8_t* p) { return (VI)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+BATCHNORM_INLINE VI load_ints(const int16_t* p) { return (VI)_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+BATCHNORM_INLINE VI load_ints(const uint16_t* p) { return (VI)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)); }
+BATCHNORM_INLINE Pair<VD> widen(VI v) {
+    return {(VD)_mm256_cvtepi32_pd(_mm256_castsi256_si128((__m256i)v)), (VD)_mm256_cvtepi32_pd(_mm256_extracti128_si256((__m256i)v, 1))};
+}
+BATCHNORM_INLINE VF narrow(Pair<VD> v) {
+    return (VF)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)v.lo)), _mm256_cvtpd_ps((__m256d)v.hi), 1);
+}
 
 #elif defined(__x86_64__)  // SSE2, which every x86-64 has
 
@@ -203,6 +226,21 @@ BATCHNORM_INLINE uint32_t positive_bits(VD y) { return (uint32_t)_mm_movemask_pd
 BATCHNORM_INLINE void stream(float* p, VF v) { _mm_stream_ps(p, (__m128)v); }
 BATCHNORM_INLINE void stream(double* p, VD v) { _mm_stream_pd(p, (__m128d)v); }
 BATCHNORM_INLINE void stream(void* p, VH v) { memcpy(p, &v, sizeof v); }
+BATCHNORM_INLINE VI load_ints(const uint8_t* p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    const __m128i zero = _mm_setzero_si128();
+    return (VI)_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero);
+}
+BATCHNORM_INLINE VI load_ints(const int16_t* p) {
+    const __m128i four = _mm_loadl_epi64((const __m128i*)p);
+    return (VI)_mm_srai_epi32(_mm_unpacklo_epi16(four, four), 16);
+}
+BATCHNORM_INLINE VI load_ints(const uint16_t* p) { return (VI)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)p), _mm_setzero_si128()); }
+BATCHNORM_INLINE Pair<VD> widen(VI v) {
+    return {(VD)_mm_cvtepi32_pd((__m128i)v), (VD)_mm_cvtepi32_pd(_mm_unpackhi_epi64((__m128i)v, (__m128i)v))};
+}
+BATCHNORM_INLINE VF narrow(Pair<VD> v) { return (VF)_mm_movelh_ps(_mm_cvtpd_ps((__m128d)v.lo), _mm_cvtpd_ps((__m128d)v.hi)); }
 
 #else  // any machine with 16-byte vectors, by the compiler's own vector types (aarch64: NEON)
 
@@ -219,6 +257,12 @@ BATCHNORM_INLINE uint32_t positive_bits(VD y) { return (uint32_t)(y[0] > 0) | (u
 BATCHNORM_INLINE void stream(float* p, VF v) { memcpy(p, &v, sizeof v); }
 BATCHNORM_INLINE void stream(double* p, VD v) { memcpy(p, &v, sizeof v); }
 BATCHNORM_INLINE void stream(void* p, VH v) { memcpy(p, &v, sizeof v); }
+template <class T>
+BATCHNORM_INLINE VI load_ints(const T* p) {
+    return VI{p[0], p[1], p[2], p[3]};
+}
+BATCHNORM_INLINE Pair<VD> widen(VI v) { return {VD{(double)v[0], (double)v[1]}, VD{(double)v[2], (double)v[3]}}; }
+BATCHNORM_INLINE VF narrow(Pair<VD> v) { return VF{(float)v.lo[0], (float)v.lo[1], (float)v.hi[0], (float)v.hi[1]}; }
 
 #endif
 
@@ -346,8 +390,22 @@ template <class V>
 BATCHNORM_INLINE auto widen(Pair<V> v) -> Pair<decltype(widen(v.lo))> {
     return {widen(v.lo), widen(v.hi)};
 }
+// Doubles to floats, rounded to nearest.
+template <class V>
+BATCHNORM_INLINE auto narrow(Pair<Pair<V>> v) -> Pair<decltype(narrow(v.lo))> {
+    return {narrow(v.lo), narrow(v.hi)};
+}
 
 // ---- storage types ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+inline constexpr bool is_integer = false;
+template <>
+inline constexpr bool is_integer<uint8_t> = true;
+template <>
+inline constexpr bool is_integer<int16_t> = true;
+template <>
+inline constexpr bool is_integer<uint16_t> = true;
 
 // Block of Compute values from 16 (load) or n < 16 (load_part, the rest 0) stored elements, and back.
 template <class V, class T>
@@ -390,6 +448,16 @@ struct Memory<VF, Bfloat16> {
         memcpy(p, &h, sizeof h);
     }
     static BATCHNORM_INLINE void store_stream(Bfloat16* p, VF v) { stream(p, float_to_brain(v)); }
+};
+template <class T>
+    requires is_integer<T>
+struct Memory<VF, T> {
+    static BATCHNORM_INLINE VF load(const T* p) { return __builtin_convertvector(load_ints(p), VF); }
+};
+template <class T>
+    requires is_integer<T>
+struct Memory<VI, T> {
+    static BATCHNORM_INLINE VI load(const T* p) { return load_ints(p); }
 };
 template <class V, class T>
 struct Memory<Pair<V>, T> {
@@ -493,7 +561,11 @@ struct LoadWide<Pair<VD>> {
 };
 template <class T>
 BATCHNORM_INLINE F64 load_double(const T* p) {
-    return to_double(load(p));
+    if constexpr (is_integer<T>) {
+        return widen(Memory<I32, T>::load(p));
+    } else {
+        return to_double(load(p));
+    }
 }
 BATCHNORM_INLINE F64 load_double(const float* p) { return LoadWide<F64>::load(p); }
 
@@ -527,6 +599,96 @@ BATCHNORM_INLINE double sum_lanes(const double* lanes) {
     for (int i = 0; i < 4; ++i) a[i] += a[i + 4];
     return (a[0] + a[2]) + (a[1] + a[3]);
 }
+
+// 16 bytes of integers, which every machine interleaves in one instruction.
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint16_t Words __attribute__((vector_size(16)));
+template <size_t size>
+struct SixteenOf {
+    using type = Bytes;
+};
+template <>
+struct SixteenOf<2> {
+    using type = Words;
+};
+BATCHNORM_INLINE Bytes interleave_low(Bytes a, Bytes b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+BATCHNORM_INLINE Bytes interleave_high(Bytes a, Bytes b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+BATCHNORM_INLINE Bytes high_half(Bytes a) {
+    return __builtin_shufflevector(a, a, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+BATCHNORM_INLINE Words interleave_low(Words a, Words b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+BATCHNORM_INLINE Words interleave_high(Words a, Words b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+BATCHNORM_INLINE Words high_half(Words a) { return __builtin_shufflevector(a, a, 4, 5, 6, 7, 4, 5, 6, 7); }
+
+// The sequence that three or four vectors hold, its halves interleaved: of C * lanes elements, number i becomes number 2 i modulo C * lanes
+// - 1.
+template <class V>
+BATCHNORM_INLINE void interleave_halves(V (&t)[3]) {
+    const V a = interleave_low(t[0], high_half(t[1])), b = interleave_low(high_half(t[0]), t[2]), c = interleave_low(t[1], high_half(t[2]));
+    t[0] = a, t[1] = b, t[2] = c;
+}
+template <class V>
+BATCHNORM_INLINE void interleave_halves(V (&t)[4]) {
+    const V a = interleave_low(t[0], t[2]), b = interleave_high(t[0], t[2]), c = interleave_low(t[1], t[3]),
+            d = interleave_high(t[1], t[3]);
+    t[0] = a, t[1] = b, t[2] = c, t[3] = d;
+}
+
+// 16 pixels of C integers each, side by side: v[c] are the values of channel c. Doubling its number until that is times `lanes` brings
+// element C j + c to lanes C j + lanes c = j + lanes c.
+template <int C, class T>
+BATCHNORM_INLINE void load_pixels(const T* p, I32 (&v)[C]) {
+    constexpr int lanes = 16 / sizeof(T);
+    T plane[C][kernels::kLanes];
+    for (int first = 0; first < kernels::kLanes; first += lanes) {
+        typename SixteenOf<sizeof(T)>::type t[C];
+        memcpy(t, p + C * first, sizeof t);
+        for (int times = 1; times < lanes; times *= 2) interleave_halves(t);
+        for (int c = 0; c < C; ++c) memcpy(plane[c] + first, &t[c], sizeof t[c]);
+    }
+    for (int c = 0; c < C; ++c) v[c] = Memory<I32, T>::load(plane[c]);
+}
+#if BATCHNORM_VECTOR_BYTES == 64
+// Four pixels in each quarter, then one shuffle per channel that also widens: its byte 4 j + c, and three zeros.
+template <int C>
+    requires(C == 3 || C == 4)
+BATCHNORM_INLINE void load_pixels(const uint8_t* p, I32 (&v)[C]) {
+    __m512i quarters;
+    if constexpr (C == 3) {
+        const __m512i from = _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12);
+        quarters = _mm512_permutexvar_epi32(from, _mm512_maskz_loadu_epi8((1ull << 48) - 1, p));
+    } else {
+        quarters = _mm512_loadu_si512(p);
+    }
+    for (int c = 0; c < C; ++c) {
+        const int zeros = (int)0x80808000;
+        const __m512i bytes = _mm512_set4_epi32(zeros + 3 * C + c, zeros + 2 * C + c, zeros + C + c, zeros + c);
+        v[c] = (VI)_mm512_shuffle_epi8(quarters, bytes);
+    }
+}
+#elif BATCHNORM_VECTOR_BYTES == 32
+template <int C>
+    requires(C == 3 || C == 4)
+BATCHNORM_INLINE void load_pixels(const uint8_t* p, I32 (&v)[C]) {
+    // Of the upper half the last 16 bytes are taken, so that nothing is read past the end.
+    constexpr int kUpper = 8 * C - 16, kSkip = 4 * C - kUpper;
+    const auto halves = [](const uint8_t* q) {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)q)),
+                                       _mm_loadu_si128((const __m128i*)(q + kUpper)), 1);
+    };
+    const __m256i first = halves(p), second = halves(p + 8 * C);
+    for (int c = 0; c < C; ++c) {
+        const int zeros = (int)0x80808000, upper = zeros + kSkip;
+        const __m256i bytes = _mm256_setr_epi32(zeros + c, zeros + C + c, zeros + 2 * C + c, zeros + 3 * C + c, upper + c, upper + C + c,
+                                                upper + 2 * C + c, upper + 3 * C + c);
+        v[c] = {(VI)_mm256_shuffle_epi8(first, bytes), (VI)_mm256_shuffle_epi8(second, bytes)};
+    }
+}
+#endif
 
 // Elements to step before p is aligned for `store_stream` of whole blocks; -1 if no number of elements gets there.
 template <class T>

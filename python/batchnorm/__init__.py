@@ -7,6 +7,7 @@
 - ``batch_renorm_train``, ``batch_renorm_backward``: batch renormalisation
 - ``batch_norm_train_saving``, ``batch_norm_backward_from_output``: training that keeps y and not x
 - ``ghost_batch_norm_train``, ``ghost_batch_norm_backward``: statistics of parts of the batch
+- ``normalize_images``: image preprocessing, uint8 pixels to float planes in one pass
 - ``moments``, ``update_running``: the parts
 - ``Moments``, ``dataset_moments``: mean and variance of more data than fits memory
 - ``show_config``, ``set_num_threads``, ``set_isa``: this build, threads, instruction set
@@ -49,6 +50,7 @@ from ._functional import (
 )
 from ._ghost import ghost_batch_norm_backward, ghost_batch_norm_train
 from ._history import History
+from ._images import normalize_images
 from ._info import (
     config,
     get_cmake_dir,
@@ -111,6 +113,7 @@ __all__ = [
     "ghost_batch_norm_train",
     "isa_levels",
     "moments",
+    "normalize_images",
     "recalibrate",
     "set_cache_limit",
     "set_isa",

@@ -265,12 +265,21 @@ def _ndarray(value: object, name: str, expected: str) -> Array:
     return value.view(np.ndarray) if type(value) is not np.ndarray else value
 
 
-def _tensor(value: object, name: str) -> Array:
-    expected = "a numpy.ndarray of float32, float64, float16 or bfloat16"
-    x = _ndarray(value, name, expected)
+# Types of images, which only some functions take.
+_INTEGERS = (np.uint8, np.int16, np.uint16)
+
+
+def _tensor(value: object, name: str, integers: bool = False) -> Array:
+    expected = "float32, float64, float16 or bfloat16"
+    if integers:
+        expected += ", or uint8, int16 or uint16 of images"
+    x = _ndarray(value, name, f"a numpy.ndarray of {expected}")
     dtype = x.dtype
-    if dtype not in (np.float32, np.float64, np.float16) and not _is_bfloat16(dtype):
-        if dtype.newbyteorder("=") in (np.float32, np.float64, np.float16):
+    native = (
+        (np.float32, np.float64, np.float16, *_INTEGERS) if integers else (np.float32, np.float64, np.float16)
+    )
+    if dtype not in native and not _is_bfloat16(dtype):
+        if dtype.newbyteorder("=") in native:
             raise TypeError(
                 f"{name} has dtype {dtype.str} of foreign byte order, expected the machine's own; "
                 f"use {name}.astype({dtype.newbyteorder('=').name!r})"
@@ -278,7 +287,12 @@ def _tensor(value: object, name: str) -> Array:
         wide = dtype.kind == "f" and dtype.itemsize > 8
         use = "numpy.float64" if wide else "numpy.float32"
         hint = f"; use {name}.astype({use})" if wide or dtype.kind in "iub" else ""
-        raise TypeError(f"{name} has dtype {dtype}, expected float32, float64, float16 or bfloat16{hint}")
+        if dtype in _INTEGERS and name == "x":
+            hint = (
+                f": integers have no gradients; normalise images before (normalize_images), or use "
+                f"x.astype({use})"
+            )
+        raise TypeError(f"{name} has dtype {dtype}, expected {expected}{hint}")
     if not dtype.isnative:
         raise TypeError(
             f"{name} has dtype {dtype.str} of foreign byte order, expected the machine's own; "
@@ -291,9 +305,9 @@ def _tensor(value: object, name: str) -> Array:
     return x
 
 
-def _input(value: object, axis: object, data_format: object) -> tuple[Array, int]:
+def _input(value: object, axis: object, data_format: object, integers: bool = False) -> tuple[Array, int]:
     """x and its channel axis."""
-    x = _tensor(value, "x")
+    x = _tensor(value, "x", integers)
     channel_axis = _axis_of(x, axis, data_format)
     if x.shape[channel_axis] == 0:
         raise ValueError(f"x has shape {x.shape} with 0 channels on axis {channel_axis}, expected at least 1")
@@ -331,6 +345,15 @@ def _per_channel(value: object, name: str, x: Array, axis: int, *, finite: bool 
         channel = int(np.flatnonzero(~np.isfinite(v))[0])
         raise ValueError(f"{name} is {v[channel]} at channel {channel}, expected finite values")
     return v if v.flags.aligned and v.strides[0] % v.itemsize == 0 else v.copy()
+
+
+def _given_statistics(mean: object, var: object, x: Array, axis: int) -> tuple[Array, Array]:
+    m = _per_channel(mean, "mean", x, axis)
+    v = _per_channel(var, "var", x, axis)
+    if (v < 0).any():
+        channel = int(np.flatnonzero(v < 0)[0])
+        raise ValueError(f"var is {v[channel]} at channel {channel}, expected values >= 0")
+    return m, v
 
 
 def _affine(gamma: object, beta: object, x: Array, axis: int) -> tuple[Array | None, Array | None]:
@@ -525,12 +548,8 @@ def inference(
     out: object,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm` after `x`'s checks, or the error that explains."""
-    x, channel_axis = _input(x, axis, data_format)
-    m = _per_channel(mean, "mean", x, channel_axis)
-    v = _per_channel(var, "var", x, channel_axis)
-    if (v < 0).any():
-        channel = int(np.flatnonzero(v < 0)[0])
-        raise ValueError(f"var is {v[channel]} at channel {channel}, expected values >= 0")
+    x, channel_axis = _input(x, axis, data_format, integers=True)
+    m, v = _given_statistics(mean, var, x, channel_axis)
     g, b = _affine(gamma, beta, x, channel_axis)
     eps, activation, threads = check_eps(eps), check_activation(activation), _threads(num_threads)
     slope = check_slope(slope, activation, x.dtype)
@@ -722,7 +741,7 @@ def statistics(
     x: object, axis: object, data_format: object, ddof: object, num_threads: object
 ) -> tuple[Any, ...]:
     """Arguments of `_core.moments`, or the error that explains."""
-    x, channel_axis = _input(x, axis, data_format)
+    x, channel_axis = _input(x, axis, data_format, integers=True)
     delta = check_int(ddof, "ddof", "an int >= 0")
     count = x.size // x.shape[channel_axis]
     if delta < 0:

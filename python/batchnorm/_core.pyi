@@ -23,6 +23,22 @@ def batch_norm(
     prepared: bool,
     /,
 ) -> NDArray[Any] | None: ...
+def batch_norm_integers(
+    x: Any,
+    mean: Any,
+    var: Any,
+    gamma: Any,
+    beta: Any,
+    eps: Any,
+    axis: Any,
+    out_axis: Any,
+    dtype: Any,
+    num_threads: Any,
+    out: Any,
+    disjoint: bool,
+    prepared: bool,
+    /,
+) -> NDArray[Any] | None: ...
 def batch_norm_train(
     x: Any,
     gamma: Any,

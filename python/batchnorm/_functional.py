@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from . import _args, _core, _per_sample, _several_axes
+from . import _args, _core, _images, _per_sample, _several_axes
 
 __all__ = [
     "Gradients",
@@ -78,6 +78,8 @@ def batch_norm(
     slope: float | None = None,
     residual: Array | None = None,
     activation_mask: NDArray[np.uint8] | None = None,
+    dtype: DTypeLike | None = None,
+    out_format: _args.DataFormatName | None = None,
     num_threads: int | None = None,
     out: Array | None = None,
     **unknown: NoReturn,
@@ -87,7 +89,8 @@ def batch_norm(
     Parameters
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
-        Any strides. Not changed, unless it is also ``out``.
+        Any strides. Not changed, unless it is also ``out``. Or an image of uint8, int16 or uint16, without
+        ``activation`` and ``residual``; see also :func:`normalize_images`.
     mean, var : array of float32 or float64, shape (C,)
         Statistics per channel, for example running statistics. Finite; ``var >= 0``.
     gamma, beta : array of float32 or float64, shape (C,) or (N, C), optional
@@ -111,6 +114,11 @@ def batch_norm(
     activation_mask : writable uint8 array of shape (activation_mask_bytes(x),), optional
         Receives where relu, leaky_relu or relu6 let values through unchanged, for a backward with
         ``stats="fixed"`` after a residual. Bits between runs of a channel keep their value.
+    dtype : dtype, optional
+        Of the result, for integer ``x``: float32 (also if absent), float64, float16 or bfloat16.
+    out_format : str, optional
+        Layout of the result, for integer ``x``, with a name as for ``data_format``: "channels_first" moves
+        the channels to axis 1, "channels_last" to the last. Absent means x's.
     num_threads : int, optional
         Threads for this call, 1 to 65536; absent means :func:`get_num_threads`. No result depends on it.
     out : array like x, optional
@@ -119,7 +127,7 @@ def batch_norm(
     Returns
     -------
     array of x's dtype, shape and memory order
-        ``out`` if it was given.
+        Of integer ``x``, of ``dtype`` and ``out_format``. ``out`` if it was given.
 
     Raises
     ------
@@ -134,7 +142,8 @@ def batch_norm(
     -----
     ``y = act((x - mean) / sqrt(var + eps) * gamma + beta + residual)`` [1]_, computed as ``(x - c) * a +
     b`` with per-channel numbers from float64; the part of the mean that float32 cannot hold goes into ``b``.
-    Arithmetic on elements is float64 for float64 input and float32 otherwise.
+    Arithmetic on elements is float64 for float64 and integer input and float32 otherwise; the result for
+    integers is that for ``x.astype(float64)``, rounded to float32, and from there to 16 bits.
 
     With v the activation's input: relu ``max(v, 0)``, leaky_relu ``v if v > 0 else slope * v`` [2]_, relu6
     ``min(max(v, 0), 6)`` [3]_, sigmoid ``1 / (1 + exp(-v))``, tanh, silu ``v * sigmoid(v)`` [4]_. The smooth
@@ -156,7 +165,7 @@ def batch_norm(
     >>> batchnorm.batch_norm(x, mean, var).shape
     (8, 64, 32, 32)
     """
-    if data_format is None and not unknown:
+    if data_format is None and dtype is None and out_format is None and not unknown:
         y = _core.batch_norm(
             x,
             mean,
@@ -180,6 +189,14 @@ def batch_norm(
         _args.reject_keywords(batch_norm, unknown)
     if type(axis) is tuple:
         return cast("Array", _several_axes.call(batch_norm, locals()))
+    if _images.has_integers(x):
+        return _images.batch_norm_integers(
+            x, mean, var, gamma, beta, eps, axis, data_format, num_threads, out, dtype, out_format,
+            activation=activation, slope=slope, residual=residual, activation_mask=activation_mask,
+        )  # fmt: skip
+    if dtype is not None or out_format is not None:
+        _images.keep_like_x(x, axis, data_format, dtype, out_format)
+        dtype = out_format = None
     if _per_sample.asked(x, gamma, beta, axis, data_format):
         return cast("Array", _per_sample.call(batch_norm, locals()))
     arguments = _args.inference(
@@ -544,7 +561,7 @@ def moments(
     Parameters
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
-        Any strides.
+        Any strides. Or an image of uint8, int16 or uint16.
     axis, data_format
         The channel axis, as in :func:`batch_norm`; all other axes are reduced.
     ddof : int
@@ -570,7 +587,8 @@ def moments(
     ``mean = K + sum(x - K) / n`` and ``var = (sum((x - K)^2) - sum(x - K)^2 / n) / (n - ddof)`` in float64,
     where the squares of float32 are exact. K is 0, or for float64 the mean of the channel's first 16 values;
     if the mean turns out so far from it that digits were lost (128 standard deviations, 2 for float64), once
-    more with K the mean [1]_.
+    more with K the mean [1]_. The sums of integers are exact, and their mean and variance the correctly
+    rounded ones.
 
     .. [1] T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", The American
        Statistician 37 (1983).

@@ -33,6 +33,11 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
         _args.resolve_axis_argument(
             options["axis"], arguments["data_format"]
         )  # raises: one of them is enough
+    if options.get("out_format") is not None:
+        raise ValueError(
+            f"out_format is {options['out_format']!r} and axis is {options['axis']}, several axes, which "
+            f"have no other format; drop out_format="
+        )
     merged = _Merged(options["x"], options["axis"])
     keepdims = options.pop("keepdims", False)
     if options.get("lengths_axis") is not None:
@@ -70,7 +75,7 @@ class _Merged:
     """How x's channel axes become one axis: moved together behind each other, then taken as one."""
 
     def __init__(self, x: Any, axis: tuple[Any, ...]) -> None:
-        x = _args._tensor(x, "x")
+        x = _args._tensor(x, "x", integers=True)
         self.axes = _checked_axes(axis, x)
         self.shape = tuple(x.shape[a] for a in self.axes)
         self.x_shape = x.shape
@@ -99,7 +104,7 @@ class _Merged:
         return moved.reshape(*shape[: self.axis], self.channels, *shape[self.axis + len(self.axes) :])
 
     def read(self, a: Any, name: str) -> Array:
-        a = _args._tensor(a, name)
+        a = _args._tensor(a, name, integers=name == "x")
         if a.shape != self.x_shape:
             raise ValueError(f"{name} has shape {a.shape}, expected {self.x_shape} as x has")
         return self._taken_together(a)
@@ -133,9 +138,9 @@ class _Merged:
 
     def tensor_back(self, y: Array, x: Array) -> Array:
         moved = y.reshape([self.x_shape[a] for a in self.order]).transpose(np.argsort(self.order))
-        if moved.strides == x.strides or moved.strides == np.empty_like(x).strides:
+        if moved.strides == x.strides or moved.strides == np.empty_like(x, dtype=y.dtype).strides:
             return moved
-        result = np.empty_like(x)  # in the memory order of x
+        result = np.empty_like(x, dtype=y.dtype)  # in the memory order of x
         np.copyto(result, moved)
         return result
 

@@ -1655,6 +1655,88 @@ void test_interrupt() {
     set_isa(level);
 }
 
+// Pixels of n images with hw pixels of 3 channels each, and what batch_norm of them as doubles gives, channels first.
+template <class T>
+void test_image() {
+    context = "integers";
+    const int64_t n = 3, channels = 3, hw = 37;
+    using Limits = std::numeric_limits<T>;
+    std::vector<T> x(static_cast<size_t>(n * channels * hw));
+    std::vector<double> planes(x.size());
+    for (int64_t i = 0; i < n * hw * channels; ++i) {
+        const int64_t value = i % 11 == 0 ? Limits::min() : i % 13 == 0 ? Limits::max() : Limits::min() + i * 37 % 251;
+        x[static_cast<size_t>(i)] = static_cast<T>(value);
+        const int64_t pixel = i / channels;
+        planes[static_cast<size_t>((pixel / hw * channels + i % channels) * hw + pixel % hw)] = static_cast<double>(value);
+    }
+    const std::vector<double> mean{1.5, 100, -7}, var{2, 30, 400}, gamma{1, -2, 0.5}, beta{0, 1, 2};
+    std::vector<double> want(x.size()), got64(x.size()), got_mean(3), got_var(3), want_mean(3), want_var(3);
+    const auto planes_view = View<const double>::ncs(planes.data(), n, channels, hw);
+    batch_norm(
+        {.x = planes_view, .y = View<double>::ncs(want.data(), n, channels, hw), .mean = mean, .var = var, .gamma = gamma, .beta = beta});
+    // Exact integers below 2^53, one division each.
+    for (size_t c = 0; c < 3; ++c) {
+        int64_t total = 0, total_sq = 0;
+        for (size_t i = c; i < x.size(); i += 3) {
+            total += x[i];
+            total_sq += static_cast<int64_t>(x[i]) * x[i];
+        }
+        want_mean[c] = static_cast<double>(total) / static_cast<double>(n * hw);
+        want_var[c] = static_cast<double>(n * hw * total_sq - total * total) / static_cast<double>(n * hw * n * hw);
+    }
+    const View<const T> pixels{x.data(), n, channels, hw, channels * hw, 1, channels};
+    for (const std::string& isa : isa_levels()) {
+        set_isa(isa);
+        batch_norm(
+            {.x = pixels, .y = View<double>::ncs(got64.data(), n, channels, hw), .mean = mean, .var = var, .gamma = gamma, .beta = beta});
+        CHECK(got64 == want);
+        std::vector<float> got(x.size()), rounded(want.begin(), want.end());
+        batch_norm(
+            {.x = pixels, .y = View<float>::ncs(got.data(), n, channels, hw), .mean = mean, .var = var, .gamma = gamma, .beta = beta});
+        CHECK(got == rounded);
+        // The same layout, and back to planes by hand.
+        batch_norm({.x = View<const T>::nsc(x.data(), n * hw, channels),
+                    .y = View<float>::nsc(got.data(), n * hw, channels),
+                    .mean = mean,
+                    .var = var,
+                    .gamma = gamma,
+                    .beta = beta});
+        bool same = true;
+        for (int64_t i = 0; i < n * hw * channels; ++i) {
+            const int64_t pixel = i / channels;
+            same = same &&
+                   got[static_cast<size_t>(i)] == rounded[static_cast<size_t>((pixel / hw * channels + i % channels) * hw + pixel % hw)];
+        }
+        CHECK(same);
+        moments(pixels, got_mean, got_var);
+        CHECK(got_mean == want_mean && got_var == want_var);
+    }
+}
+
+void test_errors_of_images() {
+    context = "errors of integers";
+    std::vector<std::uint8_t> x(60, 7);
+    std::vector<float> y(60);
+    std::vector<double> v(3, 1);
+    const View<const std::uint8_t> image = View<const std::uint8_t>::nsc(x.data(), 20, 3);
+    const View<float> result = View<float>::nsc(y.data(), 20, 3);
+    const auto refuses = [&](const char* start, BatchNormArgs a) {
+        a.mean = a.var = v;
+        throws<std::invalid_argument>(start, __LINE__, [&] { batch_norm(a); });
+    };
+    refuses("residual is given with x of integers", {.x = image, .y = result, .residual = result});
+    refuses("activation is given with x of integers", {.x = image, .y = result, .activation = Activation::relu});
+    refuses("y has an integer storage type", {.x = image, .y = View<std::uint8_t>::nsc(x.data(), 20, 3)});
+    refuses("y has (outer, channels, inner) (10, 3, 1)", {.x = image, .y = View<float>::nsc(y.data(), 10, 3)});
+    refuses("y overlaps x", {.x = View<const std::uint8_t>::nsc(reinterpret_cast<std::uint8_t*>(y.data()), 20, 3), .y = result});
+    refuses("y has strides", {.x = View<const std::uint8_t>::ncs(x.data(), 2, 3, 10), .y = View<float>{y.data(), 2, 3, 10, 30, 1, 3}});
+    throws<std::invalid_argument>("x has an integer storage type", __LINE__,
+                                  [&] { batch_norm_train({.x = image, .y = result, .mean = v, .inv_std = v}); });
+    throws<std::invalid_argument>("x has an integer storage type", __LINE__,
+                                  [&] { batch_norm_backward({.dy = result, .x = image, .mean = v, .inv_std = v}); });
+    CHECK(y == std::vector<float>(60));
+}
+
 void test_information() {
     context = "information";
     CHECK(isa_built().front() == "baseline" && isa_levels().front() == "baseline");
@@ -1692,6 +1774,10 @@ int main(int argc, char** argv) {
     test_type<double>();
     test_type<float16>();
     test_type<bfloat16>();
+    test_image<std::uint8_t>();
+    test_image<std::int16_t>();
+    test_image<std::uint16_t>();
+    test_errors_of_images();
     test_errors_of_tensors();
     test_errors_of_residual();
     test_errors_of_renorm();

@@ -37,18 +37,28 @@ struct bfloat16 {
     std::uint16_t bits;
 };
 
-enum class Dtype { float32, float64, float16, bfloat16 };
+// The integers, last, are images: moments() and batch_norm() read them, nothing is written as them.
+enum class Dtype { float32, float64, float16, bfloat16, uint8, int16, uint16 };
+
+constexpr bool is_integer(Dtype t) { return t >= Dtype::uint8; }
 
 template <class T>
-inline constexpr bool is_storage =
-    std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, float16> || std::is_same_v<T, bfloat16>;
+inline constexpr bool is_integer_storage =
+    std::is_same_v<T, std::uint8_t> || std::is_same_v<T, std::int16_t> || std::is_same_v<T, std::uint16_t>;
+
+template <class T>
+inline constexpr bool is_storage = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, float16> ||
+                                   std::is_same_v<T, bfloat16> || is_integer_storage<T>;
 
 template <class T>
     requires is_storage<T>
-inline constexpr Dtype dtype_of = std::is_same_v<T, float>     ? Dtype::float32
-                                  : std::is_same_v<T, double>  ? Dtype::float64
-                                  : std::is_same_v<T, float16> ? Dtype::float16
-                                                               : Dtype::bfloat16;
+inline constexpr Dtype dtype_of = std::is_same_v<T, float>          ? Dtype::float32
+                                  : std::is_same_v<T, double>       ? Dtype::float64
+                                  : std::is_same_v<T, float16>      ? Dtype::float16
+                                  : std::is_same_v<T, bfloat16>     ? Dtype::bfloat16
+                                  : std::is_same_v<T, std::uint8_t> ? Dtype::uint8
+                                  : std::is_same_v<T, std::int16_t> ? Dtype::int16
+                                                                    : Dtype::uint16;
 
 // A tensor as (outer, channels, inner) with strides in elements (they may be negative). Does not own the data.
 template <class T>
@@ -145,9 +155,13 @@ enum class Stats { batch, fixed };
 BATCHNORM_API std::int64_t activation_mask_bytes(const ConstTensor& x);
 
 // Normalise with given statistics. y may be x or the residual itself (in place); no other overlap.
+//
+// Integer x, an image, gives y of any floating type: what float64 x of these values would give, rounded to float, and from there to 16
+// bits. There is no residual and no activation then, and y may have its channels first where x has them last: x as {data, n, channels, hw,
+// channels * hw, 1, channels} of n images with hw pixels each, y as View::ncs(data, n, channels, hw).
 struct BatchNormArgs {
     ConstTensor x{};
-    Tensor y{};                     // x's shape and dtype
+    Tensor y{};                     // x's shape and dtype (of integer x: see above)
     ConstTensor residual{};         // added before the activation; x's shape and dtype, or absent
     ConstChannels mean{}, var{};    // finite; var >= 0
     ConstChannels gamma{}, beta{};  // absent: 1 and 0
@@ -215,7 +229,8 @@ struct BatchNormBackwardArgs {
 };
 BATCHNORM_API void batch_norm_backward(const BatchNormBackwardArgs& args);
 
-// Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n = 0 gives NaN; 0 < n <= ddof is an error.
+// Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n = 0 gives NaN; 0 < n <= ddof is an error. Of
+// integer x both are the correctly rounded ones.
 BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0, int num_threads = 0);
 
 // The two passes of backward by themselves, of which other gradients can be made (second-order ones, say). a and b have one shape and
