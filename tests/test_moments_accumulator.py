@@ -182,6 +182,21 @@ def test_one_value_at_a_time():
     assert ulps(total.variance(1)[2], (q - s * s / n) / (n - 1)) <= 2
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16"])
+def test_integers_are_exact_in_any_cut(dtype, isa):
+    info = np.iinfo(dtype)
+    x = rng(dtype).integers(info.min, info.max, (40, 3, 9, 11), dtype, endpoint=True)
+    want = Moments().update(x)
+    for c in range(3):
+        assert values(want._sums, c) == exact_values(x, c)
+    for chunk in (1, 700, 5000):
+        assert same(dataset_moments(x, chunk_bytes=chunk).moments, want)
+    assert same(Moments(axis=-1).update(np.moveaxis(x, 1, -1).copy()), want)
+    whole = batchnorm.moments(x)
+    assert same_bits(want.mean, whole.mean)
+    np.testing.assert_allclose(want.var, whole.var, rtol=2 * tolerances.U64, atol=0)
+
+
 # ---- order and grouping ------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,8 @@ class Moments:
         Parameters
         ----------
         x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
-            As in :func:`moments`. Without values it changes nothing.
+            Or of uint8, int16 or uint16, whose sums are exact: however such data is cut into batches, the
+            result is the same. Without values it changes nothing.
         num_threads : int, optional
             As in :func:`batch_norm`.
 
@@ -422,8 +423,8 @@ def dataset_moments(
     ddof : int
         The variance divides by ``count - ddof``.
     transform : callable, optional
-        Applied to each piece before it is taken in; returns an array of float32, float64, float16 or
-        bfloat16. Elements of an iterable that are neither arrays nor paths go to it as they are, so
+        Applied to each piece before it is taken in; returns an array that :meth:`Moments.update` takes.
+        Elements of an iterable that are neither arrays nor paths go to it as they are, so
         ``lambda b: b[0]`` picks the images from pairs.
     chunk_bytes : int
         Arrays larger than this are read in pieces of at most so many bytes, cut along the axis outermost in
@@ -465,13 +466,13 @@ def dataset_moments(
     >>> mean.shape, mean.tolist()
     ((3,), [475.5, 479.5, 483.5])
 
-    Images as a generator of uint8 arrays, channels last, scaled to [0, 1]:
+    Images as a generator of uint8 arrays, channels last; of pixels scaled to [0, 1] the mean is that over
+    255:
 
     >>> images = (np.full((4, 32, 32, 3), i, np.uint8) for i in range(10))
-    >>> scale = lambda b: b.astype(np.float32) / 255
-    >>> result = batchnorm.dataset_moments(images, data_format="NHWC", transform=scale)
-    >>> result.mean.shape, result.count
-    ((3,), 40960)
+    >>> result = batchnorm.dataset_moments(images, data_format="NHWC")
+    >>> result.mean.shape, result.mean.tolist(), result.count
+    ((3,), [4.5, 4.5, 4.5], 40960)
     """
     if unknown:
         _args.reject_keywords(dataset_moments, unknown)
