@@ -116,14 +116,27 @@ def test_moments_by_any_number_of_threads(shape, dtype, threads):
 @dtypes
 @pytest.mark.parametrize("direction", ["ncs", "nsc"])
 def test_moments_of_nearly_constant_images(dtype, direction):
-    # The variance is 1 / n - 1 / n^2 beside squares of 2^32: sums in double alone would lose it.
-    n = 300_007
+    # The variance is 1 / n - 1 / n^2 beside squares of 2^32, whose sum passes 2^53: in double it is lost.
+    n = 3_000_017
     x = np.full((n, 2), np.iinfo(dtype).max, dtype)
     x[n // 2, 0] -= 1
     x = np.asfortranarray(x) if direction == "ncs" else x
     got, top = batchnorm.moments(x), int(np.iinfo(dtype).max)
     assert got.mean.tolist() == [float(Fraction(top * n - 1, n)), top]
     assert got.var.tolist() == [float(Fraction(n - 1, n * n)), 0]
+
+
+def test_a_mean_next_to_a_tie():
+    # total / n is a tie between two doubles, of which the lower one is even, and 2^-53 / n more.
+    def tie(n):
+        return (n + pow(2**53, -1, n)) * 2**53 // n
+
+    sizes = [n for n in range(4099, 4399, 2) if tie(n) % 4 == 1]
+    assert len(sizes) > 50
+    for n in sizes:
+        x = np.ones((n, 1), np.uint8)
+        x[: pow(2**53, -1, n)] = 2
+        assert batchnorm.moments(x).mean[0] == float(Fraction(int(x.sum(dtype=np.int64)), n))
 
 
 @dtypes

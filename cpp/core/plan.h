@@ -48,7 +48,7 @@ struct Plan {
     kernels::Where map_item(std::int64_t index) const;
 };
 
-// `reads` and `writes`: how many tensors of this geometry the call reads and writes.
+// `reads` and `writes`: how many tensors of this geometry the call reads and writes; no reads: what is read hardly counts (an image).
 Plan make_plan(const Geometry& g, int reads, int writes);
 
 }  // namespace batchnorm

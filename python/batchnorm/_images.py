@@ -32,6 +32,7 @@ _PLAIN: dict[type, np.dtype[Any]] = {
     np.float64: np.dtype(np.float64),
 }
 _CHANNEL_AXES = {"NHWC": -1, "NCHW": -3}
+_LARGEST = {np.dtype(t): float(np.iinfo(t).max) for t in (np.uint8, np.int16, np.uint16)}
 
 
 # ---- batch_norm --------------------------------------------------------------------------------------------
@@ -120,6 +121,23 @@ def batch_norm_integers(
             )
     from_axis %= image.ndim
     to_axis = _result_axis(out_format, image, from_axis)
+    return _normalised(image, mean, var, gamma, beta, eps, from_axis, to_axis, num_threads, out, dtype)
+
+
+def _normalised(
+    image: Array,
+    mean: object,
+    var: object,
+    gamma: object,
+    beta: object,
+    eps: object,
+    from_axis: int,
+    to_axis: int,
+    num_threads: object,
+    out: object,
+    dtype: object,
+) -> Array:
+    """The channels of an image, which is checked, moved from one axis to another, both counted from 0."""
     kind = _result_dtype(dtype, out)
     if not isinstance(out, np.ndarray) or out.dtype == kind:
         y = _core.batch_norm_integers(
@@ -247,55 +265,48 @@ def normalize_images(
     if unknown:
         _args.reject_keywords(normalize_images, unknown)
     image = _image(x)
-    from_axis, to_axis = (
-        _format(f, name) for f, name in ((data_format, "data_format"), (out_format, "out_format"))
-    )
-    channels = image.shape[from_axis]
+    from_axis, to_axis = _format(data_format, "data_format"), _format(out_format, "out_format")
+    channels, rank = image.shape[from_axis], image.ndim
     if channels == 0:
         raise ValueError(f"x has shape {image.shape} with 0 channels ({data_format}), expected at least 1")
-    top = float(np.iinfo(image.dtype).max) if max_value is None else _positive(max_value)
+    top = _LARGEST[image.dtype] if max_value is None else _positive(max_value)
     where = f"({channels},) to match x {image.shape}, {data_format}"
     m, s = _per_channel(mean, "mean", channels, where), _per_channel(std, "std", channels, where)
-    if not (s > 0).all():
-        channel = int(np.flatnonzero(~(s > 0))[0])
-        raise ValueError(f"std is {s[channel]} at channel {channel}, expected values > 0")
-    with np.errstate(all="ignore"):
-        center, scale = m * top, 1 / (s * top)
+    for channel, value in enumerate(s):
+        if not value > 0:
+            raise ValueError(f"std is {value} at channel {channel}, expected values > 0")
+    center = [value * top for value in m]
+    scale = [1 / (value * top) if value * top else math.inf for value in s]
     for name, values, derived in (("mean", m, center), ("std", s, scale)):
-        if not np.isfinite(derived).all():
-            channel = int(np.flatnonzero(~np.isfinite(derived))[0])
+        if not all(map(math.isfinite, derived)):
+            channel = [math.isfinite(v) for v in derived].index(False)
             raise ValueError(
                 f"{name} is {values[channel]} at channel {channel}, expected a value that float64 holds in "
                 f"units of the pixels, {top:g} times as large"
             )
-    shape = np.moveaxis(image, from_axis, to_axis).shape
-    if isinstance(out, np.ndarray) and out.shape != shape:
-        raise ValueError(f"out has shape {out.shape}, expected {shape}, {out_format} of x {image.shape}")
+    if isinstance(out, np.ndarray):
+        shape = list(image.shape)
+        shape.insert(rank + to_axis, shape.pop(from_axis))
+        if out.shape != tuple(shape):
+            raise ValueError(
+                f"out has shape {out.shape}, expected {tuple(shape)}, {out_format} of x {image.shape}"
+            )
     batch, result = image, out
-    if image.ndim == 3:
+    if rank == 3:
         batch, result = image[None], out[None] if isinstance(out, np.ndarray) else out
-    y = batch_norm_integers(
-        batch,
-        center,
-        np.ones(channels),
-        scale,
-        None,
-        0.0,
-        from_axis,
-        None,
-        num_threads,
-        result,
-        dtype,
-        out_format,
-    )
+    y = _normalised(
+        batch, np.array(center), np.ones(channels), np.array(scale), None, 0.0, 4 + from_axis, 4 + to_axis,
+        num_threads, result, dtype,
+    )  # fmt: skip
     if out is not None:
         return out
-    return y[0] if image.ndim == 3 else y
+    return y[0] if rank == 3 else y
 
 
 def _image(x: object) -> Array:
-    expected = "an array of uint8, int16 or uint16"
-    image = _args._ndarray(x, "x", expected)
+    if type(x) is np.ndarray and x.dtype in _LARGEST and 3 <= x.ndim <= 4:
+        return x
+    image = _args._ndarray(x, "x", "an array of uint8, int16 or uint16")
     if image.dtype.kind == "f" or image.dtype.name == "bfloat16":
         raise TypeError(
             f"x has dtype {image.dtype}, expected uint8, int16 or uint16; normalise floating images with "
@@ -326,21 +337,19 @@ def _positive(max_value: object) -> float:
     return value
 
 
-def _per_channel(value: object, name: str, channels: int, where: str) -> NDArray[np.float64]:
-    """A sequence of numbers or an array, as float64."""
+def _per_channel(value: object, name: str, channels: int, where: str) -> list[float]:
+    """A sequence of numbers or an array, as floats."""
     expected = f"{channels} floats, one per channel"
     if isinstance(value, np.ndarray):
-        v = _args._vector(value, name)
+        v: list[float] = _args._vector(value, name).tolist()
     elif isinstance(value, list | tuple):
-        for number in value:
-            _args._real(number, name, expected)
-        v = np.array(value, np.float64)
+        v = [n if type(n) is float else _args._real(n, name, expected) for n in value]
     else:
         hint = f"; use [{value}]" if isinstance(value, numbers.Real) and channels == 1 else ""
         raise TypeError(f"{name} is {_args._kind(value)}, expected a sequence of {expected}{hint}")
-    if v.shape != (channels,):
-        raise ValueError(f"{name} has shape {v.shape}, expected {where}")
-    if not np.isfinite(v).all():
-        channel = int(np.flatnonzero(~np.isfinite(v))[0])
-        raise ValueError(f"{name} is {v[channel]} at channel {channel}, expected finite values")
-    return v.astype(np.float64)
+    if len(v) != channels:
+        raise ValueError(f"{name} has shape ({len(v)},), expected {where}")
+    for channel, number in enumerate(v):
+        if not math.isfinite(number):
+            raise ValueError(f"{name} is {number} at channel {channel}, expected finite values")
+    return v
