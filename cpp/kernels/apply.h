@@ -54,16 +54,10 @@ BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t pe
         if (put_bits) mask.put(bits(v), m);
         store_part(p.y + e, m, gated(v));
     };
-    const bool may_stream = with_stream && (!asks<gate> || p.stream);
-    const int64_t head = may_stream || n >= kWorthAligning ? elements_to_alignment(p.y) : -1;
-    if (head >= 0 || asks<gate>) {
-        const bool stream = may_stream && (!asks<gate> || head >= 0);
-        for_blocks(
-            asks<gate> && head < 0 ? 0 : head, n, period,
-            [&](int64_t e, int64_t k) { stream ? store_stream(p.y + e, whole(e, k)) : store(p.y + e, whole(e, k)); }, part);
-    } else {
-        for_blocks(0, n, period, [&](int64_t e, int64_t k) { store(p.y + e, whole(e, k)); }, part);
-    }
+    const bool stream = with_stream && (!asks<gate> || p.stream);
+    const int64_t head = stream || n >= kWorthAligning ? elements_to_alignment(p.y) : 0;
+    for_blocks(
+        head, n, period, [&](int64_t e, int64_t k) { stream ? store_stream(p.y + e, whole(e, k)) : store(p.y + e, whole(e, k)); }, part);
     mask.finish();
 }
 

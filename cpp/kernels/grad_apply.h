@@ -38,14 +38,18 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
         return (g * c.k_dy.at(k) + ((v - c.center.at(k)) * c.x_scale.at(k)) * c.k_x.at(k)) + c.k_0.at(k);
     };
     constexpr bool read_x = gate == kernels::relu || gate == kernels::curve || !fixed;
-    const auto whole = [&](int64_t e, int64_t k, auto put, auto put_dz) {
+    const bool stream = with_stream && (!asks<gate> || p.stream);
+    const int64_t head = stream || n >= kWorthAligning ? elements_to_alignment(p.dx) : 0;
+    const bool stream_dz = stream && put_z && elements_to_alignment(p.dz) == head;  // both start on a line together
+    const auto whole = [&](int64_t e, int64_t k) {
         prefetch_ahead(p.dy + e);
         if constexpr (read_x) prefetch_ahead(p.x + e);
         if (add_z) prefetch_ahead(p.z + e);
         const Block<T> v = read_x ? load(p.x + e) : Block<T>{};
         const Block<T> g = through(load(p.dy + e), v, add_z ? load(p.z + e) : Block<T>{}, e, k);
-        if (put_z) put_dz(p.dz + e, g);
-        put(p.dx + e, value(g, v, k));
+        if (put_z) stream_dz ? store_stream(p.dz + e, g) : store(p.dz + e, g);
+        const Block<T> dx = value(g, v, k);
+        stream ? store_stream(p.dx + e, dx) : store(p.dx + e, dx);
     };
     const auto part = [&](int64_t e, int64_t k, int64_t m) {
         const Block<T> v = read_x ? load_part(p.x + e, m) : Block<T>{};
@@ -53,18 +57,7 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
         if (put_z) store_part(p.dz + e, m, g);
         store_part(p.dx + e, m, value(g, v, k));
     };
-    const bool may_stream = with_stream && (!asks<gate> || p.stream);
-    const int64_t head = may_stream || n >= kWorthAligning ? elements_to_alignment(p.dx) : -1;
-    const bool stream_dx = may_stream && (!asks<gate> || head >= 0);
-    const bool stream_dz = stream_dx && put_z && elements_to_alignment(p.dz) == head;  // both start on a line together
-    const auto put = [](T* to, Block<T> v) { store(to, v); };
-    const auto put_dx = [&](T* to, Block<T> v) { stream_dx ? store_stream(to, v) : store(to, v); };
-    const auto put_dz = [&](T* to, Block<T> v) { stream_dz ? store_stream(to, v) : store(to, v); };
-    if (head >= 0 || asks<gate>) {
-        for_blocks(asks<gate> && head < 0 ? 0 : head, n, period, [&](int64_t e, int64_t k) { whole(e, k, put_dx, put_dz); }, part);
-    } else {
-        for_blocks(0, n, period, [&](int64_t e, int64_t k) { whole(e, k, put, put); }, part);
-    }
+    for_blocks(head, n, period, whole, part);
 }
 
 template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T>

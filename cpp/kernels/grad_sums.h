@@ -79,26 +79,26 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                     const auto gated = [&](Block<T> g, Block<T> v, Block<T> residual, int64_t e) {
                         return to_double(through_gate<gate>(g, v, residual, center, scale, offset, 0, a.mask.bits, bit + e, a.curve));
                     };
-                    for_blocks(
-                        0, run, kNoPeriod,
-                        [&](int64_t e, int64_t) {
+                    for_run(
+                        run,
+                        [&](int64_t e) {
                             fetch(e);
                             const Block<T> v = load(x_run + e);
                             sums.add(gated(load(dy_run + e), v, add_z ? load(z_run + e) : Block<T>{}, e), to_double(v), shift);
                         },
-                        [&](int64_t e, int64_t, int64_t m) {
+                        [&](int64_t e, int64_t m) {
                             const Block<T> v = load_part(x_run + e, m);
                             const Block<T> residual = add_z ? load_part(z_run + e, m) : Block<T>{};
                             sums.add_first(gated(load_part(dy_run + e, m), v, residual, e), to_double(v), shift, m);
                         });
                 } else {
-                    for_blocks(
-                        0, run, kNoPeriod,
-                        [&](int64_t e, int64_t) {
+                    for_run(
+                        run,
+                        [&](int64_t e) {
                             fetch(e);
                             sums.add(load_double(dy_run + e), load_double(x_run + e), shift);
                         },
-                        [&](int64_t e, int64_t, int64_t m) {
+                        [&](int64_t e, int64_t m) {
                             sums.add_first(to_double(load_part(dy_run + e, m)), to_double(load_part(x_run + e, m)), shift, m);
                         });
                 }
@@ -106,10 +106,7 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 Ops<F64>::store(lanes[c][1], sums.dy_x);
             }
         }
-        for (int64_t c = 0; c < group; ++c) {
-            a.sum_dy[c0 + c] = sum_lanes(lanes[c][0]);
-            a.sum_dy_x[c0 + c] = sum_lanes(lanes[c][1]);
-        }
+        sum_group(lanes, group, a.sum_dy + c0, a.sum_dy_x + c0);
     }
 }
 
@@ -142,10 +139,9 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
         Ops<F64>::store(a.sum_dy_x + e, sums.dy_x);
     };
     // Lanes past the width meet dy = x = 0 (load_part) and the shift of their own channel: they add 0, or NaN to a channel whose mean is.
-    for_blocks(
-        0, width, kNoPeriod,
-        [&](int64_t e, int64_t) { rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }); },
-        [&](int64_t e, int64_t, int64_t m) {
+    for_run(
+        width, [&](int64_t e) { rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }); },
+        [&](int64_t e, int64_t m) {
             rows(e, [m](const T* p) { return to_double(load_part(p, m)); }, [m](const T* p) { return load_part(p, m); });
         });
 }

@@ -52,21 +52,18 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
                 Moments<shifted> m{Ops<F64>::load(lanes[c][0]), Ops<F64>::load(lanes[c][1])};
                 const F64 shift = Ops<F64>::broadcast(shifted ? a.shift[c0 + c] : 0);
                 const T* const x_run = x.at(n, c0 + c);
-                for_blocks(
-                    0, run, kNoPeriod,
-                    [&](int64_t e, int64_t) {
+                for_run(
+                    run,
+                    [&](int64_t e) {
                         prefetch_ahead(x_run + e);
                         m.add(load_double(x_run + e), shift);
                     },
-                    [&](int64_t e, int64_t, int64_t k) { m.add_first(to_double(load_part(x_run + e, k)), shift, k); });
+                    [&](int64_t e, int64_t k) { m.add_first(to_double(load_part(x_run + e, k)), shift, k); });
                 Ops<F64>::store(lanes[c][0], m.sum);
                 Ops<F64>::store(lanes[c][1], m.sum_sq);
             }
         }
-        for (int64_t c = 0; c < group; ++c) {
-            a.sum[c0 + c] = sum_lanes(lanes[c][0]);
-            a.sum_sq[c0 + c] = sum_lanes(lanes[c][1]);
-        }
+        sum_group(lanes, group, a.sum + c0, a.sum_sq + c0);
     }
 }
 
@@ -81,15 +78,15 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], int64_t width, const 
         Ops<F64>::store(a.sum + e, m.sum);
         Ops<F64>::store(a.sum_sq + e, m.sum_sq);
     };
-    for_blocks(
-        0, width, kNoPeriod,
-        [&](int64_t e, int64_t) {
+    for_run(
+        width,
+        [&](int64_t e) {
             rows(e, [](Moments<shifted>& m, const T* p, F64 shift) {
                 prefetch_ahead(p);
                 m.add(load_double(p), shift);
             });
         },
-        [&](int64_t e, int64_t, int64_t n) {
+        [&](int64_t e, int64_t n) {
             rows(e, [n](Moments<shifted>& m, const T* p, F64 shift) { m.add_first(to_double(load_part(p, n)), shift, n); });
         });
 }

@@ -690,13 +690,11 @@ BATCHNORM_INLINE void load_pixels(const uint8_t* p, I32 (&v)[C]) {
 }
 #endif
 
-// Elements to step before p is aligned for `store_stream` of whole blocks; -1 if no number of elements gets there.
+// Elements to step before p, which is aligned to its type, is so for `store_stream` of whole blocks.
 template <class T>
 BATCHNORM_INLINE int64_t elements_to_alignment(const T* p) {
     constexpr uintptr_t alignment = kernels::kLanes * sizeof(T) < 64 ? kernels::kLanes * sizeof(T) : 64;
-    const uintptr_t over = (uintptr_t)p % alignment;
-    if (over % sizeof(T) != 0) return -1;
-    return over == 0 ? 0 : (int64_t)((alignment - over) / sizeof(T));
+    return (int64_t)((alignment - (uintptr_t)p % alignment) % alignment / sizeof(T));
 }
 
 // Asks for the block kAhead bytes behind p, into the second-level cache; past the end of an array it asks in vain. A core by itself

@@ -86,17 +86,27 @@ inline constexpr int64_t kWorthAligning = 512;
 inline constexpr int64_t kNoPeriod = INT64_MAX;
 template <class Full, class Part>
 BATCHNORM_INLINE void for_blocks(int64_t head, int64_t n, int64_t period, Full full, Part part) {
-    int64_t e = 0, k = 0;
-    if (head > 0) {
-        e = k = head < n ? head : n;
-        part(0, 0, e);
+    int64_t e = 0, k = 0, m = head < n ? head : n;
+    for (;;) {  // at most twice, so that the code of `part` is there once
+        if (m > 0) part(e, k, m);
+        e += m;
+        k += m;
+        while (e + kLanes <= n) {
+            const int64_t last = n - kLanes - e < period - 1 - k ? n - kLanes : e + (period - 1 - k);
+            for (; e <= last; e += kLanes, k += kLanes) full(e, k);
+            if (k >= period) k -= period;
+        }
+        m = n - e;
+        if (m == 0) return;
     }
-    while (e + kLanes <= n) {
-        const int64_t last = n - kLanes - e < period - 1 - k ? n - kLanes : e + (period - 1 - k);
-        for (; e <= last; e += kLanes, k += kLanes) full(e, k);
-        if (k >= period) k -= period;
-    }
-    if (e < n) part(e, k, n - e);
+}
+
+// The same for sums, which need no alignment and no period: full(e), part(e, m).
+template <class Full, class Part>
+BATCHNORM_INLINE void for_run(int64_t n, Full full, Part part) {
+    int64_t e = 0;
+    for (; e + kLanes <= n; e += kLanes) full(e);
+    if (e < n) part(e, n - e);
 }
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read by words");
@@ -106,6 +116,15 @@ BATCHNORM_INLINE uint32_t mask_bits(const uint8_t* bits, int64_t first) {
     uint32_t word;
     memcpy(&word, bits + (first >> 3), sizeof word);
     return word >> (first & 7);
+}
+
+// Two sums of each channel of a group, from their lanes. Out of line: inlined it is vectorised over the channels, to more code than the
+// loop it ends.
+__attribute__((noinline)) void sum_group(const double (*lanes)[2][kLanes], int64_t group, double* first, double* second) {
+    for (int64_t c = 0; c < group; ++c) {
+        first[c] = sum_lanes(lanes[c][0]);
+        second[c] = sum_lanes(lanes[c][1]);
+    }
 }
 
 // Writes a stretch of a mask from bit `first` on, 16 bits or fewer at a time; finish() ends it. Bits before and behind stay.
