@@ -1,6 +1,6 @@
 """What the features cost that are made of others: each call beside its plain one, in turn.
 
-    python bench/features.py                        batch renormalisation, ghost batches, backward from y
+    python bench/features.py                        all of them
     python bench/features.py --set small --feature renorm --layout nhwc --rounds 31
 
 A number is the feature's time divided by the plain call's: 1.05 means 5 % more. It is the median of each
@@ -97,7 +97,54 @@ def from_output(layer: Layer) -> list[tuple[Call, Call]]:
     return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
 
 
-FEATURES = {"renorm": renorm, "ghost": ghost, "from_output": from_output}
+def _counted(layer: Layer, **positions: Any) -> list[tuple[Call, Call]]:
+    """Both passes with a mask or weights."""
+    f = bn.batch_norm_train(layer.x, *layer.affine, axis=layer.axis, **positions)
+
+    def forward() -> Any:
+        return bn.batch_norm_train(
+            layer.x, *layer.affine, **layer.running, axis=layer.axis, out=layer.y, **positions
+        )
+
+    def backward() -> Any:
+        return bn.batch_norm_backward(
+            layer.dy, layer.x, *f[1:], *layer.affine, axis=layer.axis, out=layer.dx, **positions
+        )
+
+    return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
+
+
+def _positions(layer: Layer) -> tuple[int, ...]:
+    return tuple(n for i, n in enumerate(layer.x.shape) if i != layer.axis)
+
+
+def padding(layer: Layer) -> list[tuple[Call, Call]]:
+    """Sizes between half of the image and all of it, the rest padding at the bottom."""
+    samples, height, width = _positions(layer)
+    heights = np.random.default_rng(1).integers((height + 1) // 2, height + 1, (samples, 1, 1))
+    rows = np.arange(height)[:, None] < heights
+    return _counted(layer, mask=np.ascontiguousarray(np.broadcast_to(rows, (samples, height, width))))
+
+
+def mask(layer: Layer) -> list[tuple[Call, Call]]:
+    """Three positions of four, scattered."""
+    return _counted(layer, mask=np.random.default_rng(1).random(_positions(layer)) < 0.75)
+
+
+def weights(layer: Layer) -> list[tuple[Call, Call]]:
+    """A weight per sample."""
+    return _counted(layer, weights=np.random.default_rng(1).random(len(layer.x)) + 0.5)
+
+
+def all_weights(layer: Layer) -> list[tuple[Call, Call]]:
+    """A weight per position, float64."""
+    return _counted(layer, weights=np.random.default_rng(1).random(_positions(layer)) + 0.5)
+
+
+FEATURES = {
+    "renorm": renorm, "ghost": ghost, "from_output": from_output, "padding": padding, "mask": mask,
+    "weights": weights, "all_weights": all_weights,
+}  # fmt: skip
 
 
 def ratio(plain: Call, feature: Call, rounds: int) -> tuple[float, float]:

@@ -266,9 +266,10 @@ def test_bad_options_of_run(bench, capsys, arguments, words):
 def test_features():
     done = program("features.py", "--set", "tiny", "--rounds", "3")
     assert done.returncode == 0, done.stderr
-    for name in ("renorm", "ghost", "from_output"):
+    names = ("renorm", "ghost", "from_output", "padding", "mask", "weights", "all_weights")
+    for name in names:
         assert f"{name} / plain" in done.stdout
-    assert done.stdout.count("2x3x4x4") == 6 and done.stdout.count("total") == 6
+    assert done.stdout.count("2x3x4x4") == done.stdout.count("total") == 2 * len(names)
 
 
 def test_bad_options_end_the_program():

@@ -188,7 +188,7 @@ py::object given_or_like(py::handle out, py::handle x) { return out.is_none() ? 
 
 py::object batch_norm(py::handle x, py::handle mean, py::handle var, py::handle gamma, py::handle beta, py::handle eps, py::handle axis,
                       py::handle activation, py::handle slope, py::handle residual, py::handle mask, py::handle num_threads, py::handle out,
-                      bool disjoint, bool prepared) {
+                      py::handle positions, bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormArgs a;
         std::int64_t channel_axis;
@@ -196,7 +196,7 @@ py::object batch_norm(py::handle x, py::handle mean, py::handle var, py::handle 
         if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) ||
             !as_activation(activation, slope, a.activation, a.slope) || !as_channels(mean, a.mean) || !as_channels(var, a.var) ||
             !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_mask(mask, a.activation_mask) ||
-            !as_thread_count(num_threads, a.num_threads)) {
+            !as_thread_count(num_threads, a.num_threads) || !as_positions(positions, a.positions)) {
             return {};
         }
         py::object y = given_or_like(out, x);
@@ -297,8 +297,8 @@ py::object renormalised(BatchNormTrainArgs& a, py::object y, py::object mean, py
 // r and d.
 py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py::handle running_mean, py::handle running_var,
                             py::handle decay, py::handle running_ddof, py::handle eps, py::handle axis, py::handle activation,
-                            py::handle slope, py::handle residual, py::handle num_threads, py::handle out, py::handle renorm, bool disjoint,
-                            bool prepared) {
+                            py::handle slope, py::handle residual, py::handle num_threads, py::handle out, py::handle positions,
+                            py::handle renorm, bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormTrainArgs a;
         std::int64_t channel_axis, ddof;
@@ -306,7 +306,8 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
         if (!together.read(x, a.x) || !as_int(axis, channel_axis) || !as_double(eps, a.eps) || !as_double(decay, a.decay) ||
             !as_int(running_ddof, ddof) || ddof < 0 || ddof > 1 || !as_activation(activation, slope, a.activation, a.slope) ||
             !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_channels(running_mean, a.running_mean) ||
-            !as_channels(running_var, a.running_var) || !as_thread_count(num_threads, a.num_threads) || !as_renorm(renorm, a.renorm)) {
+            !as_channels(running_var, a.running_var) || !as_thread_count(num_threads, a.num_threads) ||
+            !as_positions(positions, a.positions) || !as_renorm(renorm, a.renorm)) {
             return {};
         }
         a.running_ddof = static_cast<int>(ddof);
@@ -336,7 +337,7 @@ py::object batch_norm_train(py::handle x, py::handle gamma, py::handle beta, py:
 py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py::handle inv_std, py::handle gamma, py::handle beta,
                                py::handle axis, bool fixed, py::handle activation, py::handle slope, py::handle mask, py::handle residual,
                                bool need_dx, bool need_dgamma, bool need_dbeta, bool need_dresidual, py::handle num_threads, py::handle out,
-                               py::handle out_residual, bool disjoint, bool prepared) {
+                               py::handle out_residual, py::handle positions, bool disjoint, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         BatchNormBackwardArgs a;
         a.stats = fixed ? Stats::fixed : Stats::batch;
@@ -346,7 +347,7 @@ py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py:
             !as_activation(activation, slope, a.activation, a.slope) || !as_channels(mean, a.mean) || !as_channels(inv_std, a.inv_std) ||
             !as_channels(gamma, a.gamma) || !as_channels(beta, a.beta) || !as_mask(mask, a.activation_mask) ||
             !as_thread_count(num_threads, a.num_threads) || (!need_dx && !out.is_none()) || (!need_dresidual && !out_residual.is_none()) ||
-            (!residual.is_none() && !together.read(residual, a.residual))) {
+            (!residual.is_none() && !together.read(residual, a.residual)) || !as_positions(positions, a.positions)) {
             return {};
         }
         py::object dx = py::none(), dresidual = py::none();
@@ -378,18 +379,19 @@ py::object batch_norm_backward(py::handle dy, py::handle x, py::handle mean, py:
     });
 }
 
-py::object moments(py::handle x, py::handle axis, py::handle ddof, py::handle num_threads, bool prepared) {
+py::object moments(py::handle x, py::handle axis, py::handle ddof, py::handle num_threads, py::handle positions, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         std::int64_t channel_axis, delta;
         int threads;
         ConstTensor view;
         Together together;
+        Positions counting;
         if (!together.read(x, view, Kinds::any) || !as_int(axis, channel_axis) || !as_int(ddof, delta) ||
-            !as_thread_count(num_threads, threads) || !together.look(channel_axis)) {
+            !as_thread_count(num_threads, threads) || !as_positions(positions, counting) || !together.look(channel_axis)) {
             return {};
         }
         Vector<double> mean(view.channels), var(view.channels);
-        without_gil(elements(view), [&] { batchnorm::moments(view, mean.values, var.values, delta, threads); });
+        without_gil(elements(view), [&] { batchnorm::moments(view, mean.values, var.values, delta, threads, counting); });
         return py::make_tuple(std::move(mean.array), std::move(var.array));
     });
 }

@@ -106,6 +106,18 @@ bool as_mask(py::handle h, std::span<Byte>& out) {
     return a->dimensions[0] > 0;
 }
 
+// Which positions count: a tuple of contiguous bytes and of contiguous doubles, each or both None.
+inline bool as_positions(py::handle h, Positions& out) {
+    if (h.is_none()) return true;
+    if (!PyTuple_CheckExact(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 2) return false;
+    const py::handle mask = PyTuple_GET_ITEM(h.ptr(), 0), weights = PyTuple_GET_ITEM(h.ptr(), 1);
+    ConstChannels w;
+    if (!as_mask(mask, out.mask) || !as_channels(weights, w)) return false;
+    if (!w) return true;
+    out.weights = {static_cast<const double*>(w.data), static_cast<std::size_t>(w.size)};
+    return w.is_double && w.stride == 1 && w.size > 0;
+}
+
 // An image x and its result y are of different types, and if x has rows, y may have runs in their place.
 enum class Views { alike, image };
 

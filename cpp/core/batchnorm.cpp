@@ -10,6 +10,7 @@
 #include "gate.h"
 #include "image.h"
 #include "moment_sums.h"
+#include "positions.h"
 #include "reduce.h"
 #include "tuning.h"
 
@@ -44,13 +45,22 @@ struct AffineRows {
 
 // ---- statistics ----------------------------------------------------------------------------------------------------------------
 
+// The first positions that count, up to 16: as many as a power of two.
+struct FirstPositions {
+    int64_t n, position[16];
+    explicit FirstPositions(const Counting& counting) {
+        n = static_cast<int64_t>(std::bit_floor(static_cast<std::uint64_t>(counting.first(position, 16))));
+    }
+};
+
 // The value about which a channel of double data is summed: the mean of its first 16 values, or 8, 4, 2, which lies within a fraction of
 // the standard deviation. Sums of equal values halve exactly, so a constant stays exact.
-double shift_of(const ConstTensor& x, int64_t channel) {
-    const int64_t n = std::min<int64_t>(16, static_cast<int64_t>(std::bit_floor(static_cast<std::uint64_t>(x.outer * x.inner))));
+double shift_of(const ConstTensor& x, int64_t channel, const FirstPositions& first) {
+    const int64_t n = first.n;
     double values[16];
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t offset = i / x.inner * x.outer_stride + channel * x.channel_stride + i % x.inner * x.inner_stride;
+        const int64_t p = first.position[i];
+        const int64_t offset = p / x.inner * x.outer_stride + channel * x.channel_stride + p % x.inner * x.inner_stride;
         values[i] = static_cast<const double*>(x.data)[offset];
     }
     for (int64_t half = n / 2; half > 0; half /= 2) {
@@ -63,12 +73,13 @@ double shift_of(const ConstTensor& x, int64_t channel) {
 // that lay too far off.
 class Statistics {
 public:
-    Statistics(Workspace& ws, const Plan& plan, const KernelTable& table, const ConstTensor& x, std::span<double> mean,
-               std::span<double> var)
+    Statistics(Workspace& ws, const Plan& plan, const KernelTable& table, const ConstTensor& x, const Counting& counting,
+               std::span<double> mean, std::span<double> var)
         : plan_(plan),
-          args_{{}, to_operand(x), nullptr, nullptr, nullptr},
+          args_{{}, to_operand(x), nullptr, nullptr, nullptr, {}, counting.weights<double>(ws)},
           kernel_(table.moments[plan.direction][to_kernel(x.dtype)]),
-          n_(static_cast<double>(plan.outer * plan.inner)),
+          n_(counting.n()),
+          first_(counting),
           is_double_(x.dtype == Dtype::float64),
           // A sum of squares errs by 1e-13 at worst (1024 additions per lane), 4e-15 as a rule. Of double data that must stay below 1e-14;
           // of float data, where half an ulp is 3e-8 or more, it may grow: up to |mean| / std = 128 one pass is enough.
@@ -77,18 +88,20 @@ public:
           sums_(ws, plan.channels),
           mean_(mean),
           var_(var),
-          x_(x) {}
+          x_(x) {
+        if (args_.weights.data == nullptr) args_.kept = counting.kept();
+    }
 
     // `then(c0, c1)` runs when mean and var of those channels are final; map as in sums_then_map.
     template <class Then, class Map>
     void run(const Then& then, const Map* map) {
         const auto prepare = [&](int64_t c0, int64_t c1) {
-            for (int64_t c = c0; c < c1; ++c) shift_.set(c, shift_of(x_, c));
+            for (int64_t c = c0; c < c1; ++c) shift_.set(c, shift_of(x_, c, first_));
         };
         const auto kernel = [&](const Where& where, bool again, double* sum, double* sum_sq) {
             kernels::MomentsArgs a = args_;
             a.where = where;
-            a.shift = is_double_ || again ? shift_.from(where.box.channel_begin) : nullptr;
+            a.shift = is_double_ || again || a.weights.data != nullptr ? shift_.from(where.box.channel_begin) : nullptr;
             a.sum = sum;
             a.sum_sq = sum_sq;
             kernel_(a);
@@ -127,6 +140,7 @@ private:
     kernels::MomentsArgs args_;
     kernels::MomentsFn kernel_;
     double n_;
+    FirstPositions first_;
     bool is_double_;
     double most_amplification_;
     Row<double> shift_;
@@ -154,7 +168,7 @@ coeffs::Renorm renorm(const Renorm& a, int64_t c, double mean, double inv_std) {
 
 // What the elementwise pass of a forward function, whose arguments `a` are, needs besides its box and per-channel numbers.
 template <class Args>
-kernels::ApplyArgs apply_args(const Args& a, const Geometry& g, const Plan& plan) {
+kernels::ApplyArgs apply_args(const Args& a, const Geometry& g, const Plan& plan, const Counting& counting) {
     const Act act = act_of(a.activation, a.slope, g.dtype, !a.activation_mask.empty());
     return {{},
             to_operand(a.x),
@@ -164,7 +178,8 @@ kernels::ApplyArgs apply_args(const Args& a, const Geometry& g, const Plan& plan
             act.gate,
             to_mask(g, a.activation_mask.empty() ? nullptr : a.activation_mask.data()),
             plan.stream,
-            act.curve};
+            act.curve,
+            counting.kept()};
 }
 
 template <class C>
@@ -176,11 +191,12 @@ void apply(const kernels::ApplyFn kernel, kernels::ApplyArgs args, const Where& 
 
 }  // namespace
 
-void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads) {
-    const Geometry g = check::moments_arguments(x, mean, var, ddof, num_threads);
+void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
+             const Positions& positions) {
+    const Geometry g = check::moments_arguments(x, mean, var, ddof, num_threads, positions);
     const parallel::Limit limit(num_threads);
     const KernelTable& table = check::active_level();
-    if (g.count() == 0) {
+    if (g.counting == 0) {
         for (double& v : mean) v = kNaN;
         for (double& v : var) v = kNaN;
         return;
@@ -188,14 +204,14 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
     if (is_integer(g.dtype)) return integer_moments(g, x, mean, var, ddof);
     const Plan plan = make_plan(g, 1, 0);
     Workspace ws;
-    const double n = static_cast<double>(g.count());
+    const Counting counting(ws, g, positions);
     // The caller's arrays are written at the end, so that an interrupt leaves them as they were.
     const std::span<double> m(ws.take<double>(g.channels), index(g.channels)), v(ws.take<double>(g.channels), index(g.channels));
-    Statistics(ws, plan, table, x, m, v).run([](int64_t, int64_t) {}, kNoMap);
+    Statistics(ws, plan, table, x, counting, m, v).run([](int64_t, int64_t) {}, kNoMap);
     for_channels(plan, [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; ++c) {
             mean[index(c)] = m[index(c)];
-            var[index(c)] = coeffs::with_ddof(v[index(c)], n, static_cast<double>(ddof));
+            var[index(c)] = coeffs::with_ddof(v[index(c)], g.weight, static_cast<double>(ddof));
         }
     });
 }
@@ -211,7 +227,9 @@ void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads) 
     const Plan plan = make_plan(g, 1, 0);
     Workspace ws;
     const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
-    Statistics statistics(ws, plan, table, x, mean, var);
+    const Positions all;
+    const Counting counting(ws, g, all);
+    Statistics statistics(ws, plan, table, x, counting, mean, var);
     statistics.run([](int64_t, int64_t) {}, kNoMap);
     const SumsArray<double> out(sums.data(), g.channels);
     out.set_count({{static_cast<double>(g.count())}});
@@ -240,7 +258,8 @@ void batch_norm(const BatchNormArgs& a) {
             }
         });
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
-        const kernels::ApplyArgs args = apply_args(a, g, plan);
+        const Counting counting(ws, g, a.positions);
+        const kernels::ApplyArgs args = apply_args(a, g, plan, counting);
         for_each(plan.map_items(), plan, [&](int64_t i) { apply(kernel, args, plan.map_item(i), affine); });
     });
 }
@@ -249,11 +268,12 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
     const Geometry g = check::arguments(a);
     const parallel::Limit limit(a.num_threads);
     const KernelTable& table = check::active_level();
-    if (g.count() == 0) {
+    if (g.counting == 0) {
         for (double& v : a.mean) v = kNaN;
         for (double& v : a.inv_std) v = kNaN;
         for (double& v : a.renorm.r) v = kNaN;
         for (double& v : a.renorm.d) v = kNaN;
+        clear(a.y);
         return;
     }
     const Plan plan = make_plan(g, a.residual ? 2 : 1, 1);
@@ -277,9 +297,10 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
             }
         };
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
-        const kernels::ApplyArgs args = apply_args(a, g, plan);
+        const Counting counting(ws, g, a.positions);
+        const kernels::ApplyArgs args = apply_args(a, g, plan, counting);
         const auto map = [&](const Where& where) { apply(kernel, args, where, affine); };
-        Statistics(ws, plan, table, a.x, mean, var).run(then, &map);
+        Statistics(ws, plan, table, a.x, counting, mean, var).run(then, &map);
     });
     for_channels(plan, [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; ++c) {
@@ -294,7 +315,7 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
         if (a.running_mean) {
             update_channels(
                 a.running_mean, a.running_var, c0, c1, [&](int64_t c) { return mean[index(c)]; }, [&](int64_t c) { return var[index(c)]; },
-                a.decay, static_cast<double>(g.count()), a.running_ddof);
+                a.decay, g.weight, a.running_ddof);
         }
     });
 }
@@ -305,16 +326,18 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
     const KernelTable& table = check::active_level();
     const bool fixed = a.stats == Stats::fixed;
     const bool want_sums = a.dgamma || a.dbeta || (a.dx && !fixed);
-    const double n = static_cast<double>(g.count());
-    if (g.count() == 0) {
+    if (g.counting == 0) {
         for (int64_t c = 0; c < g.channels; ++c) {
             if (a.dgamma) set(a.dgamma, c, 0);
             if (a.dbeta) set(a.dbeta, c, 0);
         }
+        if (a.dx) clear(a.dx);
+        if (a.dresidual) clear(a.dresidual);
         return;
     }
     const Plan plan = make_plan(g, a.residual ? 3 : 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
     Workspace ws;
+    const Counting counting(ws, g, a.positions);
     ChannelSums sums(ws, g.channels);
     const bool is_double = g.dtype == Dtype::float64;
     Row<double> shift(ws, plan);
@@ -340,13 +363,13 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
             const int64_t channels = where.box.channel_end - c;
             const bool shifted =
                 is_double || gate == kernels::curve || std::any_of(about, about + channels, [](double s) { return s != 0; });
-            sums_kernel(
-                {where, to_operand(a.dy), to_operand(a.x), shifted ? about : nullptr, affine.from(c), dy, dy_x, gate, mask, act.curve, z});
+            sums_kernel({where, to_operand(a.dy), to_operand(a.x), shifted ? about : nullptr, affine.from(c), dy, dy_x, gate, mask,
+                         act.curve, z, counting.kept()});
         };
         const auto finish = [&](int64_t c0, int64_t c1, bool) {
             for (int64_t c = c0; c < c1; ++c) {
-                const coeffs::Gradient<C> k =
-                    coeffs::gradient<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c), sum_dy_xc(c), n);
+                const coeffs::Gradient<C> k = coeffs::gradient<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c),
+                                                                  sum_dy_xc(c), counting.n());
                 k_dy.set(c, k.k_dy);
                 x_scale.set(c, k.x_scale);
                 k_x.set(c, k.k_x);
@@ -361,6 +384,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         Row<C> ones(ws, plan);
         if (dz_alone) ones.fill(1);
         const Tensor& dx = a.dx ? a.dx : a.dresidual;
+        const kernels::Weights weights = a.dx ? counting.weights<C>(ws) : kernels::Weights{};
         const auto map = [&](const Where& where) {
             const int64_t c = where.box.channel_begin;
             kernels::GradApplyArgs args{where,
@@ -378,7 +402,9 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                                         fixed,
                                         plan.stream,
                                         act.curve,
-                                        z};
+                                        z,
+                                        counting.kept(),
+                                        weights};
             if (dz_alone) {
                 kernels::GradApplyArgs dz = args;
                 dz.dx = to_operand(a.dresidual);

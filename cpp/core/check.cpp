@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "memory.h"
+#include "positions.h"
 #include "tuning.h"
 
 namespace batchnorm::check {
@@ -99,6 +100,8 @@ Geometry geometry(const ConstTensor& x, const char* name = "x", Storage storage 
     }
     tensor(x, name);
     Geometry g{kernels::ncs, x.outer, x.channels, x.inner, x.dtype};
+    g.counting = g.count();
+    g.weight = static_cast<double>(g.count());
     if (g.count() == 0) return g;
     if (is_ncs(x.inner, x.inner_stride)) {
         g.direction = kernels::ncs;
@@ -234,6 +237,36 @@ Range range_of(std::span<const std::uint8_t> bytes) {
     return {base, base + bytes.size()};
 }
 
+// Counts the positions that count. A mask leaves the values at the others alone, weights included.
+void positions(const Positions& p, Geometry& g) {
+    const std::int64_t count = g.count();
+    const auto size = [&](std::size_t n, const char* name) {
+        if (n != 0 && (count == 0 || count % static_cast<std::int64_t>(n) != 0)) {
+            fail(std::string(name) + " has " + std::to_string(n) + " values, expected one for each of the " + std::to_string(count) +
+                 " positions of x, or a number that divides that");
+        }
+    };
+    size(p.mask.size(), "mask");
+    size(p.weights.size(), "weights");
+    if (p.mask.empty() && p.weights.empty()) return;
+    if (is_integer(g.dtype)) {
+        fail((p.mask.empty() ? "weights are" : "a mask is") +
+             std::string(" given with x of integers, expected none; drop it, or convert x") + " to a floating type");
+    }
+    const Counted c = count_positions(p, count);
+    if (c.bad >= 0) {
+        fail("weights is " + std::to_string(p.weights[static_cast<std::size_t>(c.bad)]) + " at " + std::to_string(c.bad) +
+             ", expected finite values >= 0");
+    }
+    if (!std::isfinite(c.weight)) fail("weights sum to more than a double holds, expected smaller ones");
+    g.counting = c.positions;
+    g.weight = c.weight;
+}
+
+void no_weights(const Positions& p, const char* why) {
+    if (!p.weights.empty()) fail(std::string("weights are given ") + why + "; drop them");
+}
+
 void call_threads(int n) {
     if (n < 0) fail("num_threads is " + std::to_string(n) + ", expected at least 1, or 0 for the default");
 }
@@ -276,6 +309,18 @@ void backward_residual(const BatchNormBackwardArgs& a, const Geometry& g) {
         fail(std::string(piecewise_linear(a.activation) ? "activation_mask" : "residual") +
              " is missing, expected the forward's: after a residual, x does not tell where the activation was on");
     }
+}
+
+// What says which positions count is read while outputs are written.
+void positions_apart(const Positions& p, const Tensor& out, const char* out_name) {
+    const auto one = [&](const void* data, std::size_t bytes, const char* name) {
+        const auto base = reinterpret_cast<std::uintptr_t>(data);
+        if (out && bytes != 0 && range_of(out).overlaps({base, base + bytes})) {
+            fail(std::string(out_name) + " overlaps " + name + ", expected separate arrays");
+        }
+    };
+    one(p.mask.data(), p.mask.size(), "mask");
+    one(p.weights.data(), p.weights.size_bytes(), "weights");
 }
 
 // A mask that is written touches no other array.
@@ -341,7 +386,9 @@ void image(const BatchNormArgs& a, const Geometry& g) {
 }  // namespace
 
 Geometry arguments(const BatchNormArgs& a) {
-    const Geometry g = geometry(a.x, "x", Storage::any);
+    Geometry g = geometry(a.x, "x", Storage::any);
+    no_weights(a.positions, "to batch_norm, which takes no statistics");
+    positions(a.positions, g);
     required(static_cast<bool>(a.mean), "mean");
     required(static_cast<bool>(a.var), "var");
     channels(a.mean, "mean", g.channels, Values::finite);
@@ -360,6 +407,7 @@ Geometry arguments(const BatchNormArgs& a) {
     call_threads(a.num_threads);
     if (a.disjoint) return g;
     no_partial_overlap(a.y, "y", a.x, "x");
+    positions_apart(a.positions, a.y, "y");
     mask_apart(a.activation_mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{a.mean, "mean"},
                std::pair{a.var, "var"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"});
     const Range y = range_of(a.y);
@@ -370,7 +418,8 @@ Geometry arguments(const BatchNormArgs& a) {
 }
 
 Geometry arguments(const BatchNormTrainArgs& a) {
-    const Geometry g = geometry(a.x);
+    Geometry g = geometry(a.x);
+    positions(a.positions, g);
     optional_affine(a.gamma, a.beta, g.channels);
     if (static_cast<bool>(a.running_mean) != static_cast<bool>(a.running_var)) {
         fail(std::string(a.running_mean ? "running_var" : "running_mean") +
@@ -379,10 +428,14 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     eps(a.eps);
     decay(a.decay);
     if (a.running_ddof != 0 && a.running_ddof != 1) fail("running_ddof is " + std::to_string(a.running_ddof) + ", expected 0 or 1");
-    if (g.count() == 1) {
+    if (g.counting == 1) {
         fail(
             "x has one value per channel, from which no variance can be had, expected at least 2; use batch_norm with running statistics, "
             "or a larger batch");
+    }
+    if (a.running_mean && g.counting > 0 && g.weight <= a.running_ddof) {
+        fail("weights sum to " + std::to_string(g.weight) + ", expected more than running_ddof = " + std::to_string(a.running_ddof) +
+             " for the running variance; use running_ddof = 0, or larger weights");
     }
     same_shape(a.y, "y", g);
     distinct_elements(a.y, "y");
@@ -404,6 +457,7 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     call_threads(a.num_threads);
     if (a.disjoint) return g;
     no_partial_overlap(a.y, "y", a.x, "x");
+    positions_apart(a.positions, a.y, "y");
     mask_apart(a.activation_mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{mean, "mean"},
                std::pair{inv_std, "inv_std"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"},
                std::pair{a.running_mean, "running_mean"}, std::pair{a.running_var, "running_var"});
@@ -428,14 +482,16 @@ Geometry arguments(const BatchNormTrainArgs& a) {
 }
 
 Geometry arguments(const BatchNormBackwardArgs& a) {
-    const Geometry g = geometry(a.x);
+    Geometry g = geometry(a.x);
+    if (a.stats == Stats::fixed) no_weights(a.positions, "with fixed statistics, which they do not enter");
+    positions(a.positions, g);
     same_shape(a.dy, "dy", g);
     required(static_cast<bool>(a.mean), "mean");
     required(static_cast<bool>(a.inv_std), "inv_std");
     channels(a.mean, "mean", g.channels);
     channels(a.inv_std, "inv_std", g.channels);
     optional_affine(a.gamma, a.beta, g.channels);
-    if (a.stats == Stats::batch && g.count() == 1) {
+    if (a.stats == Stats::batch && g.counting == 1) {
         fail(
             "x has one value per channel, expected at least 2 with batch statistics; use Stats::fixed for a forward with given statistics");
     }
@@ -470,6 +526,7 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
     for (const auto& [out, out_name] : {std::pair{&a.dx, "dx"}, {&a.dresidual, "dresidual"}}) {
         if (!*out) continue;
         no_partial_overlap(*out, out_name, a.dy, "dy");
+        positions_apart(a.positions, *out, out_name);
         if (a.residual) no_partial_overlap(*out, out_name, a.residual, "residual");
         if (out == &a.dx) no_partial_overlap(*out, out_name, a.x, "x");
         mask_apart(a.activation_mask, std::pair{*out, out_name});
@@ -520,16 +577,20 @@ Geometry arguments(const CombineArgs& a) {
     return g;
 }
 
-Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads) {
-    const Geometry g = geometry(x, "x", Storage::any);
+Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
+                           const Positions& counting) {
+    Geometry g = geometry(x, "x", Storage::any);
+    positions(counting, g);
     call_threads(num_threads);
     const Channels mean_out(mean), var_out(var);
     channels(mean_out, "mean", g.channels);
     channels(var_out, "var", g.channels);
     separate(mean_out, "mean", var_out, "var");
     if (ddof < 0) fail("ddof is " + std::to_string(ddof) + ", expected >= 0");
-    if (g.count() != 0 && g.count() <= ddof) {
-        fail("ddof is " + std::to_string(ddof) + ", expected less than the " + std::to_string(g.count()) + " values per channel of x");
+    if (g.counting != 0 && g.weight <= static_cast<double>(ddof)) {
+        fail("ddof is " + std::to_string(ddof) + ", expected less than the " +
+             (counting.weights.empty() ? std::to_string(g.counting) + " values per channel of x"
+                                       : std::to_string(g.weight) + " that the weights sum to"));
     }
     return g;
 }

@@ -25,6 +25,8 @@ struct Geometry {
     kernels::Direction direction = kernels::ncs;
     std::int64_t outer = 0, channels = 0, inner = 0;
     Dtype dtype = Dtype::float32;
+    std::int64_t counting = 0;  // positions that count
+    double weight = 0;          // the sum of their weights: n
 
     std::int64_t count() const { return outer * inner; }  // values per channel
     std::int64_t elements() const { return count() * channels; }

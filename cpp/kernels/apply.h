@@ -27,9 +27,9 @@ struct ApplyPointers {
 };
 
 // With gate curve, with_z and with_stream say what may be.
-template <Gate gate, bool with_z, bool with_stream, class T, class PerChannel>
+template <Gate gate, bool with_z, bool with_stream, class T, class PerChannel, class Keep>
 BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t period, PerChannel center, PerChannel scale,
-                                PerChannel offset, const Curve& curve) {
+                                PerChannel offset, const Curve& curve, Keep keep) {
     const bool add_z = with_z && (!asks<gate> || p.z != nullptr);
     const bool put_bits = gate == kernels::masked || (asks<gate> && p.mask != nullptr);
     MaskWriter<gate == kernels::masked || asks<gate>> mask(p.mask, put_bits ? p.first_bit : 0);
@@ -47,12 +47,12 @@ BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t pe
         if (add_z) prefetch_ahead(p.z + e);
         const Block<T> v = value(load(p.x + e), add_z ? load(p.z + e) : Block<T>{}, k);
         if (put_bits) mask.put(bits(v));
-        return gated(v);
+        return where_kept(keep.at(e), gated(v));
     };
     const auto part = [&](int64_t e, int64_t k, int64_t m) {
         const Block<T> v = value(load_part(p.x + e, m), add_z ? load_part(p.z + e, m) : Block<T>{}, k);
         if (put_bits) mask.put(bits(v), m);
-        store_part(p.y + e, m, gated(v));
+        store_part(p.y + e, m, where_kept(keep.at(e), gated(v)));
     };
     const bool stream = with_stream && (!asks<gate> || p.stream);
     const int64_t head = stream || n >= kWorthAligning ? elements_to_alignment(p.y) : 0;
@@ -74,7 +74,8 @@ BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a) {
             const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
             apply_run<gate, with_z, with_stream>(
                 ApplyPointers<T>{x.at(n, c), add_z ? z.at(n, c) : nullptr, y.at(n, c), a.mask.bits, bit, a.stream}, run, kNoPeriod,
-                PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c), a.curve);
+                PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c), a.curve,
+                KeptRun(a.kept, b, n));
         }
     }
 }
@@ -88,17 +89,16 @@ BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
     const int64_t channels = b.channel_end - b.channel_begin;
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
-    const auto rows = [&](int64_t r, int64_t n, int64_t period) {
+    // Rows without gaps are one stretch of memory, whatever their length.
+    const bool dense = x.dense(channels) && y.dense(channels) && z.dense(channels) &&
+                       (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels);
+    const auto rows = [&](int64_t r, int64_t n_rows) {
         const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
-        apply_run<gate, with_z, with_stream>(ApplyPointers<T>{x.at(r), add_z ? z.at(r) : nullptr, y.at(r), a.mask.bits, bit, a.stream}, n,
-                                             period, center, scale, offset, a.curve);
+        apply_run<gate, with_z, with_stream>(ApplyPointers<T>{x.at(r), add_z ? z.at(r) : nullptr, y.at(r), a.mask.bits, bit, a.stream},
+                                             n_rows * channels, a.where.fold * channels, center, scale, offset, a.curve, KeptRow());
     };
-    if (x.dense(channels) && y.dense(channels) && z.dense(channels) &&
-        (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels)) {
-        // All rows are one stretch of memory, whatever their length.
-        return rows(b.outer_begin, (b.outer_end - b.outer_begin) * channels, a.where.fold * channels);
-    }
-    for (int64_t r = b.outer_begin; r < b.outer_end; ++r) rows(r, channels, kNoPeriod);
+    const Compute<T>* const no_weights = nullptr;
+    for_stretches(a.where, dense, a.kept.data, no_weights, rows, [&](int64_t r) { clear(y.at(r), channels); });
 }
 
 // Runs `as` with gate, residual or not, streamed or not as constants.

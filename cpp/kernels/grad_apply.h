@@ -25,17 +25,23 @@ struct GradPointers {
 };
 
 // With gate curve, with_dz and with_stream say what may be, and `fixed` nothing.
-template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T, class PerChannel>
+template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T, class PerChannel, class Keep, class Weight>
 BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_t period, const GradCoefficients<PerChannel>& c,
-                                     const Curve& curve) {
+                                     const Curve& curve, Keep keep, Weight weight) {
     const bool add_z = asks<gate> && p.z != nullptr, put_z = with_dz && (!asks<gate> || p.dz != nullptr);
     const bool just_scale = asks<gate> ? p.fixed : fixed;
     const auto through = [&](Block<T> g, Block<T> v, Block<T> z, int64_t e, int64_t k) {
         return through_gate<gate>(g, v, z, c.center, c.scale, c.offset, k, p.mask, p.first_bit + e, curve);
     };
-    const auto value = [&](Block<T> g, Block<T> v, int64_t k) {
+    const auto value = [&](Block<T> g, Block<T> v, int64_t e, int64_t k) {
         if (just_scale) return g * c.k_dy.at(k);
-        return (g * c.k_dy.at(k) + ((v - c.center.at(k)) * c.x_scale.at(k)) * c.k_x.at(k)) + c.k_0.at(k);
+        Block<T> x_term = ((v - c.center.at(k)) * c.x_scale.at(k)) * c.k_x.at(k), rest = c.k_0.at(k);
+        if (weight.data != nullptr) {
+            const Block<T> w = weight.at(e);
+            x_term = x_term * w;
+            rest = rest * w;
+        }
+        return (g * c.k_dy.at(k) + x_term) + rest;
     };
     constexpr bool read_x = gate == kernels::relu || gate == kernels::curve || !fixed;
     const bool stream = with_stream && (!asks<gate> || p.stream);
@@ -47,15 +53,17 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
         if (add_z) prefetch_ahead(p.z + e);
         const Block<T> v = read_x ? load(p.x + e) : Block<T>{};
         const Block<T> g = through(load(p.dy + e), v, add_z ? load(p.z + e) : Block<T>{}, e, k);
-        if (put_z) stream_dz ? store_stream(p.dz + e, g) : store(p.dz + e, g);
-        const Block<T> dx = value(g, v, k);
+        const uint32_t bits = keep.at(e);
+        if (put_z) stream_dz ? store_stream(p.dz + e, where_kept(bits, g)) : store(p.dz + e, where_kept(bits, g));
+        const Block<T> dx = where_kept(bits, value(g, v, e, k));
         stream ? store_stream(p.dx + e, dx) : store(p.dx + e, dx);
     };
     const auto part = [&](int64_t e, int64_t k, int64_t m) {
         const Block<T> v = read_x ? load_part(p.x + e, m) : Block<T>{};
         const Block<T> g = through(load_part(p.dy + e, m), v, add_z ? load_part(p.z + e, m) : Block<T>{}, e, k);
-        if (put_z) store_part(p.dz + e, m, g);
-        store_part(p.dx + e, m, value(g, v, k));
+        const uint32_t bits = keep.at(e);
+        if (put_z) store_part(p.dz + e, m, where_kept(bits, g));
+        store_part(p.dx + e, m, where_kept(bits, value(g, v, e, k)));
     };
     for_blocks(head, n, period, whole, part);
 }
@@ -81,7 +89,8 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
             const GradPointers<T> p{
                 dy.at(n, c), x.at(n, c), dx.at(n, c), put_z ? dz.at(n, c) : nullptr, a.mask.bits, bit, add_z ? z.at(n, c) : nullptr,
                 a.fixed,     a.stream};
-            grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k, a.curve);
+            grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k, a.curve, KeptRun(a.kept, b, n),
+                                                              RunWeights<Compute<T>>(a.weights, b, n));
         }
     }
 }
@@ -97,17 +106,19 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     const GradCoefficients<PerChannel> k{
         PerChannel(a.affine.center), PerChannel(a.affine.scale), PerChannel(a.affine.offset), PerChannel(a.k_dy), PerChannel(a.x_scale),
         PerChannel(a.k_x),           PerChannel(a.k_0)};
-    const auto rows = [&](int64_t r, int64_t n, int64_t period) {
+    const bool dense = dy.dense(channels) && x.dense(channels) && dx.dense(channels) && dz.dense(channels) && z.dense(channels) &&
+                       (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels);
+    const auto rows = [&](int64_t r, int64_t n_rows) {
         const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
         const GradPointers<T> p{dy.at(r), x.at(r), dx.at(r), put_z ? dz.at(r) : nullptr, a.mask.bits, bit, add_z ? z.at(r) : nullptr,
                                 a.fixed,  a.stream};
-        grad_apply_run<gate, fixed, with_dz, with_stream>(p, n, period, k, a.curve);
+        grad_apply_run<gate, fixed, with_dz, with_stream>(p, n_rows * channels, a.where.fold * channels, k, a.curve, KeptRow(),
+                                                          RowWeight<Compute<T>>(a.weights, r));
     };
-    if (dy.dense(channels) && x.dense(channels) && dx.dense(channels) && dz.dense(channels) && z.dense(channels) &&
-        (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels)) {
-        return rows(b.outer_begin, (b.outer_end - b.outer_begin) * channels, a.where.fold * channels);
-    }
-    for (int64_t r = b.outer_begin; r < b.outer_end; ++r) rows(r, channels, kNoPeriod);
+    for_stretches(a.where, dense, a.kept.data, (const Compute<T>*)a.weights.data, rows, [&](int64_t r) {
+        clear(dx.at(r), channels);
+        if (put_z) clear(dz.at(r), channels);
+    });
 }
 
 // Runs `as` with the four choices as constants. dz exists with a mask or a curve alone.

@@ -68,6 +68,7 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 const T* const dy_run = dy.at(n, c0 + c);
                 const T* const x_run = x.at(n, c0 + c);
                 const T* const z_run = z.at(n, c0 + c);
+                const KeptRun keep(a.kept, b, n);
                 const auto fetch = [&](int64_t e) {
                     prefetch_ahead(dy_run + e);
                     prefetch_ahead(x_run + e);
@@ -77,29 +78,34 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
                     const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c0 + c) * a.mask.channel_stride + b.inner_begin;
                     const auto gated = [&](Block<T> g, Block<T> v, Block<T> residual, int64_t e) {
-                        return to_double(through_gate<gate>(g, v, residual, center, scale, offset, 0, a.mask.bits, bit + e, a.curve));
+                        return to_double(where_kept(
+                            keep.at(e), through_gate<gate>(g, v, residual, center, scale, offset, 0, a.mask.bits, bit + e, a.curve)));
                     };
                     for_run(
                         run,
                         [&](int64_t e) {
                             fetch(e);
                             const Block<T> v = load(x_run + e);
-                            sums.add(gated(load(dy_run + e), v, add_z ? load(z_run + e) : Block<T>{}, e), to_double(v), shift);
+                            sums.add(gated(load(dy_run + e), v, add_z ? load(z_run + e) : Block<T>{}, e),
+                                     to_double(where_kept(keep.at(e), v)), shift);
                         },
                         [&](int64_t e, int64_t m) {
                             const Block<T> v = load_part(x_run + e, m);
                             const Block<T> residual = add_z ? load_part(z_run + e, m) : Block<T>{};
-                            sums.add_first(gated(load_part(dy_run + e, m), v, residual, e), to_double(v), shift, m);
+                            sums.add_first(gated(load_part(dy_run + e, m), v, residual, e), to_double(where_kept(keep.at(e), v)), shift, m);
                         });
                 } else {
                     for_run(
                         run,
                         [&](int64_t e) {
                             fetch(e);
-                            sums.add(load_double(dy_run + e), load_double(x_run + e), shift);
+                            const uint32_t bits = keep.at(e);
+                            sums.add(where_kept(bits, load_double(dy_run + e)), where_kept(bits, load_double(x_run + e)), shift);
                         },
                         [&](int64_t e, int64_t m) {
-                            sums.add_first(to_double(load_part(dy_run + e, m)), to_double(load_part(x_run + e, m)), shift, m);
+                            const uint32_t bits = keep.at(e);
+                            sums.add_first(where_kept(bits, to_double(load_part(dy_run + e, m))),
+                                           where_kept(bits, to_double(load_part(x_run + e, m))), shift, m);
                         });
                 }
                 Ops<F64>::store(lanes[c][0], sums.dy);
@@ -110,10 +116,10 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     }
 }
 
-// R rows at a time, z's read if there is one; the mask's bits of row j start at bit + j * bit_step.
+// R rows at a time, z's read if there is one; the mask's bits of row j start at bit[j].
 template <Gate gate, bool shifted, int R, class T>
-BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], const T* const (&z)[R], int64_t width, int64_t bit,
-                                     int64_t bit_step, const GradSumsArgs& a) {
+BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], const T* const (&z)[R], int64_t width,
+                                     const int64_t (&bit)[R], const GradSumsArgs& a) {
     const bool add_z = asks<gate> && a.z.data != nullptr;
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
@@ -128,8 +134,8 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
             if constexpr (gate != kernels::open) {
                 const Block<T> v = load_at(x[j] + e);
                 const Block<T> residual = add_z ? load_at(z[j] + e) : Block<T>{};
-                const Block<T> g = through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e, a.mask.bits,
-                                                      bit + j * bit_step + e, a.curve);
+                const Block<T> g =
+                    through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e, a.mask.bits, bit[j] + e, a.curve);
                 sums.add(to_double(g), to_double(v), shift);
             } else {
                 sums.add(load_double_at(dy[j] + e), load_double_at(x[j] + e), shift);
@@ -150,28 +156,31 @@ template <Gate gate, bool shifted, class T>
 BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
     const bool add_z = asks<gate> && a.z.data != nullptr;
-    const FoldedRows<T> dy(a.dy, a.where), x(a.x, a.where), z(add_z ? a.z : a.x, a.where);
+    const uint8_t* const kept = a.kept.data;
+    const FoldedRows<T> dy(a.dy, a.where, kept), x(a.x, a.where, kept), z(add_z ? a.z : a.x, a.where, kept);
     const int64_t fold = a.where.fold, width = fold * x.channels;
     memset(a.sum_dy, 0, (size_t)round_up(width) * sizeof(double));
     memset(a.sum_dy_x, 0, (size_t)round_up(width) * sizeof(double));
     T dy_buffer[kMaxFoldedWidth], x_buffer[kMaxFoldedWidth], z_buffer[asks<gate> ? kMaxFoldedWidth : 1];
-    const int64_t bit_step = fold * a.mask.outer_stride;
-    int64_t r = b.outer_begin;
-    const auto bit = [&] { return r * a.mask.outer_stride + b.channel_begin; };
+    const auto bit = [&](int64_t row) { return row * a.mask.outer_stride + b.channel_begin; };
     // Several rows at a time, their sums in registers: not where the gate's call would spill them, which code of that size is not worth.
-    if constexpr (!asks<gate>) {
-        for (; !dy.gather && !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
-            const T* const dy_rows[4] = {dy.rows.at(r), dy.rows.at(r + fold), dy.rows.at(r + 2 * fold), dy.rows.at(r + 3 * fold)};
-            const T* const x_rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
-            grad_sums_rows<gate, shifted>(dy_rows, x_rows, x_rows, width, bit(), bit_step, a);
+    const bool four = !asks<gate> && !dy.gather && !x.gather;
+    RowsThatCount rows(a.where, kept);
+    int64_t r[4];
+    while (const int n = rows.next(r, four)) {
+        if (n == 4) {
+            if constexpr (!asks<gate>) {
+                const T* const dy_rows[4] = {dy.rows.at(r[0]), dy.rows.at(r[1]), dy.rows.at(r[2]), dy.rows.at(r[3])};
+                const T* const x_rows[4] = {x.rows.at(r[0]), x.rows.at(r[1]), x.rows.at(r[2]), x.rows.at(r[3])};
+                grad_sums_rows<gate, shifted>(dy_rows, x_rows, x_rows, width, {bit(r[0]), bit(r[1]), bit(r[2]), bit(r[3])}, a);
+            }
+        } else {
+            const int64_t n_rows = b.outer_end - r[0] < fold ? b.outer_end - r[0] : fold;
+            const T* const dy_rows[1] = {dy.at(r[0], n_rows, dy_buffer)};
+            const T* const x_rows[1] = {x.at(r[0], n_rows, x_buffer)};
+            const T* const z_rows[1] = {add_z ? z.at(r[0], n_rows, z_buffer) : x_rows[0]};
+            grad_sums_rows<gate, shifted>(dy_rows, x_rows, z_rows, n_rows * x.channels, {bit(r[0])}, a);
         }
-    }
-    for (; r < b.outer_end; r += fold) {
-        const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
-        const T* const dy_rows[1] = {dy.at(r, n_rows, dy_buffer)};
-        const T* const x_rows[1] = {x.at(r, n_rows, x_buffer)};
-        const T* const z_rows[1] = {add_z ? z.at(r, n_rows, z_buffer) : x_rows[0]};
-        grad_sums_rows<gate, shifted>(dy_rows, x_rows, z_rows, n_rows * x.channels, bit(), bit_step, a);
     }
 }
 

@@ -80,16 +80,36 @@ struct Mask {
 };
 inline constexpr int64_t kMaskSlack = 4;
 
+// Which positions (outer, inner) count; elements at the others are as if they were not there: they add nothing to a sum, whatever they
+// hold, and 0 is written for them. Direction ncs: a bit each, number outer * outer_stride + inner, with a Mask's slack behind the last.
+// Direction nsc: a byte per row, 0 for a row that does not count. Without data all count.
+struct Kept {
+    const uint8_t* data;
+    int64_t outer_stride;
+};
+
+// How often each position counts: finite numbers >= 0, double for moments and Compute for grad_apply. Direction ncs: number outer *
+// outer_stride + inner * inner_step; 15 more behind the last of a run may be read. With step 0 a run has one weight, kLanes times in
+// memory. Direction nsc: one per row. Without data each counts once.
+struct Weights {
+    const void* data;
+    int64_t outer_stride, inner_step;
+};
+
 // Per-channel arrays below start at box.channel_begin. `Compute` is double for float64 storage and float otherwise.
 
 // sum[c] = sum of (x - shift[c]), sum_sq[c] = sum of (x - shift[c])^2 over the box, in double; overwritten. No shift (null) means 0, which
-// is faster; float64 storage always has one, integers never, whose sums are exact below 2^53: of up to 2^21 values.
+// is faster; float64 storage always has one, integers never, whose sums are exact below 2^53: of up to 2^21 values. With weights, which
+// integers have none of, nor a mask, there always is one, and each sum's term is multiplied by its own weight; where that is 0 x is not
+// looked at. Weights and kept are not given together.
 struct MomentsArgs {
     Where where;
     Operand x;
     const double* shift;
     double* sum;
     double* sum_sq;
+    Kept kept{};
+    Weights weights{};
 };
 
 // y = (x - center) * scale + offset, three roundings in Compute, plus z (a fourth) if there is one, then through the gate, max(y, 0) unless
@@ -108,6 +128,7 @@ struct ApplyArgs {
     Mask mask;
     bool stream;  // non-temporal stores: for outputs that no cache will hold
     Curve curve{};
+    Kept kept{};
 };
 
 // g = dy where the gate lets through, else 0: open always, relu where apply(x) > 0, masked where the bit is set. Gate curve: g = dy
@@ -125,11 +146,13 @@ struct GradSumsArgs {
     Mask mask;
     Curve curve{};
     Operand z{};  // the residual; read only with gate curve
+    Kept kept{};
 };
 
 // dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 with g as above; with fixed statistics dx = g * k_dy and x is read only
 // with gate relu or curve. dz = g, if wanted. x_scale is a power of two that brings x - center to about 1, so that k_x has the size of dx
-// whatever the spread of x.
+// whatever the spread of x. With weights, which fixed statistics have none of, dx = g * k_dy + w * (((x - center) * x_scale) * k_x) + w *
+// k_0.
 struct GradApplyArgs {
     Where where;
     Operand dy, x, dx, dz;  // dz, the residual's gradient, with gate masked or curve alone; without data: none
@@ -144,6 +167,8 @@ struct GradApplyArgs {
     bool stream;
     Curve curve{};
     Operand z{};  // as for grad_sums
+    Kept kept{};
+    Weights weights{};
 };
 
 // y = (x - center) * scale + offset of integer x, three roundings in double (center, scale and offset are double arrays), then one to float

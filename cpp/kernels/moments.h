@@ -36,9 +36,29 @@ struct Moments {
             add(x, shift);
         }
     }
+    // The lanes whose bit is set alone, whatever the others hold.
+    BATCHNORM_INLINE void add_kept(F64 x, F64 shift, uint32_t bits) {
+        if constexpr (shifted) {
+            const F64 d = where_bits(bits, x - shift);
+            sum = sum + d;
+            sum_sq = sum_sq + d * d;
+        } else {
+            add(where_bits(bits, x), shift);
+        }
+    }
+    // Each lane w times; where that is 0 whatever the lane holds.
+    BATCHNORM_INLINE void add_weighted(F64 x, F64 shift, F64 w) {
+        const F64 d = where_positive(w, x - shift), w_d = w * d;
+        sum = sum + w_d;
+        sum_sq = sum_sq + w_d * d;
+    }
+    BATCHNORM_INLINE void add_weighted_first(F64 x, F64 shift, F64 w, int64_t n) { add_weighted(x, shift, keep_first(w, n)); }
 };
 
-template <bool shifted, class T>
+// What a sum takes: every value, the kept ones, or each times its weight.
+enum Count : int { every, kept, weighted };
+
+template <bool shifted, Count count, class T>
 BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
     const Box& b = a.where.box;
     const Runs<const T> x(a.x, b);
@@ -52,13 +72,31 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
                 Moments<shifted> m{Ops<F64>::load(lanes[c][0]), Ops<F64>::load(lanes[c][1])};
                 const F64 shift = Ops<F64>::broadcast(shifted ? a.shift[c0 + c] : 0);
                 const T* const x_run = x.at(n, c0 + c);
+                const KeptRun keep(a.kept, b, n);
+                const RunWeights<double> w(a.weights, b, n);
                 for_run(
                     run,
                     [&](int64_t e) {
                         prefetch_ahead(x_run + e);
-                        m.add(load_double(x_run + e), shift);
+                        const uint32_t bits = count == kept ? keep.at(e) : kAllKept;
+                        if constexpr (count == weighted) {
+                            m.add_weighted(load_double(x_run + e), shift, w.at(e));
+                        } else if (bits == kAllKept) {
+                            m.add(load_double(x_run + e), shift);
+                        } else {
+                            m.add_kept(load_double(x_run + e), shift, bits);
+                        }
                     },
-                    [&](int64_t e, int64_t k) { m.add_first(to_double(load_part(x_run + e, k)), shift, k); });
+                    [&](int64_t e, int64_t k) {
+                        const F64 v = to_double(load_part(x_run + e, k));
+                        if constexpr (count == every) {
+                            m.add_first(v, shift, k);
+                        } else if constexpr (count == kept) {
+                            m.add_kept(v, shift, keep.at(e) & ((1u << k) - 1));
+                        } else {
+                            m.add_weighted_first(v, shift, w.at(e), k);
+                        }
+                    });
                 Ops<F64>::store(lanes[c][0], m.sum);
                 Ops<F64>::store(lanes[c][1], m.sum_sq);
             }
@@ -67,64 +105,174 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
     }
 }
 
+// Weights of a (folded) row's elements, if sums have any.
+struct NoWeight {
+    static constexpr bool given = false;
+};
+struct OneWeight {
+    static constexpr bool given = true;
+    double value;
+    BATCHNORM_INLINE F64 at(int64_t) const { return Ops<F64>::broadcast(value); }
+};
+struct FoldedWeights {
+    static constexpr bool given = true;
+    const double* data;
+    BATCHNORM_INLINE F64 at(int64_t e) const { return Ops<F64>::load(data + e); }
+};
+
 // R rows at a time keep a block's sums in registers for R elements of each channel; the order of the additions is that of R = 1.
-template <bool shifted, int R, class T>
-BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], int64_t width, const MomentsArgs& a) {
+template <bool shifted, int R, class T, class Weight>
+BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R], int64_t width, const MomentsArgs& a) {
     const auto rows = [&](int64_t e, auto add) {
         Moments<shifted> m{Ops<F64>::load(a.sum + e), Ops<F64>::load(a.sum_sq + e)};
         const F64 shift = shifted ? Ops<F64>::load(a.shift + e) : F64{};
 #pragma GCC unroll 8
-        for (int j = 0; j < R; ++j) add(m, x[j] + e, shift);
+        for (int j = 0; j < R; ++j) add(m, x[j] + e, w[j], shift);
         Ops<F64>::store(a.sum + e, m.sum);
         Ops<F64>::store(a.sum_sq + e, m.sum_sq);
     };
     for_run(
         width,
         [&](int64_t e) {
-            rows(e, [](Moments<shifted>& m, const T* p, F64 shift) {
+            rows(e, [e](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
                 prefetch_ahead(p);
-                m.add(load_double(p), shift);
+                if constexpr (Weight::given) {
+                    m.add_weighted(load_double(p), shift, weight.at(e));
+                } else {
+                    m.add(load_double(p), shift);
+                }
             });
         },
         [&](int64_t e, int64_t n) {
-            rows(e, [n](Moments<shifted>& m, const T* p, F64 shift) { m.add_first(to_double(load_part(p, n)), shift, n); });
+            rows(e, [e, n](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
+                const F64 v = to_double(load_part(p, n));
+                if constexpr (Weight::given) {
+                    m.add_weighted_first(v, shift, weight.at(e), n);
+                } else {
+                    m.add_first(v, shift, n);
+                }
+            });
         });
 }
 
 template <bool shifted, class T>
-BATCHNORM_INLINE void moments_nsc_as(const MomentsArgs& a) {
+BATCHNORM_INLINE void moments_every_row(const FoldedRows<T>& x, const MomentsArgs& a, int64_t width) {
     const Box& b = a.where.box;
-    const FoldedRows<T> x(a.x, a.where);
-    const int64_t fold = a.where.fold, width = fold * x.channels;
-    memset(a.sum, 0, (size_t)round_up(width) * sizeof(double));
-    memset(a.sum_sq, 0, (size_t)round_up(width) * sizeof(double));
+    const int64_t fold = a.where.fold;
     T buffer[kMaxFoldedWidth];
     int64_t r = b.outer_begin;
     for (; !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
         const T* const rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
-        moments_rows<shifted>(rows, width, a);
+        moments_rows<shifted>(rows, {NoWeight{}, NoWeight{}, NoWeight{}, NoWeight{}}, width, a);
     }
     for (; r < b.outer_end; r += fold) {
         const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold;
         const T* const rows[1] = {x.at(r, n_rows, buffer)};
-        moments_rows<shifted>(rows, n_rows * x.channels, a);
+        moments_rows<shifted>(rows, {NoWeight{}}, n_rows * x.channels, a);
+    }
+}
+
+// The rows that count, as if the others were not there: where all do, lanes and bits are those of moments_every_row. counts(r) tells,
+// weight(r) is a OneWeight, or NoWeight.
+template <bool shifted, class T, class Counts, class Weight>
+BATCHNORM_INLINE void moments_some_rows(const FoldedRows<T>& x, const MomentsArgs& a, Counts counts, Weight weight) {
+    const Box& b = a.where.box;
+    using One = decltype(weight(0));
+    const T* rows[4];
+    One w[4];
+    int n = 0;
+    for (int64_t r = b.outer_begin; r < b.outer_end; ++r) {
+        if (!counts(r)) continue;
+        rows[n] = x.rows.at(r);
+        w[n] = weight(r);
+        if (++n < 4) continue;
+        moments_rows<shifted, 4, T, One>(rows, w, x.channels, a);
+        n = 0;
+    }
+    for (int j = 0; j < n; ++j) moments_rows<shifted, 1, T, One>({rows[j]}, {w[j]}, x.channels, a);
+}
+
+// The same with folded rows, gathered.
+template <bool shifted, class T, class Counts, class Weight>
+BATCHNORM_INLINE void moments_some_folded_rows(const FoldedRows<T>& x, const MomentsArgs& a, Counts counts, Weight weight) {
+    constexpr bool given = decltype(weight(0))::given;
+    const Box& b = a.where.box;
+    T buffer[kMaxFoldedWidth];
+    double weights[given ? kMaxFoldedWidth : 1];
+    int64_t n = 0;
+    const auto sum = [&] {
+        if constexpr (given) {
+            moments_rows<shifted, 1, T, FoldedWeights>({buffer}, {{weights}}, n * x.channels, a);
+        } else {
+            moments_rows<shifted, 1, T, NoWeight>({buffer}, {{}}, n * x.channels, a);
+        }
+    };
+    for (int64_t r = b.outer_begin; r < b.outer_end; ++r) {
+        if (!counts(r)) continue;
+        x.copy(r, buffer + n * x.channels);
+        if constexpr (given) {
+            for (int64_t c = 0; c < x.channels; ++c) weights[n * x.channels + c] = weight(r).value;
+        }
+        if (++n < a.where.fold) continue;
+        sum();
+        n = 0;
+    }
+    if (n > 0) sum();
+}
+
+template <bool shifted, Count count, class T>
+BATCHNORM_INLINE void moments_nsc_as(const MomentsArgs& a) {
+    const FoldedRows<T> x(a.x, a.where);
+    const int64_t fold = a.where.fold, width = fold * x.channels;
+    memset(a.sum, 0, (size_t)round_up(width) * sizeof(double));
+    memset(a.sum_sq, 0, (size_t)round_up(width) * sizeof(double));
+    if constexpr (count == every) {
+        moments_every_row<shifted>(x, a, width);
+    } else {
+        const uint8_t* const kept_rows = a.kept.data;
+        const double* const weights = (const double*)a.weights.data;
+        const auto counts = [=](int64_t r) { return count == kept ? kept_rows[r] != 0 : weights[r] > 0; };
+        const auto weight = [=](int64_t r) {
+            if constexpr (count == kept) {
+                return NoWeight{};
+            } else {
+                return OneWeight{weights[r]};
+            }
+        };
+        fold == 1 ? moments_some_rows<shifted>(x, a, counts, weight) : moments_some_folded_rows<shifted>(x, a, counts, weight);
+    }
+}
+
+// A Count as a constant.
+template <Count c>
+struct CountIs {
+    static constexpr Count value = c;
+};
+
+// Runs `as` with the two choices as constants.
+template <class T, class As>
+BATCHNORM_INLINE void moments_flags(const MomentsArgs& a, As as) {
+    if constexpr (is_integer<T>) {
+        as(Flag<false>{}, CountIs<every>{});
+    } else {
+        if (a.weights.data != nullptr) return as(Flag<true>{}, CountIs<weighted>{});
+        const auto counted = [&](auto shifted) { a.kept.data == nullptr ? as(shifted, CountIs<every>{}) : as(shifted, CountIs<kept>{}); };
+        if constexpr (is_double<T>) {
+            counted(Flag<true>{});
+        } else {
+            with_flag(a.shift != nullptr, counted);
+        }
     }
 }
 
 template <class T>
 void moments_ncs(const MomentsArgs& a) noexcept {
-    if constexpr (!is_double<T>) {
-        if (is_integer<T> || a.shift == nullptr) return moments_ncs_as<false, T>(a);
-    }
-    if constexpr (!is_integer<T>) moments_ncs_as<true, T>(a);
+    moments_flags<T>(a, [&](auto shifted, auto count) { moments_ncs_as<decltype(shifted)::value, decltype(count)::value, T>(a); });
 }
 
 template <class T>
 void moments_nsc(const MomentsArgs& a) noexcept {
-    if constexpr (!is_double<T>) {
-        if (is_integer<T> || a.shift == nullptr) return moments_nsc_as<false, T>(a);
-    }
-    if constexpr (!is_integer<T>) moments_nsc_as<true, T>(a);
+    moments_flags<T>(a, [&](auto shifted, auto count) { moments_nsc_as<decltype(shifted)::value, decltype(count)::value, T>(a); });
 }
 
 }  // namespace

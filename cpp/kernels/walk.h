@@ -43,23 +43,62 @@ struct Rows {
     BATCHNORM_INLINE bool dense(int64_t channels) const { return split == 1 && outer_stride == channels; }
 };
 
+// n elements become 0.
+template <class T>
+BATCHNORM_INLINE void clear(T* p, int64_t n) {
+    memset((void*)p, 0, (size_t)n * sizeof(T));
+}
+
 // Direction nsc, for reading: `fold` rows as one. Rows that do not lie side by side are gathered into a buffer first, so that
-// the lanes, and with them the bits of every sum, are those of a dense array.
+// the lanes, and with them the bits of every sum, are those of a dense array. There rows that do not count are 0.
 template <class T>
 struct FoldedRows {
     Rows<const T> rows;
     int64_t channels;
+    const uint8_t* kept;
     bool gather;
 
-    BATCHNORM_INLINE FoldedRows(const Operand& o, const Where& w)
-        : rows(o, w), channels(w.box.channel_end - w.box.channel_begin), gather(w.fold > 1 && !rows.dense(channels)) {}
+    BATCHNORM_INLINE FoldedRows(const Operand& o, const Where& w, const uint8_t* kept_rows = nullptr)
+        : rows(o, w),
+          channels(w.box.channel_end - w.box.channel_begin),
+          kept(kept_rows),
+          gather(w.fold > 1 && (kept != nullptr || !rows.dense(channels))) {}
     BATCHNORM_INLINE const T* at(int64_t first_row, int64_t n_rows, T* buffer) const {
         if (!gather) return rows.at(first_row);
         for (int64_t j = 0; j < n_rows; ++j) {
-            memcpy(buffer + j * channels, rows.at(first_row + j), (size_t)channels * sizeof(T));
+            T* const to = buffer + j * channels;
+            kept == nullptr || kept[first_row + j] != 0 ? copy(first_row + j, to) : clear(to, channels);
         }
         return buffer;
     }
+    BATCHNORM_INLINE void copy(int64_t row, T* to) const { memcpy(to, rows.at(row), (size_t)channels * sizeof(T)); }
+};
+
+// Direction nsc: the rows of a box that count, 4 at a time as long as there are so many (and `four`), then 1; in the end 0. Of folded rows
+// all count: FoldedRows clears those that do not.
+class RowsThatCount {
+public:
+    BATCHNORM_INLINE RowsThatCount(const Where& w, const uint8_t* kept)
+        : r_(w.box.outer_begin), end_(w.box.outer_end), step_(w.fold), kept_(w.fold == 1 ? kept : nullptr) {}
+    BATCHNORM_INLINE int next(int64_t (&row)[4], bool four) {
+        if (four && kept_ == nullptr && r_ + 4 * step_ <= end_) {
+            for (int j = 0; j < 4; ++j) row[j] = r_ + j * step_;
+            r_ += 4 * step_;
+            return 4;
+        }
+        const int most = four && kept_ != nullptr ? 4 : 1;
+        int n = 0;
+        for (int64_t r = r_; r < end_ && n < most; r += step_) {
+            if (kept_ == nullptr || kept_[r] != 0) row[n++] = r;
+        }
+        n = n == 4 ? 4 : n > 0 ? 1 : 0;
+        r_ = n == 0 ? end_ : row[n - 1] + step_;
+        return n;
+    }
+
+private:
+    int64_t r_, end_, step_;
+    const uint8_t* kept_;
 };
 
 // Per-channel Compute values as an element meets them: one value for a whole run, or one per element of a row.
@@ -86,7 +125,7 @@ inline constexpr int64_t kWorthAligning = 512;
 inline constexpr int64_t kNoPeriod = INT64_MAX;
 template <class Full, class Part>
 BATCHNORM_INLINE void for_blocks(int64_t head, int64_t n, int64_t period, Full full, Part part) {
-    int64_t e = 0, k = 0, m = head < n ? head : n;
+    int64_t e = 0, k = 0, m = head <= 0 ? 0 : head < n ? head : n;
     for (;;) {  // at most twice, so that the code of `part` is there once
         if (m > 0) part(e, k, m);
         e += m;
@@ -116,6 +155,76 @@ BATCHNORM_INLINE uint32_t mask_bits(const uint8_t* bits, int64_t first) {
     uint32_t word;
     memcpy(&word, bits + (first >> 3), sizeof word);
     return word >> (first & 7);
+}
+
+// Which of 16 values count, a bit each.
+inline constexpr uint32_t kAllKept = 0xffff;
+// v where it counts, else 0.
+template <class V>
+BATCHNORM_INLINE V where_kept(uint32_t bits, V v) {
+    return bits == kAllKept ? v : where_bits(bits, v);
+}
+// Direction ncs: those from element e of the run at outer index n on.
+struct KeptRun {
+    const uint8_t* bits;
+    int64_t first;
+
+    BATCHNORM_INLINE KeptRun(const kernels::Kept& k, const Box& b, int64_t n) : bits(k.data), first(n * k.outer_stride + b.inner_begin) {}
+    BATCHNORM_INLINE uint32_t at(int64_t e) const { return bits == nullptr ? kAllKept : mask_bits(bits, first + e) & kAllKept; }
+};
+// Direction nsc: rows that do not count are passed over.
+struct KeptRow {
+    BATCHNORM_INLINE uint32_t at(int64_t) const { return kAllKept; }
+};
+
+// Direction ncs: 16 weights from element e of the run at outer index n on.
+template <class C>
+struct RunWeights {
+    const C* data;  // null: none
+    int64_t step;
+
+    BATCHNORM_INLINE RunWeights(const kernels::Weights& w, const Box& b, int64_t n)
+        : data(w.data == nullptr ? nullptr : (const C*)w.data + n * w.outer_stride + b.inner_begin * w.inner_step), step(w.inner_step) {}
+    BATCHNORM_INLINE typename BlockOf<C>::type at(int64_t e) const { return Ops<typename BlockOf<C>::type>::load(data + e * step); }
+};
+// Direction nsc: the weight of all elements of a row.
+template <class C>
+struct RowWeight {
+    const C* data;  // null: none
+
+    BATCHNORM_INLINE RowWeight(const kernels::Weights& w, int64_t r) : data(w.data == nullptr ? nullptr : (const C*)w.data + r) {}
+    BATCHNORM_INLINE typename BlockOf<C>::type at(int64_t) const { return Ops<typename BlockOf<C>::type>::broadcast(*data); }
+};
+
+// The end of a stretch of rows from r on that count and have one weight.
+template <class C>
+__attribute__((noinline)) int64_t stretch_end(int64_t r, int64_t last, const uint8_t* kept, const C* weights) {
+    if (kept == nullptr && weights == nullptr) return last;
+    int64_t end = r + 1;
+    while (end < last && (kept == nullptr || kept[end] != 0) && (weights == nullptr || weights[end] == weights[r])) ++end;
+    return end;
+}
+// Direction nsc: calls f(r, n) for each stretch of n rows, from r on, that count and have one weight, then drop(r) for the rows that do
+// not count. A stretch is one row unless rows follow one another without a gap (`dense`). Folded rows are too short for stretches that end
+// at each row that does not count: f takes those too, and drop comes after.
+template <class C, class F, class Drop>
+BATCHNORM_INLINE void for_stretches(const Where& w, bool dense, const uint8_t* kept, const C* weights, F f, Drop drop) {
+    const int64_t last = w.box.outer_end;
+    const bool drop_after = w.fold > 1 && dense;
+    const uint8_t* const first_kept = drop_after ? nullptr : kept;
+    for (int64_t r = w.box.outer_begin; r < last;) {
+        const int64_t begin = r++;
+        if (first_kept != nullptr && first_kept[begin] == 0) {
+            drop(begin);
+        } else {
+            if (dense) r = stretch_end(begin, last, first_kept, weights);
+            f(begin, r - begin);
+        }
+    }
+    if (!drop_after || kept == nullptr) return;
+    for (int64_t r = w.box.outer_begin; r < last; ++r) {
+        if (kept[r] == 0) drop(r);
+    }
 }
 
 // Two sums of each channel of a group, from their lanes. Out of line: inlined it is vectorised over the channels, to more code than the

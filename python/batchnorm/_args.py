@@ -524,6 +524,23 @@ def _mask(
     return value.view(np.ndarray)
 
 
+def _counted(positions: Any, x: Array, axis: int) -> dict[str, Array | None]:
+    """Check a `_positions.Positions` or None; its arrays, which no output may overlap."""
+    if positions is None:
+        return {}
+    positions.check(x, axis)
+    vectors: dict[str, Array | None] = positions.vectors()
+    return vectors
+
+
+def _values_per_channel(x: Array, axis: int, positions: Any) -> int:
+    return x.size // x.shape[axis] if positions is None else int(positions.counting)
+
+
+def _that_counts(positions: Any) -> str:
+    return "" if positions is None else "that counts "
+
+
 def _threads(num_threads: object) -> int | None:
     return None if num_threads is None else thread_count(num_threads)
 
@@ -546,6 +563,7 @@ def inference(
     activation_mask: object,
     num_threads: object,
     out: object,
+    positions: Any = None,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm` after `x`'s checks, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format, integers=True)
@@ -554,7 +572,7 @@ def inference(
     eps, activation, threads = check_eps(eps), check_activation(activation), _threads(num_threads)
     slope = check_slope(slope, activation, x.dtype)
     z, y = _residual(residual, x), None
-    vectors = {"mean": m, "var": v, "gamma": g, "beta": b}
+    vectors = {"mean": m, "var": v, "gamma": g, "beta": b, **_counted(positions, x, channel_axis)}
     if out is not None:
         y = _output(out, "out", x, {"x": x} if z is None else {"x": x, "residual": z}, vectors)
     apart = {"x": x, "residual": z, "out": y, **vectors}
@@ -562,7 +580,8 @@ def inference(
     bits = _mask(activation_mask, x, channel_axis, activation, apart)
     if bits is not None and not bits.flags.writeable:
         raise ValueError("activation_mask is read-only, expected a writable array")
-    return x, m, v, g, b, eps, channel_axis, activation, slope, z, bits, threads, y, True, True
+    counted = None if positions is None else positions.in_order_of(x)
+    return x, m, v, g, b, eps, channel_axis, activation, slope, z, bits, threads, y, counted, True, True
 
 
 def training(
@@ -581,6 +600,7 @@ def training(
     residual: object,
     num_threads: object,
     out: object,
+    positions: Any = None,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm_train`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
@@ -607,18 +627,29 @@ def training(
     decay, ddof = check_decay(decay), check_ddof(running_ddof, "running_ddof")
     eps, activation, threads = check_eps(eps), check_activation(activation), _threads(num_threads)
     slope = check_slope(slope, activation, x.dtype)
-    if x.size == channels:
+    counted_vectors = _counted(positions, x, channel_axis)
+    if _values_per_channel(x, channel_axis, positions) == 1:
         raise ValueError(
-            f"x has shape {x.shape} with one value per channel (axis {channel_axis}), from which no variance "
-            f"can be had, expected at least 2; use a larger batch, normalise with running statistics "
-            f"(batch_norm, or the layer's eval mode), or normalise another axis"
+            f"x has shape {x.shape} with one value per channel {_that_counts(positions)}(axis "
+            f"{channel_axis}), from which no variance can be had, expected at least 2; use a larger "
+            f"batch, normalise with running statistics (batch_norm, or the layer's eval mode), or "
+            f"normalise another axis"
+        )
+    if rm is not None and positions is not None and positions.counting and positions.n <= ddof:
+        raise ValueError(
+            f"weights sum to {positions.n}, expected more than running_ddof = {ddof} for the running "
+            f"variance, var * n / (n - {ddof}); use running_ddof=0, or larger weights"
         )
     y = None
     if out is not None:
-        vectors = {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv}
+        vectors = {"gamma": g, "beta": b, "running_mean": rm, "running_var": rv, **counted_vectors}
         y = _output(out, "out", x, {"x": x} if z is None else {"x": x, "residual": z}, vectors)
     x, z = _in_one_direction(x, z, {"out": y}, channel_axis)
-    return x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, slope, z, threads, y, None, True, True
+    counted = None if positions is None else positions.in_order_of(x)
+    return (
+        x, g, b, rm, rv, decay, ddof, eps, channel_axis, activation, slope, z, threads, y, counted, None,
+        True, True,
+    )  # fmt: skip
 
 
 def check_stats(stats: object) -> bool:
@@ -686,6 +717,7 @@ def backward(
     num_threads: object,
     out: object,
     out_residual: object,
+    positions: Any = None,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.batch_norm_backward`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format)
@@ -700,13 +732,20 @@ def backward(
     slope = check_slope(slope, activation, x.dtype)
     need_dx, need_dgamma, need_dbeta, need_dresidual = check_needs(needs)
     threads = _threads(num_threads)
-    if not fixed and x.size == x.shape[channel_axis]:
+    if fixed and positions is not None and positions.weighted:
         raise ValueError(
-            f"x has shape {x.shape} with one value per channel (axis {channel_axis}), expected at least 2 "
-            f"with stats='batch'; after a forward with given statistics use stats='fixed'"
+            "weights is given with stats='fixed', where no statistics are taken that they could weigh; drop "
+            "one of them"
+        )
+    counted_vectors = _counted(positions, x, channel_axis)
+    if not fixed and _values_per_channel(x, channel_axis, positions) == 1:
+        raise ValueError(
+            f"x has shape {x.shape} with one value per channel {_that_counts(positions)}(axis "
+            f"{channel_axis}), expected at least 2 with stats='batch'; after a forward with given "
+            f"statistics use stats='fixed'"
         )
     z = _backward_residual(residual, x, activation, activation_mask, need_dresidual)
-    vectors = {"mean": m, "inv_std": s, "gamma": g, "beta": b}
+    vectors = {"mean": m, "inv_std": s, "gamma": g, "beta": b, **counted_vectors}
     outputs: dict[str, Array | None] = {"out": None, "out_residual": None}
     for name, value, gradient, needed in (
         ("out", out, "dx", need_dx),
@@ -731,26 +770,50 @@ def backward(
     x, other = _in_one_direction(x, dy, outputs, channel_axis)
     _, z = _in_one_direction(x, z, {"dy": other, **outputs}, channel_axis)
     bits = _mask(activation_mask, x, channel_axis, activation, outputs)
+    counted = None if positions is None else positions.in_order_of(x)
     return (
         other, x, m, s, g, b, channel_axis, fixed, activation, slope, bits, z, need_dx, need_dgamma,
-        need_dbeta, need_dresidual, threads, dx, dresidual, True, True,
+        need_dbeta, need_dresidual, threads, dx, dresidual, counted, True, True,
     )  # fmt: skip
 
 
 def statistics(
-    x: object, axis: object, data_format: object, ddof: object, num_threads: object
+    x: object,
+    axis: object,
+    data_format: object,
+    ddof: object,
+    num_threads: object,
+    positions: Any = None,
 ) -> tuple[Any, ...]:
     """Arguments of `_core.moments`, or the error that explains."""
     x, channel_axis = _input(x, axis, data_format, integers=True)
     delta = check_int(ddof, "ddof", "an int >= 0")
-    count = x.size // x.shape[channel_axis]
     if delta < 0:
         raise ValueError(f"ddof is {delta}, expected an int >= 0")
-    if 0 < count <= delta:
-        raise ValueError(f"ddof is {delta}, expected less than the {count} values per channel of x {x.shape}")
+    _counted(positions, x, channel_axis)
+    count = _values_per_channel(x, channel_axis, positions)
+    if count > 0 and positions is not None and positions.weighted and positions.n <= delta:
+        raise ValueError(f"ddof is {delta}, expected less than the {positions.n} that the weights sum to")
+    if 0 < count <= delta and not (positions is not None and positions.weighted):
+        raise ValueError(
+            f"ddof is {delta}, expected less than the {count} values per channel {_that_counts(positions)}of "
+            f"x {x.shape}"
+        )
     threads = _threads(num_threads)
     x, _ = _in_one_direction(x, None, {}, channel_axis)
-    return x, channel_axis, delta, threads, True
+    return x, channel_axis, delta, threads, None if positions is None else positions.in_order_of(x), True
+
+
+def check_shift(shift: object, x: Array, axis: int) -> None:
+    """TensorFlow's `shift` of moments: a number or one per channel."""
+    if shift is None:
+        return
+    if isinstance(shift, np.ndarray) and shift.ndim:
+        _per_channel(shift, "shift", x, axis)
+    elif isinstance(shift, np.ndarray):
+        _real(shift[()], "shift", "a number, or an array of one per channel")
+    elif not math.isfinite(_real(shift, "shift", "a number, or an array of one per channel")):
+        raise ValueError(f"shift is {shift}, expected finite values")
 
 
 def mask_view(x: object, axis: object, data_format: object) -> tuple[Array, int]:

@@ -19,6 +19,7 @@ def batch_norm(
     activation_mask: Any,
     num_threads: Any,
     out: Any,
+    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
     disjoint: bool,
     prepared: bool,
     /,
@@ -54,6 +55,7 @@ def batch_norm_train(
     residual: Any,
     num_threads: Any,
     out: Any,
+    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
     renorm: tuple[NDArray[Any], NDArray[Any], float, float, float] | None,
     disjoint: bool,
     prepared: bool,
@@ -79,12 +81,19 @@ def batch_norm_backward(
     num_threads: Any,
     out: Any,
     out_residual: Any,
+    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
     disjoint: bool,
     prepared: bool,
     /,
 ) -> tuple[NDArray[Any] | None, ...] | None: ...
 def moments(
-    x: Any, axis: Any, ddof: Any, num_threads: Any, prepared: bool, /
+    x: Any,
+    axis: Any,
+    ddof: Any,
+    num_threads: Any,
+    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
+    prepared: bool,
+    /,
 ) -> tuple[NDArray[Any], NDArray[Any]] | None: ...
 def moment_sums(x: Any, axis: Any, num_threads: Any, prepared: bool, /) -> NDArray[np.float64] | None: ...
 def merged_moment_sums(a: NDArray[np.float64], b: NDArray[np.float64], /) -> NDArray[np.float64]: ...

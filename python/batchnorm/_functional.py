@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from . import _args, _core, _images, _per_sample, _several_axes
+from . import _args, _core, _images, _per_sample, _positions, _several_axes
 
 __all__ = [
     "Gradients",
@@ -78,6 +78,9 @@ def batch_norm(
     slope: float | None = None,
     residual: Array | None = None,
     activation_mask: NDArray[np.uint8] | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    lengths_axis: int | None = None,
     dtype: DTypeLike | None = None,
     out_format: _args.DataFormatName | None = None,
     num_threads: int | None = None,
@@ -114,6 +117,14 @@ def batch_norm(
     activation_mask : writable uint8 array of shape (activation_mask_bytes(x),), optional
         Receives where relu, leaky_relu or relu6 let values through unchanged, for a backward with
         ``stats="fixed"`` after a residual. Bits between runs of a channel keep their value.
+    mask : bool array, optional
+        False excludes positions: of shape (N,), or one that broadcasts to x's shape without its channel axis.
+        What x and the residual hold there is not used, the result is 0 there.
+    lengths : int array of shape (N,), optional
+        The same for sequences: of sample i, steps from ``lengths[i]`` on do not count. Not together with
+        ``mask``.
+    lengths_axis : int, optional
+        The axis of the steps. Of an ``x`` of 3 axes it is the one that is neither 0 nor the channel axis.
     dtype : dtype, optional
         Of the result, for integer ``x``: float32 (also if absent), float64, float16 or bfloat16.
     out_format : str, optional
@@ -136,7 +147,7 @@ def batch_norm(
         ``data_format`` together.
     ValueError
         A wrong shape or value, NaN or Inf in a per-channel array, ``out`` that overlaps ``x`` without being
-        ``x``.
+        ``x``, ``mask`` and ``lengths`` together, ``lengths`` beyond the axis, ``lengths_axis`` missing.
 
     Notes
     -----
@@ -165,7 +176,15 @@ def batch_norm(
     >>> batchnorm.batch_norm(x, mean, var).shape
     (8, 64, 32, 32)
     """
-    if data_format is None and dtype is None and out_format is None and not unknown:
+    if (
+        data_format is None
+        and dtype is None
+        and out_format is None
+        and not unknown
+        and mask is None
+        and lengths is None
+        and lengths_axis is None
+    ):
         y = _core.batch_norm(
             x,
             mean,
@@ -180,6 +199,7 @@ def batch_norm(
             activation_mask,
             num_threads,
             out,
+            None,
             False,
             False,
         )
@@ -190,6 +210,7 @@ def batch_norm(
     if type(axis) is tuple:
         return cast("Array", _several_axes.call(batch_norm, locals()))
     if _images.has_integers(x):
+        _positions.refuse_integers(x, mask, lengths)
         return _images.batch_norm_integers(
             x, mean, var, gamma, beta, eps, axis, data_format, num_threads, out, dtype, out_format,
             activation=activation, slope=slope, residual=residual, activation_mask=activation_mask,
@@ -214,6 +235,7 @@ def batch_norm(
         activation_mask,
         num_threads,
         out,
+        _positions.asked(mask, lengths, lengths_axis),
     )
     y = _core.batch_norm(*arguments)
     assert y is not None
@@ -235,6 +257,10 @@ def batch_norm_train(
     activation: _args.ActivationName | None = None,
     slope: float | None = None,
     residual: Array | None = None,
+    weights: Array | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    lengths_axis: int | None = None,
     num_threads: int | None = None,
     out: Array | None = None,
     **unknown: NoReturn,
@@ -257,6 +283,13 @@ def batch_norm_train(
         Keras, Flax and ONNX.
     eps : float
         Added to the variance inside the square root; finite, >= 0.
+    weights : array of floats or ints, optional
+        How often each position counts in the statistics, of shape (N,), one per sample, or one that
+        broadcasts to x's shape without its channel axis; finite, >= 0. A weight of k gives the statistics of
+        k copies. ``y`` is computed everywhere; to take a position out altogether use ``mask``, with which
+        weights may be combined.
+    mask, lengths, lengths_axis
+        As in :func:`batch_norm`; what does not count is as if it were not in the batch.
     axis, data_format, activation, slope, residual, num_threads, out
         As in :func:`batch_norm`.
 
@@ -267,20 +300,23 @@ def batch_norm_train(
         float64 of shape (C,), for :func:`batch_norm_backward`. With ``residual`` and relu, leaky_relu or
         relu6 a :class:`ResidualTrainResult`, whose ``activation_mask`` backward needs as well; after
         sigmoid, tanh and silu it needs the ``residual`` itself. An empty batch gives an empty ``y``, NaN
-        statistics and no update.
+        statistics and no update. So does one of which nothing counts, or of which all weights are 0; its
+        ``y`` is 0.
 
     Raises
     ------
     TypeError, ValueError
         As :func:`batch_norm`; also one value per channel, only one running array, running arrays that are
-        read-only, overlap or have the wrong shape. Nothing is changed then.
+        read-only, overlap or have the wrong shape, weights of a sum that is not more than ``running_ddof``.
+        Nothing is changed then.
 
     Notes
     -----
     ``y = act((x - mean) / sqrt(var + eps) * gamma + beta + residual)`` with mean and population variance of
-    the n values of each channel [1]_; ``running = decay * running + (1 - decay) * batch``. Sums run in
-    float64, a second time about the mean where that is needed, so mean and variance keep their digits for
-    any ``|mean| / std`` up to 1e6, and the result has the same bits for any number of threads.
+    the n values of each channel [1]_, with weights ``mean = sum(w * x) / n``, ``var = sum(w * (x - mean)^2) /
+    n`` and ``n = sum(w)`` over the positions that count; ``running = decay * running + (1 - decay) * batch``.
+    Sums run in float64, a second time about the mean where that is needed, so mean and variance keep their
+    digits for any ``|mean| / std`` up to 1e6, and the result has the same bits for any number of threads.
 
     .. [1] S. Ioffe and C. Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, algorithm 1.
 
@@ -293,7 +329,14 @@ def batch_norm_train(
     >>> y.shape, y.dtype, mean.shape, mean.dtype
     ((8, 64, 32, 32), dtype('float32'), (64,), dtype('float64'))
     """
-    if data_format is None and not unknown:
+    if (
+        data_format is None
+        and not unknown
+        and weights is None
+        and mask is None
+        and lengths is None
+        and lengths_axis is None
+    ):
         result = _core.batch_norm_train(
             x,
             gamma,
@@ -309,6 +352,7 @@ def batch_norm_train(
             residual,
             num_threads,
             out,
+            None,
             None,
             False,
             False,
@@ -337,6 +381,7 @@ def batch_norm_train(
         residual,
         num_threads,
         out,
+        _positions.asked(mask, lengths, lengths_axis, weights),
     )
     result = _core.batch_norm_train(*arguments)
     assert result is not None
@@ -364,6 +409,10 @@ def batch_norm_backward(
     slope: float | None = None,
     activation_mask: NDArray[np.uint8] | None = None,
     residual: Array | None = None,
+    weights: Array | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    lengths_axis: int | None = None,
     needs: tuple[str, ...] = ("dx", "dgamma", "dbeta"),
     num_threads: int | None = None,
     out: Array | None = None,
@@ -399,6 +448,10 @@ def batch_norm_backward(
     residual : array like x, optional
         The forward pass's ``residual``, for any activation; after sigmoid, tanh and silu there is no other
         way. Not together with ``activation_mask``, and an error without an activation.
+    weights, mask, lengths, lengths_axis
+        The forward pass's. Positions that do not count give nothing to any gradient and get 0 in ``dx`` and
+        ``dresidual``. Weights are those of the statistics: ``dy`` is not weighted. They are an error with
+        ``stats="fixed"``, on which they have no influence.
     needs : tuple of "dx", "dgamma", "dbeta", "dresidual"
         What to compute; the rest is None and costs nothing. "dresidual" makes the result a
         :class:`ResidualGradients`.
@@ -424,7 +477,9 @@ def batch_norm_backward(
     -----
     With ``x_hat = (x - mean) * inv_std`` and n values per channel: ``dbeta = sum(dy)``, ``dgamma = sum(dy *
     x_hat)``, and ``dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)`` [1]_, or ``gamma *
-    inv_std * dy`` with fixed statistics. Sums run in float64.
+    inv_std * dy`` with fixed statistics. With weights, the two terms of the statistics are multiplied by the
+    position's weight w, and n is the sum of weights: ``dx = gamma * inv_std * (dy - w * dbeta / n - w * x_hat
+    * dgamma / n)``. Sums run in float64.
 
     With an activation, ``dy * act'(v)`` takes the place of dy, and is the residual's gradient; v is the
     activation's input. At 0 and 6, where relu, leaky_relu and relu6 have no derivative, they take that of the
@@ -451,6 +506,10 @@ def batch_norm_backward(
     if (
         data_format is None
         and not unknown
+        and weights is None
+        and mask is None
+        and lengths is None
+        and lengths_axis is None
         and type(needs) is tuple
         and (needs == _args.GRADIENTS or needs == _args.NEEDS)
         and type(stats) is str
@@ -476,6 +535,7 @@ def batch_norm_backward(
             num_threads,
             out,
             out_residual,
+            None,
             False,
             False,
         )
@@ -490,6 +550,7 @@ def batch_norm_backward(
     arguments = _args.backward(
         dy, x, mean, inv_std, gamma, beta, axis, data_format, stats, activation, slope,
         activation_mask, residual, needs, num_threads, out, out_residual,
+        _positions.asked(mask, lengths, lengths_axis, weights),
     )  # fmt: skip
     result = _core.batch_norm_backward(*arguments)
     assert result is not None
@@ -553,6 +614,11 @@ def moments(
     data_format: _args.DataFormatName | None = None,
     ddof: int = 0,
     keepdims: bool = False,
+    weights: Array | None = None,
+    mask: NDArray[np.bool_] | None = None,
+    lengths: NDArray[Any] | None = None,
+    lengths_axis: int | None = None,
+    shift: float | Array | None = None,
     num_threads: int | None = None,
     **unknown: NoReturn,
 ) -> MeanVar:
@@ -568,6 +634,10 @@ def moments(
         The variance divides by ``n - ddof``.
     keepdims : bool
         Keep the reduced axes with length 1, so that the results broadcast against ``x``.
+    weights, mask, lengths, lengths_axis
+        Which positions count, and how often, as in :func:`batch_norm_train`; ``n`` is the sum of weights.
+    shift : float, or array of shape (C,), optional
+        TensorFlow's guess of the mean. Checked, and without influence: the result keeps its digits anyway.
     num_threads : int, optional
         As in :func:`batch_norm`.
 
@@ -575,12 +645,13 @@ def moments(
     -------
     MeanVar
         ``mean`` and ``var``, float64 of shape (C,), or of x's rank with ``keepdims``. NaN if ``x`` holds no
-        values.
+        values, or none that count.
 
     Raises
     ------
     TypeError, ValueError
-        As :func:`batch_norm`; also ``ddof`` that is not less than the number of values per channel.
+        As :func:`batch_norm`; also ``ddof`` that is not less than the number of values per channel, or
+        the sum of weights.
 
     Notes
     -----
@@ -600,9 +671,23 @@ def moments(
     >>> mean, var = batchnorm.moments(x)
     >>> mean.shape, mean.tolist()
     ((3,), [7.5, 11.5, 15.5])
+
+    Two sequences, of 4 and 2 steps:
+
+    >>> batchnorm.moments(x, lengths=np.array([4, 2])).mean.shape
+    (3,)
     """
-    if data_format is None and not unknown and keepdims is False:
-        result = _core.moments(x, axis, ddof, num_threads, False)
+    if (
+        data_format is None
+        and not unknown
+        and keepdims is False
+        and weights is None
+        and mask is None
+        and lengths is None
+        and lengths_axis is None
+        and shift is None
+    ):
+        result = _core.moments(x, axis, ddof, num_threads, None, False)
         if result is not None:
             return _new(MeanVar, result)
     if unknown:
@@ -610,7 +695,9 @@ def moments(
     if type(axis) is tuple:
         return cast("MeanVar", _several_axes.call(moments, locals()))
     keep = _args.check_flag(keepdims, "keepdims")
-    arguments = _args.statistics(x, axis, data_format, ddof, num_threads)
+    positions = _positions.asked(mask, lengths, lengths_axis, weights)
+    arguments = _args.statistics(x, axis, data_format, ddof, num_threads, positions)
+    _args.check_shift(shift, x, arguments[1])
     result = _core.moments(*arguments)
     assert result is not None
     if not keep:

@@ -123,7 +123,7 @@ class Moments:
             sums = _core.moment_sums(x, self._axis, num_threads, False)
         if sums is None:
             axis = _args.DEFAULT_AXIS if self._data_format else self._axis
-            x, axis, _, threads, _ = _args.statistics(x, axis, self._data_format, 0, num_threads)
+            x, axis, _, threads, *_ = _args.statistics(x, axis, self._data_format, 0, num_threads)
             if self._sums is not None and x.shape[axis] != self.channels:
                 raise ValueError(
                     f"x has shape {x.shape} with {x.shape[axis]} channels on axis {axis}, expected "

@@ -34,8 +34,8 @@ def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
     """`function` of its `arguments` by name, of which gamma or beta, or both, have shape [N, C]."""
     known = inspect.signature(function).parameters
     options = {name: value for name, value in arguments.items() if name in known and name != "unknown"}
-    for name in ("weights", "mask", "lengths"):
-        if options.get(name) is not None:
+    for name in ("weights", "mask", "lengths", "lengths_axis"):
+        if options.pop(name, None) is not None:
             raise ValueError(
                 f"{name} is given together with gamma or beta of shape (N, C), which are not served "
                 f"together; drop {name}, or give gamma and beta of shape (C,)"

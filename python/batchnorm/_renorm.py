@@ -120,7 +120,7 @@ def batch_renorm_train(
             renorm: Any = (running_mean, _std_of(running_var, eps), rmin, rmax, dmax)
             result = _core.batch_norm_train(
                 x, gamma, beta, running_mean, running_var, decay, running_ddof, eps, axis, activation, slope,
-                residual, num_threads, out, renorm, False, False,
+                residual, num_threads, out, None, renorm, False, False,
             )  # fmt: skip
             if result is not None:
                 return _renormalised(result)

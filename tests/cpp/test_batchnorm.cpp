@@ -236,11 +236,17 @@ struct Results {
     std::vector<T> y_z{}, y_z_given{}, dx_z{}, dz{}, dz_alone{};
     std::vector<std::uint8_t> mask{}, mask_given{};
     std::vector<float> dgamma_z{}, dbeta_z{};
+    // Where not all positions count, and where they have weights.
+    std::vector<double> mean_m{}, var_m{}, inv_std_m{}, mean_w{}, inv_std_w{};
+    std::vector<T> y_m{}, y_m_given{}, dx_m{}, dz_m{}, y_w{}, dx_w{};
+    std::vector<float> dgamma_m{}, dbeta_m{}, dgamma_w{};
 
     template <class F>
     void each(F f) const {
         f(mean), f(var), f(inv_std), f(y), f(y_given), f(dx), f(dx_fixed), f(running_mean), f(running_var), f(dgamma), f(dbeta);
         f(y_z), f(y_z_given), f(dx_z), f(dz), f(dz_alone), f(mask), f(mask_given), f(dgamma_z), f(dbeta_z);
+        f(mean_m), f(var_m), f(inv_std_m), f(mean_w), f(inv_std_w), f(y_m), f(y_m_given), f(dx_m), f(dz_m), f(y_w), f(dx_w);
+        f(dgamma_m), f(dbeta_m), f(dgamma_w);
     }
     std::vector<unsigned char> bytes() const {
         std::vector<unsigned char> all;
@@ -321,6 +327,105 @@ void run_residual(const Inputs<T>& in, const Layout& layout, bool in_place, Resu
     r.dz_alone = finish(std::move(dz_alone));
 }
 
+// Two of three positions count.
+bool counts(int64_t position) { return position % 3 != 2; }
+std::vector<std::uint8_t> some_positions(const Shape& s) {
+    std::vector<std::uint8_t> mask;
+    for (int64_t p = 0; p < s.count(); ++p) mask.push_back(counts(p) ? static_cast<std::uint8_t>(1 + p % 255) : 0);
+    return mask;
+}
+std::vector<double> some_weights(const Shape& s) {
+    std::vector<double> weights;
+    for (int64_t p = 0; p < s.count(); ++p) weights.push_back(p % 7 == 0 ? 0.1 : 0.75 * static_cast<double>(p % 5));
+    return weights;
+}
+template <class T>
+T not_a_number() {
+    if constexpr (std::is_arithmetic_v<T>) {
+        return std::numeric_limits<T>::quiet_NaN();
+    } else {
+        return {0x7fff};
+    }
+}
+// With NaN where nothing counts.
+template <class T>
+std::vector<T> spoilt(std::vector<T> values, const Shape& s) {
+    for (size_t i = 0; i < values.size(); ++i) {
+        const auto e = static_cast<int64_t>(i);
+        if (!counts(e / s.inner / s.channels * s.inner + e % s.inner)) values[i] = not_a_number<T>();
+    }
+    return values;
+}
+
+// The part of `run` with a mask, and with weights; in place of x, dy and the residual.
+template <class T>
+void run_positions(const Inputs<T>& in, const Layout& layout, bool in_place, Results<T>& r) {
+    const auto c = static_cast<size_t>(in.shape.channels);
+    const std::vector<std::uint8_t> mask = some_positions(in.shape);
+    const std::vector<double> weights = some_weights(in.shape);
+    const std::vector<T> spoilt_x = spoilt(in.x, in.shape), spoilt_dy = spoilt(in.dy, in.shape);
+    for (auto* v : {&r.mean_m, &r.var_m, &r.inv_std_m, &r.mean_w, &r.inv_std_w}) v->resize(c);
+    for (auto* v : {&r.dgamma_m, &r.dbeta_m, &r.dgamma_w}) v->resize(c);
+    const auto output = [&](const std::vector<T>& source) {
+        return in_place ? Array<T>(layout, in.shape, source) : Array<T>(layout, in.shape);
+    };
+    const auto forward = [&](auto args, const std::vector<T>& values, const Positions& positions) {
+        const Array<T> x(layout, in.shape, values);
+        Array<T> y = output(values);
+        args.x = in_place ? ConstTensor(y.view()) : ConstTensor(x.view());
+        args.y = y.view();
+        args.gamma = absent_if_empty(in.gamma);
+        args.beta = absent_if_empty(in.beta);
+        args.activation = in.activation;
+        args.positions = positions;
+        if constexpr (std::is_same_v<decltype(args), BatchNormArgs>) {
+            batch_norm(args);
+        } else {
+            batch_norm_train(args);
+        }
+        return finish(std::move(y));
+    };
+    moments(Array<T>(layout, in.shape, spoilt_x).view(), r.mean_m, r.var_m, 1, 0, {mask, {}});
+    BatchNormTrainArgs train;
+    train.mean = r.mean_m;
+    train.inv_std = r.inv_std_m;
+    r.y_m = forward(train, spoilt_x, {mask, {}});
+    train.mean = r.mean_w;
+    train.inv_std = r.inv_std_w;
+    r.y_w = forward(train, in.x, {{}, weights});
+    BatchNormArgs given;
+    given.mean = in.given_mean;
+    given.var = in.given_var;
+    r.y_m_given = forward(given, spoilt_x, {mask, {}});
+
+    const auto backward = [&](const std::vector<T>& x_values, const std::vector<T>& dy_values, const Positions& positions, bool weighted) {
+        const Array<T> x(layout, in.shape, x_values), dy(layout, in.shape, dy_values);
+        const std::vector<std::uint8_t> bits(static_cast<size_t>(activation_mask_bytes(x.view())), 0x5a);
+        Array<T> dx = output(dy_values), dz(layout, in.shape);
+        BatchNormBackwardArgs a;
+        a.x = x.view();
+        a.dy = in_place ? ConstTensor(dx.view()) : ConstTensor(dy.view());
+        a.dx = dx.view();
+        a.mean = weighted ? r.mean_w : r.mean_m;
+        a.inv_std = weighted ? r.inv_std_w : r.inv_std_m;
+        a.gamma = absent_if_empty(in.gamma);
+        a.beta = absent_if_empty(in.beta);
+        a.activation = in.activation;
+        a.dgamma = weighted ? r.dgamma_w : r.dgamma_m;
+        a.positions = positions;
+        if (!weighted) {
+            a.dbeta = r.dbeta_m;
+            a.dresidual = dz.view();
+            if (in.activation == Activation::relu) a.activation_mask = bits;
+        }
+        batch_norm_backward(a);
+        if (!weighted) r.dz_m = finish(std::move(dz));
+        return finish(std::move(dx));
+    };
+    r.dx_m = backward(spoilt_x, spoilt_dy, {mask, {}}, false);
+    r.dx_w = backward(in.x, in.dy, {{}, weights}, true);
+}
+
 template <class T>
 Results<T> run(const Inputs<T>& in, const Layout& layout, bool in_place = false) {
     const auto c = static_cast<size_t>(in.shape.channels);
@@ -382,6 +487,7 @@ Results<T> run(const Inputs<T>& in, const Layout& layout, bool in_place = false)
         (batch ? r.dx : r.dx_fixed) = finish(std::move(dx));
     }
     run_residual(in, layout, in_place, r);
+    run_positions(in, layout, in_place, r);
     return r;
 }
 
@@ -787,6 +893,88 @@ void test_same_bits() {
     set_num_threads(1);
 }
 
+// The elements of the positions that count, as rows of channels.
+template <class T>
+std::vector<T> rest(const std::vector<T>& values, const Shape& s) {
+    std::vector<T> rows;
+    for (int64_t p = 0; p < s.count(); ++p) {
+        for (int64_t c = 0; counts(p) && c < s.channels; ++c) {
+            rows.push_back(values[static_cast<size_t>((p / s.inner * s.channels + c) * s.inner + p % s.inner)]);
+        }
+    }
+    return rows;
+}
+
+// What does not count is as if it were not there.
+template <class T>
+void test_positions() {
+    for (const Shape& s : kShapes) {
+        const Inputs<T> in(s, true, Activation::none);
+        Inputs<T> fewer(in);
+        fewer.x = rest(in.x, s);
+        fewer.dy = rest(in.dy, s);
+        fewer.z = fewer.x;
+        fewer.shape = {static_cast<int64_t>(fewer.x.size()) / s.channels, s.channels, 1};
+        const Results<T> want = run(fewer, kChannelsContiguous[0]);
+        for (const Layout& layout : {kInnerContiguous[0], kInnerContiguous[1], kChannelsContiguous[0], kChannelsContiguous[2]}) {
+            context = describe(Format<T>::name, layout, s);
+            const Results<T> got = run(in, layout);
+            for (size_t c = 0; c < want.mean.size(); ++c) {
+                CHECK(near(got.mean_m[c], want.mean[c], 1e-12) && near(got.inv_std_m[c] / want.inv_std[c], 1, 1e-12));
+                CHECK(near(got.dgamma_m[c], want.dgamma[c], 1e-4) && near(got.dbeta_m[c], want.dbeta[c], 1e-4));
+            }
+            const auto same = [](const std::vector<T>& a, const std::vector<T>& b) {
+                bool ok = a.size() == b.size();
+                for (size_t i = 0; ok && i < a.size(); ++i) {
+                    ok = near(widen(a[i]), widen(b[i]), (8 * kCompute<T> + 2 * kStore<T>)*(16 + std::abs(widen(b[i]))));
+                }
+                return ok;
+            };
+            CHECK(same(rest(got.y_m, s), want.y) && same(rest(got.y_m_given, s), want.y_given));
+            CHECK(same(rest(got.dx_m, s), want.dx) && same(rest(got.dz_m, s), want.dz));
+            for (const std::vector<T>* const v : {&got.y_m, &got.y_m_given, &got.dx_m, &got.dz_m}) {
+                bool zero = true;
+                for (int64_t e = 0; e < s.elements(); ++e) {
+                    zero &= counts(e / s.inner / s.channels * s.inner + e % s.inner) || widen((*v)[static_cast<size_t>(e)]) == 0;
+                }
+                CHECK(zero);
+            }
+        }
+    }
+}
+
+// Fewer values than positions stand for as many positions each; all equal to 1 change nothing.
+void test_values_for_several_positions() {
+    const Shape s{4, 5, 6};
+    const Inputs<float> in(s, false, Activation::none);
+    for (const Layout& layout : {kInnerContiguous[0], kChannelsContiguous[0]}) {
+        context = describe("float32", layout, s);
+        const Array<float> x(layout, s, in.x);
+        const auto statistics = [&](const Positions& positions) {
+            std::vector<double> mean(5), var(5);
+            moments(x.view(), mean, var, 0, 0, positions);
+            mean.insert(mean.end(), var.begin(), var.end());
+            return mean;
+        };
+        for (const size_t n : {1u, 4u, 8u, 12u}) {
+            std::vector<std::uint8_t> mask(n), full_mask(24);
+            std::vector<double> weights(n), full_weights(24);
+            for (size_t i = 0; i < n; ++i) {
+                mask[i] = i % 3 != 1;
+                weights[i] = 0.5 + static_cast<double>(i);
+            }
+            for (size_t p = 0; p < 24; ++p) {
+                full_mask[p] = mask[p / (24 / n)];
+                full_weights[p] = weights[p / (24 / n)];
+            }
+            CHECK(statistics({mask, {}}) == statistics({full_mask, {}}));
+            CHECK(statistics({{}, weights}) == statistics({{}, full_weights}));
+            CHECK(statistics({mask, weights}) == statistics({full_mask, full_weights}));
+            CHECK(statistics({{}, std::vector<double>(n, 8.0)}) == statistics({}));
+        }
+    }
+}
+
 std::uint64_t hash_of_results() {
     std::uint64_t hash = 14695981039346656037u;  // FNV-1a
     const auto add = [&]<class T>(T) {
@@ -1089,6 +1277,48 @@ void test_errors_of_residual() {
     call(v.masked_inference());  // what is spoilt above is valid
     call(v.masked_train());
     call(v.masked_backward());
+}
+
+void test_errors_of_positions() {
+    context = "errors of positions";
+    const std::vector<std::uint8_t> three(3, 1), one_counts{0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, none(20, 0);
+    const std::vector<double> small(20, 0.01), negative{1, -1, 1, 1}, inf(20, HUGE_VAL), large(20, 1e308), two(4, 0.1);
+    REFUSES(inference, "mask has 3 values, expected one for each of the 20 positions of x, or a number that divides that",
+            a.positions.mask = three);
+    REFUSES(train, "weights has 3 values, expected one", a.positions.weights = std::span(small).first(3));
+    REFUSES(train, "weights is -1.000000 at 1, expected finite values >= 0", a.positions.weights = negative);
+    REFUSES(train, "weights is inf at 19, expected finite values >= 0", a.positions.weights = inf);
+    REFUSES(train, "weights sum to more than a double holds", a.positions.weights = large);
+    REFUSES(train, "x has one value per channel", a.positions.mask = one_counts);
+    REFUSES(backward, "x has one value per channel", a.positions.mask = one_counts);
+    REFUSES(train, "weights sum to 0.200000, expected more than running_ddof = 1", a.positions.weights = small);
+    REFUSES(inference, "weights are given to batch_norm", a.positions.weights = small);
+    REFUSES(backward, "weights are given with fixed statistics", (a.stats = Stats::fixed, a.positions.weights = small));
+    REFUSES(train, "y overlaps mask, expected separate arrays",
+            a.positions.mask = std::span(reinterpret_cast<const std::uint8_t*>(v.y.data()) + 8, 20));
+    REFUSES(
+        backward, "dx overlaps weights, expected separate arrays",
+        (v.doubles.assign(60, 1), a.positions.weights = std::span<const double>(v.doubles).first(20), a.dx.data = v.doubles.data() + 4));
+    Valid v;
+    throws<std::invalid_argument>("ddof is 1, expected less than the 1 values per channel", __LINE__,
+                                  [&] { moments(Valid::view(v.x), v.out_mean, v.out_inv_std, 1, 0, {one_counts, {}}); });
+    throws<std::invalid_argument>("ddof is 2, expected less than the 2.000000 that the weights sum to", __LINE__,
+                                  [&] { moments(Valid::view(v.x), v.out_mean, v.out_inv_std, 2, 0, {{}, two}); });
+    std::vector<std::uint8_t> pixels(60, 7);
+    const auto image = View<std::uint8_t>::ncs(pixels.data(), 4, 3, 5);
+    throws<std::invalid_argument>("a mask is given with x of integers", __LINE__,
+                                  [&] { moments(image, v.out_mean, v.out_inv_std, 0, 0, {none, {}}); });
+    throws<std::invalid_argument>("weights are given with x of integers", __LINE__,
+                                  [&] { moments(image, v.out_mean, v.out_inv_std, 0, 0, {{}, two}); });
+    // Nothing counts.
+    BatchNormTrainArgs train = v.train();
+    train.positions.mask = none;
+    batch_norm_train(train);
+    CHECK(std::isnan(v.out_mean[0]) && v.running_mean[0] == 1 && v.y[0] == 0 && v.y[59] == 0 && v.y[60] == 1.5f);
+    BatchNormBackwardArgs backward = v.backward();
+    backward.positions.mask = none;
+    batch_norm_backward(backward);
+    CHECK(v.dgamma[0] == 0 && v.dbeta[2] == 0 && v.dx[0] == 0 && v.dx[59] == 0 && v.dx[60] == 1.5f);
 }
 
 void test_errors_of_channels() {
@@ -1752,6 +1982,7 @@ void test_type() {
     test_residual<T>();
     test_mask_without_residual<T>();
     test_same_bits<T>();
+    test_positions<T>();
     test_moment_sums<T>();
     test_activations<T>();
 }
@@ -1782,6 +2013,8 @@ int main(int argc, char** argv) {
     test_errors_of_residual();
     test_errors_of_renorm();
     test_errors_of_primitives();
+    test_values_for_several_positions();
+    test_errors_of_positions();
     test_renorm();
     test_primitives();
     test_errors_of_channels();

@@ -149,6 +149,17 @@ enum class Activation { none, relu, leaky_relu, relu6, sigmoid, tanh, silu };
 // How the statistics of the forward pass came about: from the batch itself (gradients flow through them) or given.
 enum class Stats { batch, fixed };
 
+// Which positions count, and how often. A position is one (outer, inner) of x's view, number outer * inner_size + inner. Each span has one
+// value per position, or fewer: then each value stands for as many consecutive positions. Empty means that all count, once.
+//     mask     0 excludes: what tensors hold there is not used, outputs get 0 there, and the others are the whole batch
+//     weights  finite, >= 0: the statistics are those of a batch in which each position occurs that often (k is as good as k copies). All
+//              positions are normalised and all gradients come in, unless all weights are 0, which is as if all were excluded
+// n, the number of values per channel, becomes the sum of the weights of the positions that count.
+struct Positions {
+    std::span<const std::uint8_t> mask{};
+    std::span<const double> weights{};
+};
+
 // Where relu, leaky_relu or relu6 let values through unchanged, one bit per element: written by the forward functions, read by
 // batch_norm_backward, which without it finds out from x. After a residual it cannot, unless it is given the residual, as the smooth
 // activations need it. activation_mask_bytes(x) is its size, a function of shape and memory order.
@@ -172,6 +183,7 @@ struct BatchNormArgs {
                                                 // Bits between runs stay.
     int num_threads = 0;                        // for this call; 0: num_threads()
     bool disjoint = false;  // the caller has checked that no output shares an element with another argument; address ranges may overlap
+    Positions positions{};  // a mask alone
 };
 BATCHNORM_API void batch_norm(const BatchNormArgs& args);
 
@@ -188,7 +200,7 @@ struct Renorm {
 
 // Normalise with the batch's own statistics, which are returned, and update running statistics in place:
 //     running = decay * running + (1 - decay) * batch,  with var * n / (n - running_ddof) for the variance.
-// One value per channel is an error. An empty batch (n = 0) gives NaN statistics and updates nothing.
+// One value per channel is an error. An empty batch (n = 0, also if no position counts) gives NaN statistics and updates nothing.
 struct BatchNormTrainArgs {
     ConstTensor x{};
     Tensor y{};
@@ -205,12 +217,13 @@ struct BatchNormTrainArgs {
     std::span<std::uint8_t> activation_mask{};  // out
     int num_threads = 0;
     bool disjoint = false;
+    Positions positions{};
 };
 BATCHNORM_API void batch_norm_train(const BatchNormTrainArgs& args);
 
 // Gradients. With x_hat = (x - mean) * inv_std and dy multiplied by the activation's derivative first:
 //     dbeta = sum dy, dgamma = sum dy * x_hat,
-//     Stats::batch  dx = gamma * inv_std * (dy - dbeta / n - x_hat * dgamma / n)
+//     Stats::batch  dx = gamma * inv_std * (dy - w * dbeta / n - w * x_hat * dgamma / n), w the position's weight, 1 without
 //     Stats::fixed  dx = gamma * inv_std * dy
 // The residual's gradient is that dy. Outputs that are absent are not computed. dx or dresidual may be dy or the residual itself.
 struct BatchNormBackwardArgs {
@@ -226,12 +239,14 @@ struct BatchNormBackwardArgs {
     Channels dgamma{}, dbeta{};
     int num_threads = 0;
     bool disjoint = false;
+    Positions positions{};  // the forward's; with fixed statistics a mask alone
 };
 BATCHNORM_API void batch_norm_backward(const BatchNormBackwardArgs& args);
 
 // Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n = 0 gives NaN; 0 < n <= ddof is an error. Of
 // integer x both are the correctly rounded ones.
-BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0, int num_threads = 0);
+BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0, int num_threads = 0,
+                           const Positions& positions = {});
 
 // The two passes of backward by themselves, of which other gradients can be made (second-order ones, say). a and b have one shape and
 // storage type.
