@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _running, _ways
+from . import _args, _positions, _running, _ways
 from ._functional import activation_mask_bytes, batch_norm, moments
 from ._layer_base import COLD, STATISTICS, LayerBase
 from ._ways import Kept
@@ -33,6 +33,18 @@ class Request(NamedTuple):
     keep: Any = None
     residual: Any = None
     out: Any = None
+    mask: Any = None
+    lengths: Any = None
+    lengths_axis: Any = None
+    weights: Any = None
+
+    def positions(self) -> dict[str, Any]:
+        """The arguments about which positions count, as far as they were given."""
+        given = {
+            "mask": self.mask, "lengths": self.lengths, "lengths_axis": self.lengths_axis,
+            "weights": self.weights,
+        }  # fmt: skip
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def spoils(out: Array | None, kept: Kept | None) -> bool:
@@ -79,8 +91,8 @@ def forward(layer: LayerBase, x: Array, request: Request, where: dict[str, Any])
     todo = resolve(layer, request)
     part = None
     if layer._collector is not None:
-        part = layer._collector.measure(x, where)  # before x is overwritten in place
-    step = Step(layer, x, where) if todo.update else None
+        part = layer._collector.measure(x, where, request.positions())  # before x is overwritten in place
+    step = Step(layer, x, where, request.positions()) if todo.update else None
     if step is not None and not step.count:
         step = None  # an empty batch counts for nothing
     way = _by_batch if todo.batch else _by_running
@@ -103,7 +115,7 @@ def _by_batch(
         "eps": layer._eps, "activation": layer._activation, "slope": layer._slope,
         "residual": request.residual, "out": request.out, **where,
     }  # fmt: skip
-    y, kept = _ways.by_batch(layer, x, arguments, step)
+    y, kept = _ways.by_batch(layer, x, arguments, request.positions(), step)
     if step is not None:
         step.check()
     return y, kept if keep else None
@@ -121,9 +133,11 @@ def _by_running(
             mean, var = step.measured
             _running.update_running(
                 *step.reference, mean, np.sqrt(var + layer._eps), decay=_reference_decay(layer, step.decay),
-                count=step.count, ddof=0,
+                count=1, ddof=0,
             )  # fmt: skip
-    backward: dict[str, Any] = {"stats": "fixed"}
+    counting = request.positions()
+    counting.pop("weights", None)  # they weigh in the batch's statistics alone
+    backward: dict[str, Any] = {"stats": "fixed", **counting}
     if keep and request.residual is not None and layer._activation is not None:
         if layer._activation in _args.PIECEWISE_LINEAR:
             backward["activation_mask"] = np.zeros(activation_mask_bytes(x, **where), np.uint8)
@@ -132,7 +146,7 @@ def _by_running(
     y = batch_norm(
         x, layer._running_mean, layer._running_var, layer._gamma, layer._beta, eps=layer._eps,
         activation=layer._activation, slope=layer._slope, residual=request.residual, out=request.out,
-        activation_mask=backward.get("activation_mask"), **where,
+        activation_mask=backward.get("activation_mask"), **counting, **where,
     )  # fmt: skip
     if not keep:
         return y, None
@@ -150,11 +164,11 @@ def _reference_decay(layer: LayerBase, decay: float) -> float:
 class Step:
     """An update of running statistics, prepared aside where it may not come to pass."""
 
-    def __init__(self, layer: LayerBase, x: Array, where: dict[str, Any]) -> None:
-        self.layer, self.x, self.where = layer, x, where
+    def __init__(self, layer: LayerBase, x: Array, where: dict[str, Any], positions: dict[str, Any]) -> None:
+        self.layer, self.x, self.where, self.positions = layer, x, where, positions
         self.reference: tuple[Array, Array] | None = None  # renorm_mean and renorm_std, if there are any
         channels = layer._num_features or 1
-        self.count = x.size // channels if isinstance(x, np.ndarray) else 0  # else the function refuses x
+        self.count = self._values() if positions else x.size // channels if isinstance(x, np.ndarray) else 0
         counters = layer._counters
         self.decay = (
             0.0
@@ -188,10 +202,25 @@ class Step:
 
     def take(self, mean: Array, var: Array, count: int) -> None:
         """Update the statistics by a mean and a population variance of parts of `count` values."""
-        _running.update_running(
-            self.mean, self.var, mean, var, decay=self.decay, count=count, ddof=self.layer._running_ddof
-        )
+        self._move(mean, var, count)
         self.measured = mean, var
+
+    def _move(self, mean: Array, var: Array, count: float) -> None:
+        ddof = self.layer._running_ddof
+        if not isinstance(count, int):  # a sum of weights
+            if count <= ddof:
+                raise ValueError(f"weights sum to {count:g}, expected more than running_ddof = {ddof}")
+            var, count, ddof = var * (count / (count - ddof)), 1, 0
+        _running.update_running(self.mean, self.var, mean, var, decay=self.decay, count=count, ddof=ddof)
+
+    def _values(self) -> float:
+        """Values per channel that count, with weights their sum."""
+        where = self.where.get("axis", _args.DEFAULT_AXIS), self.where.get("data_format")
+        x, axis = _args._input(self.x, *where)
+        given = (self.positions.get(name) for name in ("mask", "lengths", "lengths_axis", "weights"))
+        positions = _positions.Positions(*given)
+        positions.check(x, axis)
+        return float(positions.n) if positions.weighted else int(positions.n)
 
     def refer(self, mean: Array, inv_std: Array) -> None:
         """Let a batch be the reference of batch renormalisation."""
@@ -201,12 +230,9 @@ class Step:
 
     def foresee(self) -> None:
         """Update the statistics without normalising, and see whether that will do."""
-        batch = moments(self.x, **self.where)
+        batch = moments(self.x, **self.where, **self.positions)
         self.set_aside()
-        _running.update_running(
-            self.mean, self.var, batch.mean, batch.var, decay=self.decay, count=self.count,
-            ddof=self.layer._running_ddof,
-        )  # fmt: skip
+        self._move(batch.mean, batch.var, self.count)
         self.check()
         self.measured = batch.mean, batch.var
 

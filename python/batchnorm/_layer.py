@@ -287,6 +287,10 @@ class BatchNorm(LayerTools):
         update: bool | None = None,
         keep: bool | None = None,
         residual: NDArray[Any] | None = None,
+        mask: NDArray[Any] | None = None,
+        lengths: NDArray[Any] | None = None,
+        lengths_axis: int | None = None,
+        weights: NDArray[Any] | None = None,
         out: NDArray[Any] | None = None,
     ) -> NDArray[Any]:
         """Normalise `x`.
@@ -309,6 +313,10 @@ class BatchNorm(LayerTools):
             Whether `backward` is to follow. None: if this is a call in training.
         residual : ndarray like x, optional
             Added before the activation, in the same pass. ``backward`` leaves its gradient in `dresidual`.
+        mask, lengths, lengths_axis, weights : optional
+            Which positions count, and in the batch's statistics how often, as in ``batch_norm_train``; for
+            ``backward`` and `num_samples` too. Not with `renorm`, `virtual_batch_size` or `save_memory` in
+            training.
         out : ndarray, optional
             Receives the result: shape and dtype of `x`, may be `x` itself. After a call in place there is no
             backward.
@@ -337,8 +345,15 @@ class BatchNorm(LayerTools):
             or update is not None
             or keep is not None
             or residual is not None
+            or mask is not None
+            or lengths is not None
+            or lengths_axis is not None
+            or weights is not None
         ):
-            return self._call_at_length(x, Request(training, stats, update, keep, residual, out))
+            request = Request(
+                training, stats, update, keep, residual, out, mask, lengths, lengths_axis, weights
+            )
+            return self._call_at_length(x, request)
         axis, data_format = self._axis, None
         if self._rank is not None and getattr(x, "ndim", None) != self._rank:
             axis, data_format = _args.DEFAULT_AXIS, self._data_format  # for the function to refuse

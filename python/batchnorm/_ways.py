@@ -47,8 +47,14 @@ class Kept(NamedTuple):
         )  # fmt: skip
 
 
-def by_batch(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step | None) -> tuple[Array, Kept]:
+def by_batch(
+    layer: LayerBase, x: Array, arguments: dict[str, Any], positions: dict[str, Any], step: Step | None
+) -> tuple[Array, Kept]:
     """Normalise `x` with its own statistics, and let them enter those of `step`."""
+    if positions:
+        _refuse_positions(layer, positions)
+        y, kept = by_batch(layer, x, {**arguments, **positions}, {}, step)
+        return y, kept._replace(options={**kept.options, **positions})
     if layer._virtual_batch_size is not None:
         return _in_parts(layer, x, arguments, step)
     if step is not None:
@@ -61,6 +67,19 @@ def by_batch(layer: LayerBase, x: Array, arguments: dict[str, Any], step: Step |
     if layer._renorm is not None and not _unknown_reference(layer):
         return _renormalised(layer, x, arguments, step)
     return _plain(layer, x, arguments, step)
+
+
+def _refuse_positions(layer: LayerBase, positions: dict[str, Any]) -> None:
+    options = {
+        "renorm": layer._renorm is not None, "virtual_batch_size": layer._virtual_batch_size is not None,
+        "save_memory": layer._save_memory,
+    }  # fmt: skip
+    for option, given in options.items():
+        if given:
+            raise ValueError(
+                f"{next(iter(positions))} is given and the layer has {option}, which cannot leave positions "
+                f"out: drop one of them"
+            )
 
 
 def _unknown_reference(layer: LayerBase) -> bool:
