@@ -251,6 +251,64 @@ def test_merging_with_itself_and_huge_counts():
     assert (total + odd).count == one.count * 2**100 + 1
 
 
+# ---- weights, mask, lengths --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "layout", [lambda x: x, np.asfortranarray, lambda x: x.transpose(0, 2, 1).copy().transpose(0, 2, 1)]
+)
+def test_weights_are_copies(dtype, layout):
+    generator = np.random.default_rng(2)
+    x = layout((100 + generator.integers(-8, 9, (6, 3, 40)) / 4.0).astype(dtype))
+    weights = generator.integers(0, 4, (6, 40))
+    copies = np.repeat(np.moveaxis(x, 1, 2).reshape(-1, 3), weights.ravel(), axis=0)
+    got = Moments().update(x, weights=weights)
+    assert got.count == weights.sum() and isinstance(got.count, int)
+    for c in range(3):
+        assert values(got._sums, c) == exact_values(copies, c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_does_not_count_is_not_there(dtype):
+    x = batches(1, dtype=dtype, mean=3.0)[0]
+    mask = rng("mask").random((x.shape[0], x.shape[2])) < 0.6
+    dirty = np.where(mask[:, None], x, np.array(np.nan, x.dtype)).astype(dtype)
+    got, want = Moments().update(dirty, mask=mask), Moments().update(np.moveaxis(x, 1, 2)[mask])
+    assert got.count == want.count == mask.sum()
+    np.testing.assert_allclose(got.mean, want.mean, rtol=1e-14)
+    np.testing.assert_allclose(got.var, want.var, rtol=1e-12)
+    lengths = np.arange(x.shape[0]) % (x.shape[2] + 1)
+    ends = Moments().update(x, mask=np.arange(x.shape[2]) < lengths[:, None])
+    assert same(Moments().update(x, lengths=lengths), ends)
+    image = x.reshape(x.shape[0], 3, 1, -1)
+    assert same(Moments().update(image, lengths=lengths, lengths_axis=3), ends)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1e-100, 3e100])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1e6])
+def test_fractional_weights(mean, scale):
+    arrays = batches(12, mean=mean)
+    weights = [rng("weights", i).random((x.shape[0], x.shape[2])) * scale for i, x in enumerate(arrays)]
+    parts = [Moments().update(x, weights=w) for x, w in zip(arrays, weights, strict=True)]
+    total, generator = Moments.merged(parts), random.Random(0)
+    for _ in range(20):
+        assert same(in_some_order(parts, generator), total)
+    w = np.concatenate([w.ravel() for w in weights]).astype(np.longdouble)
+    x = flat(arrays).astype(np.longdouble)
+    want = (x * w).sum(axis=1) / w.sum()
+    var = ((x - want[:, None]) ** 2 * w).sum(axis=1) / w.sum()
+    np.testing.assert_allclose(float(total.count), float(w.sum()), rtol=1e-14)
+    assert np.all(np.abs(total.mean - want) <= 4 * tolerances.U64 * np.abs(want) + 1e-14 * np.sqrt(var))
+    np.testing.assert_allclose(total.var, var.astype(np.float64), rtol=1e-13)
+
+
+def test_nothing_counts():
+    x = np.ones((4, 3, 2))
+    total = Moments().update(x, mask=np.zeros((4, 2), bool)).update(x, weights=np.zeros(4))
+    assert total.count == 0 and total.channels is None
+
+
 # ---- values that are no numbers, batches without values ----------------------------------------------------
 
 
@@ -437,6 +495,17 @@ BAD_CALLS = [
     ),
     (lambda m: m.update(np.empty((0, 4))), ValueError, r"with 4 channels on axis 1, expected 3"),
     (lambda m: m.update(np.ones((2, 3)), num_threads=0), ValueError, "num_threads is 0"),
+    (lambda m: m.update(np.ones((2, 3)), mask=np.ones(3, bool)), ValueError, r"mask has shape \(3,\)"),
+    (
+        lambda m: m.update(np.ones((2, 4)), weights=np.ones(2)),
+        ValueError,
+        "with 4 channels on axis 1, expected 3",
+    ),
+    (
+        lambda m: m.update(np.ones((2, 3), np.uint8), weights=np.ones(2)),
+        TypeError,
+        "dtype uint8, of which all",
+    ),
     (lambda m: m.merge(3), TypeError, r"other is 3 \(int\), expected a Moments"),
     (lambda m: m.merge(Moments().update(np.ones((2, 4)))), ValueError, "other has 4 channels, expected 3"),
     (lambda m: m + Moments().update(np.ones((2, 4))), ValueError, "other has 4 channels, expected 3"),

@@ -446,18 +446,19 @@ py::object combine(py::handle a, py::handle b, py::handle k_a, py::handle center
 }
 
 // The sums of one batch, for merge_moment_sums and moments_from_sums.
-py::object moment_sums(py::handle x, py::handle axis, py::handle num_threads, bool prepared) {
+py::object moment_sums(py::handle x, py::handle axis, py::handle num_threads, py::handle positions, bool prepared) {
     return attempt(prepared, [&]() -> py::object {
         std::int64_t channel_axis;
         int threads;
         ConstTensor view;
         Together together;
+        Positions counting;
         if (!together.read(x, view, Kinds::any) || !as_int(axis, channel_axis) || !as_thread_count(num_threads, threads) ||
-            !together.look(channel_axis)) {
+            !as_positions(positions, counting) || !together.look(channel_axis)) {
             return {};
         }
         Vector<double> sums(moment_sums_size(view.channels));
-        without_gil(elements(view), [&] { batchnorm::moment_sums(view, sums.values, threads); });
+        without_gil(elements(view), [&] { batchnorm::moment_sums(view, sums.values, threads, counting); });
         return std::move(sums.array);
     });
 }

@@ -216,27 +216,27 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
     });
 }
 
-void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads) {
-    const Geometry g = check::moment_sums_arguments(x, sums, num_threads);
+void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions) {
+    const Geometry g = check::moment_sums_arguments(x, sums, num_threads, positions);
     const parallel::Limit limit(num_threads);
     const KernelTable& table = check::active_level();
-    if (g.count() == 0) {
+    if (g.counting == 0) {
         std::fill(sums.begin(), sums.end(), 0.0);
         return;
     }
     const Plan plan = make_plan(g, 1, 0);
     Workspace ws;
+    const Counting counting(ws, g, positions);
     const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
-    const Positions all;
-    const Counting counting(ws, g, all);
     Statistics statistics(ws, plan, table, x, counting, mean, var);
     statistics.run([](int64_t, int64_t) {}, kNoMap);
     const SumsArray<double> out(sums.data(), g.channels);
-    out.set_count({{static_cast<double>(g.count())}});
+    out.set_count({{g.weight}});
+    const double scale = g.weight / counting.n();  // a power of two, that of the weights as the kernels get them
     for_channels(plan, [&](int64_t c0, int64_t c1) {
         for (int64_t c = c0; c < c1; ++c) {
-            out.set_sum(c, statistics.sum(c));
-            out.set_sum_sq(c, statistics.sum_sq(c));
+            out.set_sum(c, statistics.sum(c).scaled(scale));
+            out.set_sum_sq(c, statistics.sum_sq(c).scaled(scale));
         }
     });
 }

@@ -595,8 +595,9 @@ Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::sp
     return g;
 }
 
-Geometry moment_sums_arguments(const ConstTensor& x, std::span<double> sums, int num_threads) {
-    const Geometry g = geometry(x, "x", Storage::any);
+Geometry moment_sums_arguments(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& counting) {
+    Geometry g = geometry(x, "x", Storage::any);
+    positions(counting, g);
     call_threads(num_threads);
     const std::int64_t expected = moment_sums_size(g.channels);
     if (static_cast<std::int64_t>(sums.size()) != expected) {

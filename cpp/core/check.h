@@ -16,7 +16,7 @@ Geometry arguments(const ChannelSumsArgs& a);
 Geometry arguments(const CombineArgs& a);
 Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
                            const Positions& positions);
-Geometry moment_sums_arguments(const ConstTensor& x, std::span<double> sums, int num_threads);
+Geometry moment_sums_arguments(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions);
 // Numbers of channels.
 std::int64_t sums(std::span<const double> sums, const char* name);
 std::int64_t merged_sums(std::span<double> sums, std::span<const double> others);

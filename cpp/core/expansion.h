@@ -40,6 +40,12 @@ struct Expansion {
         bc.add_product(b, c);
         for (const double v : bc.part) add_product(a, v);
     }
+    // By a power of two, which is exact.
+    Expansion scaled(double power) const {
+        Expansion e = *this;
+        for (double& v : e.part) v *= power;
+        return e;
+    }
     // The sum as one double: a function of the sum, not of how the parts share it, unless it lies within 2^(-53 K) of the middle between
     // two doubles.
     double total() const {

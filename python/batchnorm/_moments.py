@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _core
+from . import _args, _core, _positions
 from ._functional import MeanVar
 from ._state import _failing_as
 
@@ -96,7 +96,16 @@ class Moments:
 
     # ---- filling -------------------------------------------------------------------------------------------
 
-    def update(self, x: Array, *, num_threads: int | None = None) -> Moments:
+    def update(
+        self,
+        x: Array,
+        *,
+        weights: Array | None = None,
+        mask: NDArray[np.bool_] | None = None,
+        lengths: NDArray[Any] | None = None,
+        lengths_axis: int | None = None,
+        num_threads: int | None = None,
+    ) -> Moments:
         """Take in a batch.
 
         Parameters
@@ -104,6 +113,9 @@ class Moments:
         x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
             Or of uint8, int16 or uint16, whose sums are exact: however such data is cut into batches, the
             result is the same. Without values it changes nothing.
+        weights, mask, lengths, lengths_axis
+            Which positions count, and how often, as in :func:`moments`, not for integers; ``count`` grows by
+            the sum of weights.
         num_threads : int, optional
             As in :func:`batch_norm`.
 
@@ -119,17 +131,20 @@ class Moments:
             Ctrl-C.
         """
         sums = None
-        if self._data_format is None and self._may_take(x):
-            sums = _core.moment_sums(x, self._axis, num_threads, False)
+        positions = _positions.asked(mask, lengths, lengths_axis, weights)
+        if positions is None and self._data_format is None and self._may_take(x):
+            sums = _core.moment_sums(x, self._axis, num_threads, None, False)
         if sums is None:
             axis = _args.DEFAULT_AXIS if self._data_format else self._axis
-            x, axis, _, threads, *_ = _args.statistics(x, axis, self._data_format, 0, num_threads)
+            x, axis, _, threads, counted, _ = _args.statistics(
+                x, axis, self._data_format, 0, num_threads, positions
+            )
             if self._sums is not None and x.shape[axis] != self.channels:
                 raise ValueError(
                     f"x has shape {x.shape} with {x.shape[axis]} channels on axis {axis}, expected "
                     f"{self.channels} as the batches before"
                 )
-            sums = _core.moment_sums(x, axis, threads, True)
+            sums = _core.moment_sums(x, axis, threads, counted, True)
             assert sums is not None
         self._add(sums)
         return self

@@ -281,7 +281,7 @@ BATCHNORM_API void combine(const CombineArgs& args);
 // rounds by 2^-159 of the largest sum alone, and m2 keeps its digits for |mean| / std far beyond 1e6. For |x| below 1e150. Batches without
 // values add nothing; of nothing, mean and m2 are NaN.
 constexpr std::int64_t moment_sums_size(std::int64_t channels) { return 3 + 6 * channels; }
-BATCHNORM_API void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads = 0);
+BATCHNORM_API void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads = 0, const Positions& positions = {});
 BATCHNORM_API void merge_moment_sums(std::span<double> sums, std::span<const double> others);  // others may be sums itself
 BATCHNORM_API void moments_from_sums(std::span<const double> sums, std::span<double> mean, std::span<double> m2);
 BATCHNORM_API double moment_count(std::span<const double> sums);
