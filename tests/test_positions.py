@@ -259,6 +259,16 @@ def test_weighted_gradient_is_the_derivative():
         assert abs((loss(x + step) - loss(x - step)) / 2e-6 - dx[index]) < 1e-7
 
 
+def test_weights_of_what_does_not_count_are_not_read():
+    x, keep = normal(Shape("ncs", 4, 3, 6), FLOAT32), np.ones((4, 6), bool)
+    keep[1], keep[2, 3:] = False, False
+    weights = rng("some").random((4, 6))
+    want = batchnorm.batch_norm_train(x, mask=keep, weights=weights)
+    weights[1], weights[2, 3:] = np.nan, -np.inf
+    got = batchnorm.batch_norm_train(x, mask=keep, weights=weights)
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_running_variance_divides_by_the_sum_of_weights():
     x, weights = np.array([[1.0], [2.0], [4.0]]), np.array([0.5, 1.0, 2.0])
     running = np.zeros(1), np.zeros(1)

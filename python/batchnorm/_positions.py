@@ -81,7 +81,9 @@ class Positions:
 
     def _flat(self, values: Array, order: list[int]) -> Array:
         values = values.transpose(order)
-        sizes = tuple(self.shape[i] for i in order)
+        sizes = tuple([self.shape[i] for i in order])
+        if values.shape == sizes:
+            return np.ascontiguousarray(values).reshape(-1)
         n = max((i + 1 for i, size in enumerate(values.shape) if size != 1), default=0)
         values = values.reshape(values.shape[:n])  # behind these, each value stands for many positions
         return np.ascontiguousarray(np.broadcast_to(values, sizes[:n])).reshape(-1)
@@ -89,6 +91,8 @@ class Positions:
     def _broadcastable(self, values: Array, name: str) -> Array:
         """`values` with as many axes as the positions, each of length 1 or theirs."""
         shape = values.shape
+        if shape == self.shape:
+            return values
         if values.ndim == 1 and shape[0] in (1, self.shape[0]):
             return values.reshape(-1, *[1] * (len(self.shape) - 1))
         fits = values.ndim != 1 and values.ndim <= len(self.shape)
