@@ -283,7 +283,7 @@ def test_cold_statistics_warn_once_with_numbers():
         layer(X, training=False)
     text = str(caught[0].message)
     # 0.99^20 = 0.818; 0.99^459 = 0.00992, 0.99^458 = 0.01002; 0.01^(1/20) = 0.794
-    assert "after 20 updates with decay 0.99 the initial values still weigh 82 %" in text
+    assert "after 20 updates with decay=0.99 the initial values still weigh 82 %" in text
     assert "439 more updates bring that to 1 %" in text and "decay=0.794 or less" in text
     assert caught[0].filename == __file__
     layer(X, training=False)
@@ -317,7 +317,7 @@ def test_statistics_that_hold_nothing_of_the_initial_values_are_never_cold(optio
 def test_a_decay_of_one_never_warms_up():
     layer = BatchNorm(C, decay=1)
     layer(X)
-    with pytest.warns(ColdStatisticsWarning, match="weigh 100 %; which no update changes"):
+    with pytest.warns(ColdStatisticsWarning, match="weigh 100 %; no update changes that"):
         layer(X, training=False)
 
 

@@ -323,10 +323,14 @@ void positions_apart(const Positions& p, const Tensor& out, const char* out_name
     one(p.weights.data(), p.weights.size_bytes(), "weights");
 }
 
-// A mask that is written touches no other array.
+// A mask that is written touches no other array, nor the positions.
 template <class... Read>
-void mask_apart(std::span<const std::uint8_t> bytes, const Read&... others) {
+void mask_apart(std::span<const std::uint8_t> bytes, const Positions& p, const Read&... others) {
     if (bytes.empty()) return;
+    const auto first = reinterpret_cast<std::uintptr_t>(p.weights.data());
+    if (range_of(bytes).overlaps(range_of(p.mask)) || range_of(bytes).overlaps({first, first + p.weights.size_bytes()})) {
+        fail("activation_mask overlaps mask or weights, expected separate arrays");
+    }
     const auto one = [&](const auto& v, const char* name) {
         if (v && range_of(bytes).overlaps(range_of(v)))
             fail(std::string("activation_mask overlaps ") + name + ", expected separate arrays");
@@ -356,12 +360,18 @@ void renorm(const Renorm& n, const BatchNormTrainArgs& a, const Channels& mean, 
     for (const auto& [v, name] : {std::pair{&r, "r"}, {&d, "d"}}) {
         separate(mean, "mean", *v, name);
         separate(inv_std, "inv_std", *v, name);
+        apart(range_of(n.mean), "renorm.mean", *v, name);
+        apart(range_of(n.std), "renorm.std", *v, name);
         if (a.running_mean) separate(*v, name, a.running_mean, "running_mean");
         if (a.running_var) separate(*v, name, a.running_var, "running_var");
         if (a.disjoint) continue;
         apart(range_of(a.y), "y", *v, name);
         apart(range_of(a.x), "x", *v, name);
         if (a.residual) apart(range_of(a.residual), "residual", *v, name);
+    }
+    for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {  // the reference is read again after them
+        apart(range_of(n.mean), "renorm.mean", *v, name);
+        apart(range_of(n.std), "renorm.std", *v, name);
     }
     if (a.disjoint) return;
     apart(range_of(a.y), "y", n.mean, "renorm.mean");
@@ -408,8 +418,8 @@ Geometry arguments(const BatchNormArgs& a) {
     if (a.disjoint) return g;
     no_partial_overlap(a.y, "y", a.x, "x");
     positions_apart(a.positions, a.y, "y");
-    mask_apart(a.activation_mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{a.mean, "mean"},
-               std::pair{a.var, "var"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"});
+    mask_apart(a.activation_mask, a.positions, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"},
+               std::pair{a.mean, "mean"}, std::pair{a.var, "var"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"});
     const Range y = range_of(a.y);
     for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
         if (*v) apart(y, "y", *v, name);
@@ -458,8 +468,8 @@ Geometry arguments(const BatchNormTrainArgs& a) {
     if (a.disjoint) return g;
     no_partial_overlap(a.y, "y", a.x, "x");
     positions_apart(a.positions, a.y, "y");
-    mask_apart(a.activation_mask, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"}, std::pair{mean, "mean"},
-               std::pair{inv_std, "inv_std"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"},
+    mask_apart(a.activation_mask, a.positions, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"},
+               std::pair{mean, "mean"}, std::pair{inv_std, "inv_std"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"},
                std::pair{a.running_mean, "running_mean"}, std::pair{a.running_var, "running_var"});
     const Range y = range_of(a.y);
     for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {
@@ -521,7 +531,7 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
         if (a.residual) apart(range_of(a.residual), "residual", *v, name);
         if (a.dx) apart(range_of(a.dx), "dx", *v, name);
         if (a.dresidual) apart(range_of(a.dresidual), "dresidual", *v, name);
-        mask_apart(a.activation_mask, std::pair{*v, name});
+        mask_apart(a.activation_mask, a.positions, std::pair{*v, name});
     }
     for (const auto& [out, out_name] : {std::pair{&a.dx, "dx"}, {&a.dresidual, "dresidual"}}) {
         if (!*out) continue;
@@ -529,7 +539,7 @@ Geometry arguments(const BatchNormBackwardArgs& a) {
         positions_apart(a.positions, *out, out_name);
         if (a.residual) no_partial_overlap(*out, out_name, a.residual, "residual");
         if (out == &a.dx) no_partial_overlap(*out, out_name, a.x, "x");
-        mask_apart(a.activation_mask, std::pair{*out, out_name});
+        mask_apart(a.activation_mask, a.positions, std::pair{*out, out_name});
         for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
             if (*v) apart(range_of(*out), out_name, *v, name);
         }

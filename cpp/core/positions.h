@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "coeffs.h"
 #include "plan.h"
 #include "workspace.h"
 
@@ -36,11 +37,12 @@ struct Counted {
 
 inline Counted count_positions(const Positions& p, std::int64_t count) {
     Counted c;
+    coeffs::Sum sum{0, 0};  // as exact as the sums of x that it divides
     const auto weight = [&](std::int64_t i, std::int64_t times) {
         const double w = p.weights[static_cast<std::size_t>(i)];
         if (!(w >= 0) || std::isinf(w)) c.bad = i;
         c.positions += w > 0 ? times : 0;
-        c.weight += w * static_cast<double>(times);
+        sum.add(w * static_cast<double>(times));
         c.most = std::max(c.most, w);
     };
     if (p.weights.empty()) {
@@ -57,6 +59,7 @@ inline Counted count_positions(const Positions& p, std::int64_t count) {
             if (mask[i] != 0) weight(i / each, 1);
         }
     }
+    if (!p.weights.empty()) c.weight = sum.total();
     return c;
 }
 

@@ -93,6 +93,7 @@ _FOREIGN = {
     "trainable": "freeze() makes a BatchNorm use the running statistics and update nothing",
     "device": "there is only the CPU",
     "activation_fn": "it is called activation here",
+    "negative_slope": "it is called slope here",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _forward, _running
+from . import _args, _forward, _positions
 from ._functional import MeanVar, moments
 from ._layer_base import COLD, INITIAL, STATISTICS, LayerBase
 
@@ -106,6 +106,8 @@ def report(layer: LayerBase) -> Diagnosis:
     counters = layer._counters
     if not found:
         how = "assigned or loaded" if not counters.num_updates else _times(counters.num_updates, "update")
+        if layer._allow_initial_statistics and layer._untouched_statistics():
+            how = "the initial ones, which are allowed"
         found = [
             Finding("fine", f"the running statistics are in order ({how})", numbers=_counts(layer)),
         ]
@@ -170,24 +172,15 @@ def _cold(layer: LayerBase, bound: float = COLD) -> list[Finding]:
     if weight <= bound or not updates or layer._allow_initial_statistics:
         return []
     aim = COLD if weight > COLD else weight / 100  # means far from 0 show less than 1 % of it
-    numbers = {
-        **_counts(layer),
-        "updates_missing": 0.0 if decay is None else _running.updates_until(aim / weight, decay),
-        "recommended_decay": aim ** (1 / updates),
-    }
-    more = numbers["updates_missing"]
-    wait = (
-        f"{more:.0f} more updates bring that to {100 * aim:.2g} %"
-        if more < 1e15
-        else "no update changes that"
-    )
+    more, wait = _forward.missing(layer, aim)
+    numbers = {**_counts(layer), "recommended_decay": aim ** (1 / updates)}
+    numbers["values_missing" if decay is None else "updates_missing"] = more
     return [
         Finding(
             "cold",
-            f"the running statistics are cold: after {_times(updates, 'update')} the initial values (mean 0, "
-            f"variance 1) still weigh {100 * weight:.2g} %, {wait}",
-            f"Train longer, use decay={_forward._floor(numbers['recommended_decay'])} or less for so many "
-            f"updates, or zero_debias=True, or decay=None; recalibrate(batches) mends the statistics now",
+            f"the running statistics are cold: after {_times(updates, 'update')} the initial values still "
+            f"weigh {_forward.percent(weight)} %, {wait}",
+            f"{_forward.remedy(layer, aim)}; recalibrate(batches) mends the statistics now",
             numbers=numbers,
         )
     ]
@@ -231,10 +224,14 @@ def _eps_dominates(layer: LayerBase, var: Array, what: str) -> list[Finding]:
 # ---- beside a batch ----------------------------------------------------------------------------------------
 
 
-def diagnose(layer: LayerBase, x: Array, where: dict[str, Any]) -> Diagnosis:
+def diagnose(layer: LayerBase, x: Array, where: dict[str, Any], positions: dict[str, Any]) -> Diagnosis:
     """What the running statistics tell, and how they compare with those of a batch."""
-    batch = moments(x, **where)
+    batch = moments(x, **where, **positions)
     count = x.size // len(batch.mean)
+    if positions:
+        counted = _positions.Positions(**{name: positions.get(name) for name in _positions.NAMES})
+        counted.check(x, _args._axis_of(x, where.get("axis", _args.DEFAULT_AXIS), where.get("data_format")))
+        count = counted.counting
     if not count:
         raise ValueError(f"x has shape {x.shape}, which holds no values, expected a batch like those in use")
     found = _of_state(layer)
@@ -292,8 +289,9 @@ def _mismatched(
             f"the running statistics are not those of this batch in {len(where)} of {len(mean)} "
             f"channels{beyond} ({shown}{more})",
             "If this batch is prepared as in training, the statistics are out of date: recalibrate(batches), "
-            f"or use a smaller decay (now {layer._decay}); if it is not, prepare it the same way (scaling, "
-            "colour order, augmentation), or give this data statistics of its own, clone(share='params')",
+            f"or let newer batches weigh more (decay is {layer._decay}); if it is not, prepare it the same "
+            "way (scaling, colour order, augmentation), or give this data statistics of its own, "
+            "clone(share='params')",
             tuple(map(int, where)),
             numbers,
         )

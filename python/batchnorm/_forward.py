@@ -186,6 +186,7 @@ class Step:
             self.set_aside()
         self.skipped = False
         self.measured: tuple[Array, Array] | None = None
+        self.measured_count: float = self.count  # values that `measured` is of
 
     def set_aside(self) -> None:
         """Let the update happen to copies, as they are now."""
@@ -203,7 +204,7 @@ class Step:
     def take(self, mean: Array, var: Array, count: int) -> None:
         """Update the statistics by a mean and a population variance of parts of `count` values."""
         self._move(mean, var, count)
-        self.measured = mean, var
+        self.measured, self.measured_count = (mean, var), count
 
     def _move(self, mean: Array, var: Array, count: float) -> None:
         ddof = self.layer._running_ddof
@@ -267,7 +268,7 @@ class Step:
                 np.copyto(layer._renorm_std, self.reference[1])
         layer._counters.step(self.decay, self.count * (layer._num_features or 1))
         if layer._history is not None and self.measured is not None:
-            layer._history.add(layer, *self.measured, self.count)
+            layer._history.add(layer, *self.measured, self.measured_count)
 
 
 # ---- statistics that nobody has learned --------------------------------------------------------------------
@@ -276,7 +277,9 @@ class Step:
 def check_statistics(layer: LayerBase, x: Array, where: dict[str, Any], stacklevel: int) -> None:
     """Before running statistics are used: raise if they are no statistics, warn if they are cold."""
     counters = layer._counters
-    if layer._allow_initial_statistics or counters.initial_weight <= COLD:
+    if layer._allow_initial_statistics:
+        return  # a setting, which may change, and which layers that share the statistics may not have
+    if counters.initial_weight <= COLD:
         counters.trusted = True
     elif counters.num_updates:
         if not counters.warned:
@@ -310,16 +313,42 @@ def never_updated_message(layer: LayerBase, untouched: list[str]) -> str:
 def cold_message(layer: LayerBase) -> str:
     """How cold statistics are, and what to do."""
     counters, decay = layer._counters, layer._decay
-    updates, weight = counters.num_updates, counters.initial_weight
-    more = 0.0 if decay is None else _running.updates_until(COLD / weight, decay)
-    wait = f"{more:.0f} more updates bring that to 1 %" if more < 1e15 else "which no update changes"
-    warm = COLD ** (1 / updates)
+    updates = counters.num_updates
+    number = "None" if decay is None else f"{decay:g}"
+    _, wait = missing(layer, COLD)
     return (
-        f"the running statistics are cold: after {updates} update{'s' * (updates != 1)} with decay {decay:g} "
-        f"the initial values still weigh {100 * weight:.0f} %; {wait}. Train longer, or use "
-        f"decay={_floor(warm)} or less, or "
-        "zero_debias=True, or decay=None; bn.recalibrate(batches) mends the statistics now"
+        f"the running statistics are cold: after {updates} update{'s' * (updates != 1)} with decay={number} "
+        f"the initial values still weigh {percent(counters.initial_weight)} %; {wait}. "
+        f"{remedy(layer, COLD)}; bn.recalibrate(batches) mends the statistics now"
     )
+
+
+def missing(layer: LayerBase, aim: float) -> tuple[float, str]:
+    """How many updates, or of a cumulative average values, bring the initial values' weight to `aim`."""
+    counters, decay = layer._counters, layer._decay
+    share, percent = aim / counters.initial_weight, f"bring that to {100 * aim:.2g} %"
+    if decay is None:
+        more = counters.num_values / (layer._num_features or 1) * (1 / share - 1)
+        return more, f"{more:.0f} more values per channel {percent}"
+    more = _running.updates_until(share, decay, layer._warmup, counters.num_updates)
+    return more, f"{more:.0f} more updates {percent}" if more < 1e15 else "no update changes that"
+
+
+def remedy(layer: LayerBase, aim: float) -> str:
+    """What helps against cold statistics, of what this layer's schedule allows."""
+    if layer._decay is None:
+        return "Train longer"
+    ways = [] if layer._decay == 1 else ["train longer"]
+    ways.append(f"use decay={_floor(aim ** (1 / layer._counters.num_updates))} or less for so many updates")
+    if not layer._warmup:
+        ways += ["zero_debias=True", "decay=None"]
+    text = ", or ".join(ways)
+    return text[0].upper() + text[1:]
+
+
+def percent(share: float) -> str:
+    """A share in percent, in two digits or so."""
+    return f"{100 * share:.0f}" if share >= 0.1 else f"{100 * share:.2g}"
 
 
 def _floor(value: float) -> str:

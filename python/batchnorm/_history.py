@@ -63,6 +63,12 @@ class History:
             self._rows.append(row.astype(np.float32))
         self._steps.append(layer._counters.num_updates)
 
+    def forget_after(self, step: int) -> None:
+        """Drop updates that have been taken back."""
+        kept = sum(s <= step for s in self._steps)
+        self._seen -= sum(s > step for s in self._steps) * self._stride
+        self._rows, self._steps = self._rows[:kept], self._steps[:kept]
+
     def emptied(self) -> History:
         """A new one with the same limit."""
         return History(self.limit)

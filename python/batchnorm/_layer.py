@@ -48,7 +48,8 @@ class BatchNorm(LayerTools):
         Early batches weigh more: ``min(decay, (1 + t) / (10 + t))`` after t updates.
     zero_debias : bool, default False
         The initial values weigh nothing from the first batch on; see ``effective_decay``. Not together with
-        `warmup`, and neither with ``decay=None``.
+        `warmup`, and neither with ``decay=None``. Statistics that were assigned count as initial values here
+        and with ``decay=None``: to go on from them use a plain decay.
     eps : float, default 1e-5
         Added to the variance inside the square root; finite and >= 0.
     axis : int, default 1
@@ -400,7 +401,7 @@ class BatchNorm(LayerTools):
             y, kept = _forward.forward(self, x, request, where)
         except BaseException as error:
             if isinstance(error, ValueError):
-                self._check_call(x, not _forward.resolve(self, request).batch)
+                self._check_call(x, not _forward.resolve(self, request).batch or self._renorm is not None)
             if lazy:
                 self._forget()
             raise

@@ -282,6 +282,8 @@ class LayerState(LayerBase):
         for name in names:
             np.copyto(getattr(self, "_" + name), snapshot._vectors[name])
         self._counters.take(snapshot._counters)
+        if self._history is not None:
+            self._history.forget_after(self._counters.num_updates)
         return self
 
     @contextlib.contextmanager
@@ -460,9 +462,9 @@ def _renorm_of(scalars: Mapping[str, Any], own: dict[str, Any] | None) -> dict[s
     found = {name: scalars[f"renorm_{name}"] for name in _RENORM if f"renorm_{name}" in scalars}
     if not found:
         return own
-    if found.get("rmin") is None:
+    if found.get("rmin", 0) is None:
         return None
-    return _ways.check_renorm({name: value for name, value in found.items() if value is not None})
+    return _ways.check_renorm({**(own or {}), **{name: v for name, v in found.items() if v is not None}})
 
 
 _RENORM = ("rmin", "rmax", "dmax", "decay")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from . import _args, _diagnosis, _history, _recalibrate
 from ._diagnosis import Diagnosis
-from ._functional import Gradients
+from ._functional import Gradients, ResidualGradients
 from ._history import History
 from ._layer_state import LayerState
 
@@ -33,9 +33,13 @@ class Applied(_Pair):
     _layer: BatchNorm
 
     def backward(self, dy: NDArray[Any]) -> Gradients:
-        """Gradients of the call: dx, dgamma, dbeta; nothing is changed by it."""
-        dx = self._layer.backward(dy)
-        return Gradients(dx, self._layer.dgamma, self._layer.dbeta)
+        """Gradients of the call: dx, dgamma, dbeta, and of a residual ``.dresidual``; nothing is changed."""
+        dx, layer = self._layer.backward(dy), self._layer
+        if layer.dresidual is None:
+            return Gradients(dx, layer.dgamma, layer.dbeta)
+        gradients = ResidualGradients(dx, layer.dgamma, layer.dbeta)
+        gradients.dresidual = layer.dresidual
+        return gradients
 
 
 class LayerTools(LayerState):
@@ -63,7 +67,15 @@ class LayerTools(LayerState):
         """
         return _diagnosis.report(self)
 
-    def diagnose(self, x: NDArray[Any]) -> Diagnosis:
+    def diagnose(
+        self,
+        x: NDArray[Any],
+        *,
+        mask: NDArray[np.bool_] | None = None,
+        lengths: NDArray[Any] | None = None,
+        lengths_axis: int | None = None,
+        weights: NDArray[Any] | None = None,
+    ) -> Diagnosis:
         """Why is the network good in training and bad in testing? Look at this layer with one of its inputs.
 
         Tells apart statistics that were never updated, cold ones (with the number of updates that are
@@ -75,6 +87,8 @@ class LayerTools(LayerState):
         ----------
         x : ndarray
             An input of this layer, as of a call: best a large one of the data that tests badly.
+        mask, lengths, lengths_axis, weights : optional
+            Which positions count, as in a call.
 
         Returns
         -------
@@ -105,7 +119,9 @@ class LayerTools(LayerState):
         (1,)
         """
         self._check_channels(x)
-        return _diagnosis.diagnose(self, x, self._where())
+        given = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis, "weights": weights}
+        positions = {name: value for name, value in given.items() if value is not None}
+        return _diagnosis.diagnose(self, x, self._where(), positions)
 
     def _where(self) -> dict[str, Any]:
         return {"axis": self._axis} if self._data_format is None else {"data_format": self._data_format}
@@ -243,7 +259,7 @@ class LayerTools(LayerState):
     # ---- without side effects ------------------------------------------------------------------------------
 
     def apply(self, state: Mapping[str, NDArray[Any]], x: NDArray[Any], **options: Any) -> Applied:
-        """Call a layer with this one's settings and mode and another state; nothing is changed.
+        """Call a layer with another state, its settings among it, in this one's mode; nothing is changed.
 
         Parameters
         ----------

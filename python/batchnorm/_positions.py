@@ -17,6 +17,8 @@ from . import _args
 
 Array = NDArray[Any]
 
+NAMES = ("mask", "lengths", "lengths_axis", "weights")
+
 
 def asked(mask: object, lengths: object, lengths_axis: object, weights: object = None) -> Positions | None:
     """The arguments as one, or None if none was given."""

@@ -83,6 +83,10 @@ def commit(layer: LayerBase, collector: Collector, mean: Array, var: Array) -> N
     np.copyto(layer._running_mean, mean)
     np.copyto(layer._running_var, var)
     assert collector.total is not None
+    if layer._renorm_mean is not None:  # what batch renormalisation goes by is replaced with them
+        np.copyto(layer._renorm_mean, collector.total.mean, casting="same_kind")
+        std = np.sqrt(collector.total.var + layer._eps)
+        np.copyto(layer._renorm_std, std, casting="same_kind")
     layer._counters.know(collector.batches, collector.total.count * len(mean))
 
 
@@ -157,7 +161,13 @@ def recalibrate(
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches is {_args._kind(batches)}, expected an iterable of batches")
     _args.check_flag(one_by_one, "one_by_one")
+    if isinstance(layers, LayerBase):
+        raise TypeError("layers is a BatchNorm, expected an iterable of layers; use [layer]")
     chosen = list(layers)
+    if not chosen:
+        raise ValueError("layers holds no layer, expected those to recalibrate")
+    if len({id(layer) for layer in chosen}) < len(chosen):
+        raise ValueError("layers holds a layer twice, expected different ones")
     for layer in chosen:
         if not isinstance(layer, LayerBase):
             raise TypeError(f"layers holds {_args._kind(layer)}, expected BatchNorm layers")

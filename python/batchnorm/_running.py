@@ -38,11 +38,20 @@ def scheduled(
     return decay * math.expm1(updates * rate) / math.expm1((updates + 1) * rate)
 
 
-def updates_until(weight: float, decay: float) -> float:
-    """How many updates it takes at a plain `decay` until the initial values weigh no more than `weight`."""
+def updates_until(weight: float, decay: float, warmup: bool = False, updates: int = 0) -> float:
+    """How many updates, after `updates` so far, take the initial values down to a share `weight` of what they
+    weigh now."""
+    more, left = 0, 1.0
+    while warmup and left > weight and (1 + updates + more) / (10 + updates + more) < decay:
+        left *= (1 + updates + more) / (10 + updates + more)
+        more += 1
+    if left <= weight:
+        return more
     if decay == 0:
-        return 1
-    return math.inf if decay == 1 else max(0, math.ceil(math.log(weight) / math.log(decay) - 1e-9))
+        return more + 1
+    if decay == 1:
+        return math.inf
+    return more + max(0, math.ceil(math.log(weight / left) / math.log(decay) - 1e-9))
 
 
 def check_schedule(decay: object, warmup: object, zero_debias: object) -> tuple[float | None, bool, bool]:

@@ -64,7 +64,7 @@ def by_batch(
         }  # fmt: skip
     if layer._save_memory:
         return _saving(layer, x, arguments, step)
-    if layer._renorm is not None and not _unknown_reference(layer):
+    if layer._renorm is not None and layer._collector is None and not _unknown_reference(layer):
         return _renormalised(layer, x, arguments, step)
     return _plain(layer, x, arguments, step)
 

@@ -180,7 +180,7 @@ struct BatchNormArgs {
     Activation activation = Activation::none;
     double slope = 0.01;  // of leaky_relu, for v <= 0; finite, within float's range unless x is double; may be 0 or negative
     std::span<std::uint8_t> activation_mask{};  // out, activation_mask_bytes(x) bytes, with relu, leaky_relu or relu6 only; empty: none.
-                                                // Bits between runs stay.
+                                                // Bits between runs stay; those of positions that do not count may be anything.
     int num_threads = 0;                        // for this call; 0: num_threads()
     bool disjoint = false;  // the caller has checked that no output shares an element with another argument; address ranges may overlap
     Positions positions{};  // a mask alone
