@@ -1294,6 +1294,8 @@ void test_errors_of_positions() {
     REFUSES(train, "weights sum to 0.200000, expected more than running_ddof = 1", a.positions.weights = small);
     REFUSES(inference, "weights are given to batch_norm", a.positions.weights = small);
     REFUSES(backward, "weights are given with fixed statistics", (a.stats = Stats::fixed, a.positions.weights = small));
+    REFUSES(masked_train, "activation_mask overlaps mask or weights, expected separate arrays",
+            (std::fill(v.mask.begin(), v.mask.end(), 1), a.positions.mask = std::span<const std::uint8_t>(v.mask).first(4)));
     REFUSES(train, "y overlaps mask, expected separate arrays",
             a.positions.mask = std::span(reinterpret_cast<const std::uint8_t*>(v.y.data()) + 8, 20));
     REFUSES(
@@ -1503,6 +1505,11 @@ void test_errors_of_renorm() {
     });
     REFUSES(renorm, "y overlaps renorm.mean", a.renorm.mean = std::span<const float>(v.y).first(3));
     REFUSES(renorm, "y overlaps renorm.std", a.renorm.std = std::span<const float>(v.y).first(3));
+    REFUSES(renorm, "renorm.mean overlaps mean", a.renorm.mean = std::span<const double>(v.out_mean));
+    REFUSES(renorm, "renorm.std overlaps inv_std",
+            (std::fill(v.out_inv_std.begin(), v.out_inv_std.end(), 1.0), a.renorm.std = std::span<const double>(v.out_inv_std)));
+    REFUSES(renorm, "renorm.mean overlaps r", a.renorm.mean = std::span<const double>(v.r));
+    REFUSES(renorm, "renorm.std overlaps d", (std::fill(v.d.begin(), v.d.end(), 1.0), a.renorm.std = std::span<const double>(v.d)));
 }
 
 void test_errors_of_primitives() {
