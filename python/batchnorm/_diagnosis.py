@@ -229,9 +229,7 @@ def diagnose(layer: LayerBase, x: Array, where: dict[str, Any], positions: dict[
     batch = moments(x, **where, **positions)
     count = x.size // len(batch.mean)
     if positions:
-        counted = _positions.Positions(**{name: positions.get(name) for name in _positions.NAMES})
-        counted.check(x, _args._axis_of(x, where.get("axis", _args.DEFAULT_AXIS), where.get("data_format")))
-        count = counted.counting
+        count = _positions.checked(x, where, positions).counting
     if not count:
         raise ValueError(f"x has shape {x.shape}, which holds no values, expected a batch like those in use")
     found = _of_state(layer)

@@ -216,11 +216,7 @@ class Step:
 
     def _values(self) -> float:
         """Values per channel that count, with weights their sum."""
-        where = self.where.get("axis", _args.DEFAULT_AXIS), self.where.get("data_format")
-        x, axis = _args._input(self.x, *where)
-        given = (self.positions.get(name) for name in ("mask", "lengths", "lengths_axis", "weights"))
-        positions = _positions.Positions(*given)
-        positions.check(x, axis)
+        positions = _positions.checked(self.x, self.where, self.positions)
         return float(positions.n) if positions.weighted else int(positions.n)
 
     def refer(self, mean: Array, inv_std: Array) -> None:

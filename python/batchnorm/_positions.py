@@ -17,14 +17,21 @@ from . import _args
 
 Array = NDArray[Any]
 
-NAMES = ("mask", "lengths", "lengths_axis", "weights")
-
 
 def asked(mask: object, lengths: object, lengths_axis: object, weights: object = None) -> Positions | None:
     """The arguments as one, or None if none was given."""
     if mask is None and lengths is None and lengths_axis is None and weights is None:
         return None
     return Positions(mask, lengths, lengths_axis, weights)
+
+
+def checked(x: Array, where: dict[str, Any], given: dict[str, Any]) -> Positions:
+    """What some of the arguments by name come to for `x`; `where` is axis or data_format."""
+    x, axis = _args._input(x, where.get("axis", _args.DEFAULT_AXIS), where.get("data_format"))
+    names = ("mask", "lengths", "lengths_axis", "weights")
+    positions = Positions(*(given.get(name) for name in names))
+    positions.check(x, axis)
+    return positions
 
 
 def refuse_integers(x: Array, mask: object, lengths: object, weights: object = None) -> None:

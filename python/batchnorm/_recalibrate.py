@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _args, _positions
+from . import _args
 from ._layer_base import LayerBase, checked_vector
 from ._moments import Moments
 
@@ -34,20 +34,12 @@ class Collector:
 
     def measure(self, x: Array, where: dict[str, Any], positions: dict[str, Any] | None = None) -> Moments:
         """The sums of one batch, not yet added."""
-        if not positions:
-            return Moments(**where).update(x)
+        positions = positions or {}
         if "weights" in positions:
             raise ValueError(
                 "weights is given inside recalibrating(), where every value weighs the same: drop it"
             )
-        x, axis = _args._input(x, where.get("axis", _args.DEFAULT_AXIS), where.get("data_format"))
-        given = _positions.Positions(
-            positions.get("mask"), positions.get("lengths"), positions.get("lengths_axis"), None
-        )
-        given.check(x, axis)
-        moved = np.moveaxis(x, axis, -1)
-        assert given.mask is not None
-        return Moments(axis=1).update(moved[np.broadcast_to(given.mask, given.shape)])
+        return Moments(**where).update(x, **positions)
 
     def add(self, part: Moments) -> None:
         """Add what `measure` returned."""
