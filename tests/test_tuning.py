@@ -10,7 +10,7 @@ from batchnorm import _core
 from cases import DTYPES, Shape, gradient_of, normal, parameters, residual_of
 from processes import output, run
 
-NAMES = ("l2_bytes", "cached_bytes", "stream_run_bytes", "group_bytes", "map_bytes", "parallel_elements")
+NAMES = ("l2_bytes", "cached_bytes", "stream_run_bytes", "group_bytes", "map_bytes", "fetch_bytes", "parallel_elements")
 MOST = 2**50
 
 
@@ -27,7 +27,7 @@ def test_names_and_defaults(set_tuning):
     assert tuple(numbers) == NAMES
     assert all(0 < n <= MOST for n in numbers.values())
     assert numbers["cached_bytes"] <= 60 << 20, "what a machine says of its L3 is believed up to here"
-    assert numbers["parallel_elements"] == 32768 and numbers["stream_run_bytes"] == 512
+    assert numbers["parallel_elements"] == 49152 and numbers["stream_run_bytes"] == 512
 
 
 @pytest.mark.parametrize("name", NAMES)

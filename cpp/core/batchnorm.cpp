@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "coefficient_rows.h"
 #include "gate.h"
 #include "image.h"
 #include "moment_sums.h"
@@ -31,18 +32,6 @@ void with_compute(Dtype dtype, F f) {
     }
 }
 
-template <class C>
-struct AffineRows {
-    Row<C> center, scale, offset;
-    AffineRows(Workspace& ws, const Plan& plan) : center(ws, plan), scale(ws, plan), offset(ws, plan) {}
-    void set(int64_t c, const coeffs::Affine<C>& a) {
-        center.set(c, a.center);
-        scale.set(c, a.scale);
-        offset.set(c, a.offset);
-    }
-    kernels::Affine from(int64_t c) const { return {center.from(c), scale.from(c), offset.from(c)}; }
-};
-
 // ---- statistics ----------------------------------------------------------------------------------------------------------------
 
 // The first positions that count, up to 16: as many as a power of two.
@@ -58,11 +47,11 @@ struct FirstPositions {
 double shift_of(const ConstTensor& x, int64_t channel, const FirstPositions& first) {
     const int64_t n = first.n;
     double values[16];
-    for (int64_t i = 0; i < n; ++i) {
+    for_entries(n, [&](int64_t i) {
         const int64_t p = first.position[i];
         const int64_t offset = p / x.inner * x.outer_stride + channel * x.channel_stride + p % x.inner * x.inner_stride;
         values[i] = static_cast<const double*>(x.data)[offset];
-    }
+    });
     for (int64_t half = n / 2; half > 0; half /= 2) {
         for (int64_t i = 0; i < half; ++i) values[i] = (values[i] + values[i + half]) * 0.5;
     }
@@ -92,11 +81,15 @@ public:
         if (args_.weights.data == nullptr) args_.kept = counting.kept();
     }
 
-    // `then(c0, c1)` runs when mean and var of those channels are final; map as in sums_then_map.
+    // `then(c, n)` runs when mean and var of n channels from c on are final; map as in sums_then_map.
     template <class Then, class Map>
     void run(const Then& then, const Map* map) {
         const auto prepare = [&](int64_t c0, int64_t c1) {
-            for (int64_t c = c0; c < c1; ++c) shift_.set(c, shift_of(x_, c, first_));
+            by_columns(c0, c1, [&](int64_t c, int64_t n) {
+                Column<double> shift;
+                for_entries(n, [&](int64_t i) { shift[i] = shift_of(x_, c + i, first_); });
+                shift_.put(c, n, shift);
+            });
         };
         const auto kernel = [&](const Where& where, bool again, double* sum, double* sum_sq) {
             kernels::MomentsArgs a = args_;
@@ -108,19 +101,9 @@ public:
         };
         const auto finish = [&](int64_t c0, int64_t c1, bool again) {
             bool content = true;
-            for (int64_t c = c0; c < c1; ++c) {
-                // Summed a second time for another channel's sake, a trusted channel gives the same numbers: its shift stayed.
-                const coeffs::Moments m = coeffs::from_sums(sums_.first(c), sums_.second(c), shift_[c], n_, most_amplification_);
-                mean_[static_cast<std::size_t>(c)] = m.mean;
-                var_[static_cast<std::size_t>(c)] = m.var;
-                // Sums of integers are exact as they are.
-                if (!m.trusted && !again && !is_integer(x_.dtype)) {
-                    // A float for float data: then a constant differs from it by exactly 0.
-                    shift_.set(c, is_double_ ? m.better_shift : static_cast<float>(m.better_shift));
-                    content = false;
-                }
-            }
-            if (content) then(c0, c1);
+            // Summed a second time for another channel's sake, a trusted channel gives the same numbers: its shift stayed.
+            by_columns(c0, c1, [&](int64_t c, int64_t n) { content &= from_sums(c, n, again); });
+            if (content) by_columns(c0, c1, then);
             return content;
         };
         if (is_double_) {
@@ -136,6 +119,30 @@ public:
     BatchSum sum_sq(int64_t c) const { return sum_sq_about_0(sums_.first_sum(c), sums_.second_sum(c), shift_[c], n_); }
 
 private:
+    // Mean and var of a column; false if sums about a better shift, which is then in place, are wanted for any of its channels. `again`:
+    // these are such sums. Sums of integers are exact as they are.
+    bool from_sums(int64_t c, int64_t n, bool again) {
+        const Column<double> sum = sums_.first(c, n), sum_sq = sums_.second(c, n), shift = shift_.column(c, n);
+        Column<double> mean, var, better;
+        int64_t distrusted = 0;
+        for_entries(n, [&](int64_t i) {
+            const coeffs::Moments m = coeffs::from_sums(sum[i], sum_sq[i], shift[i], n_, most_amplification_);
+            mean[i] = m.mean;
+            var[i] = m.var;
+            better[i] = m.trusted ? shift[i] : m.better_shift;
+            distrusted += m.trusted ? 0 : 1;
+        });
+        mean.put(&mean_[static_cast<std::size_t>(c)], n);
+        var.put(&var_[static_cast<std::size_t>(c)], n);
+        if (distrusted == 0 || again || is_integer(x_.dtype)) return true;
+        for_entries(n, [&](int64_t i) {
+            // A float for float data: then a constant differs from it by exactly 0.
+            if (!is_double_) better[i] = static_cast<float>(better[i]);
+        });
+        shift_.put(c, n, better);
+        return false;
+    }
+
     const Plan& plan_;
     kernels::MomentsArgs args_;
     kernels::MomentsFn kernel_;
@@ -152,19 +159,32 @@ private:
 using NoMap = void (*)(const Where&);
 constexpr const NoMap* kNoMap = nullptr;
 
-void update_channels(const Channels& running_mean, const Channels& running_var, int64_t c0, int64_t c1, auto mean, auto var, double decay,
-                     double n, double ddof) {
-    for (int64_t c = c0; c < c1; ++c) {
-        set(running_mean, c, coeffs::running(at(running_mean, c), mean(c), decay));
-        set(running_var, c, coeffs::running(at(running_var, c), coeffs::with_ddof(var(c), n, ddof), decay));
-    }
+// Running statistics of n channels from c on.
+void update_running_of(const Channels& running_mean, const Channels& running_var, int64_t c, int64_t n, const Column<double>& mean,
+                       const Column<double>& var, double decay, double count, double ddof) {
+    Column<double> new_mean(running_mean, c, n), new_var(running_var, c, n);
+    for_entries(n, [&](int64_t i) {
+        new_mean[i] = coeffs::running(new_mean[i], mean[i], decay);
+        new_var[i] = coeffs::running(new_var[i], coeffs::with_ddof(var[i], count, ddof), decay);
+    });
+    new_mean.put(running_mean, c, n);
+    new_var.put(running_var, c, n);
 }
 
 std::size_t index(int64_t c) { return static_cast<std::size_t>(c); }
 
-coeffs::Renorm renorm(const Renorm& a, int64_t c, double mean, double inv_std) {
-    return coeffs::renorm(mean, inv_std, at(a.mean, c), at(a.std, c), a.rmin, a.rmax, a.dmax);
-}
+// r and d of n channels from c on.
+struct RenormColumns {
+    Column<double> r, d;
+    RenormColumns(const Renorm& a, int64_t c, int64_t n, const Column<double>& mean, const Column<double>& inv_std) {
+        const Column<double> reference_mean(a.mean, c, n), reference_std(a.std, c, n);
+        for_entries(n, [&](int64_t i) {
+            const coeffs::Renorm k = coeffs::renorm(mean[i], inv_std[i], reference_mean[i], reference_std[i], a.rmin, a.rmax, a.dmax);
+            r[i] = k.r;
+            d[i] = k.d;
+        });
+    }
+};
 
 // What the elementwise pass of a forward function, whose arguments `a` are, needs besides its box and per-channel numbers.
 template <class Args>
@@ -202,17 +222,17 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
         return;
     }
     if (is_integer(g.dtype)) return integer_moments(g, x, mean, var, ddof);
-    const Plan plan = make_plan(g, 1, 0);
+    const Plan plan = make_plan(g, {.reads = 1, .writes = 0, .sums = true});
     Workspace ws;
     const Counting counting(ws, g, positions);
     // The caller's arrays are written at the end, so that an interrupt leaves them as they were.
     const std::span<double> m(ws.take<double>(g.channels), index(g.channels)), v(ws.take<double>(g.channels), index(g.channels));
     Statistics(ws, plan, table, x, counting, m, v).run([](int64_t, int64_t) {}, kNoMap);
-    for_channels(plan, [&](int64_t c0, int64_t c1) {
-        for (int64_t c = c0; c < c1; ++c) {
-            mean[index(c)] = m[index(c)];
-            var[index(c)] = coeffs::with_ddof(v[index(c)], g.weight, static_cast<double>(ddof));
-        }
+    for_columns(plan, [&](int64_t c, int64_t n) {
+        Column<double>(&m[index(c)], n).put(&mean[index(c)], n);
+        Column<double> variance(&v[index(c)], n);
+        for_entries(n, [&](int64_t i) { variance[i] = coeffs::with_ddof(variance[i], g.weight, static_cast<double>(ddof)); });
+        variance.put(&var[index(c)], n);
     });
 }
 
@@ -224,7 +244,7 @@ void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, 
         std::fill(sums.begin(), sums.end(), 0.0);
         return;
     }
-    const Plan plan = make_plan(g, 1, 0);
+    const Plan plan = make_plan(g, {.reads = 1, .writes = 0, .sums = true});
     Workspace ws;
     const Counting counting(ws, g, positions);
     const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
@@ -247,15 +267,12 @@ void batch_norm(const BatchNormArgs& a) {
     const KernelTable& table = check::active_level();
     if (g.count() == 0) return;
     if (is_integer(g.dtype)) return integer_batch_norm(g, a);
-    const Plan plan = make_plan(g, a.residual ? 2 : 1, 1);
+    const Plan plan = make_plan(g, {.reads = a.residual ? 2 : 1, .writes = 1, .sums = false});
     with_compute(g.dtype, [&]<class C>() {
         Workspace ws;
         AffineRows<C> affine(ws, plan);
-        for_channels(plan, [&](int64_t c0, int64_t c1) {
-            for (int64_t c = c0; c < c1; ++c) {
-                const double inv_std = coeffs::inv_std(at(a.var, c), a.eps);
-                affine.set(c, coeffs::affine<C>(at(a.mean, c), inv_std, value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
-            }
+        for_columns(plan, [&](int64_t c, int64_t n) {
+            affine.put(c, n, {a.mean, c, n}, inv_std_of({a.var, c, n}, n, a.eps), {a.gamma, c, n, 1}, {a.beta, c, n, 0});
         });
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
         const Counting counting(ws, g, a.positions);
@@ -276,25 +293,25 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
         clear(a.y);
         return;
     }
-    const Plan plan = make_plan(g, a.residual ? 2 : 1, 1);
+    const Plan plan = make_plan(g, {.reads = a.residual ? 2 : 1, .writes = 1, .sums = true});
     Workspace ws;
     // The caller's arrays receive the statistics at the end, so that an interrupt leaves them as they were.
     const std::span<double> mean(ws.take<double>(g.channels), index(g.channels)), var(ws.take<double>(g.channels), index(g.channels));
     const std::span<double> inv_std(ws.take<double>(g.channels), index(g.channels));
-    const auto renorm_of = [&](int64_t c) { return renorm(a.renorm, c, mean[index(c)], inv_std[index(c)]); };
     with_compute(g.dtype, [&]<class C>() {
         AffineRows<C> affine(ws, plan);
-        const auto then = [&](int64_t c0, int64_t c1) {
-            for (int64_t c = c0; c < c1; ++c) {
-                inv_std[index(c)] = coeffs::inv_std(var[index(c)], a.eps);
-                double gamma = value_or(a.gamma, c, 1), beta = value_or(a.beta, c, 0);
-                if (a.renorm.mean) {
-                    const coeffs::Renorm k = renorm_of(c);
-                    beta += gamma * k.d;
-                    gamma *= k.r;
-                }
-                affine.set(c, coeffs::affine<C>(mean[index(c)], inv_std[index(c)], gamma, beta));
+        const auto then = [&](int64_t c, int64_t n) {
+            const Column<double> m(&mean[index(c)], n), s = inv_std_of({&var[index(c)], n}, n, a.eps);
+            s.put(&inv_std[index(c)], n);
+            Column<double> gamma(a.gamma, c, n, 1), beta(a.beta, c, n, 0);
+            if (a.renorm.mean) {
+                const RenormColumns k(a.renorm, c, n, m, s);
+                for_entries(n, [&](int64_t i) {
+                    beta[i] += gamma[i] * k.d[i];
+                    gamma[i] *= k.r[i];
+                });
             }
+            affine.put(c, n, m, s, gamma, beta);
         };
         const kernels::ApplyFn kernel = table.apply[plan.direction][to_kernel(g.dtype)];
         const Counting counting(ws, g, a.positions);
@@ -302,20 +319,17 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
         const auto map = [&](const Where& where) { apply(kernel, args, where, affine); };
         Statistics(ws, plan, table, a.x, counting, mean, var).run(then, &map);
     });
-    for_channels(plan, [&](int64_t c0, int64_t c1) {
-        for (int64_t c = c0; c < c1; ++c) {
-            a.mean[index(c)] = mean[index(c)];
-            a.inv_std[index(c)] = inv_std[index(c)];
-            if (a.renorm.mean) {
-                const coeffs::Renorm k = renorm_of(c);
-                a.renorm.r[index(c)] = k.r;
-                a.renorm.d[index(c)] = k.d;
-            }
+    for_columns(plan, [&](int64_t c, int64_t n) {
+        const Column<double> m(&mean[index(c)], n), s(&inv_std[index(c)], n);
+        m.put(&a.mean[index(c)], n);
+        s.put(&a.inv_std[index(c)], n);
+        if (a.renorm.mean) {
+            const RenormColumns k(a.renorm, c, n, m, s);
+            k.r.put(&a.renorm.r[index(c)], n);
+            k.d.put(&a.renorm.d[index(c)], n);
         }
         if (a.running_mean) {
-            update_channels(
-                a.running_mean, a.running_var, c0, c1, [&](int64_t c) { return mean[index(c)]; }, [&](int64_t c) { return var[index(c)]; },
-                a.decay, g.weight, a.running_ddof);
+            update_running_of(a.running_mean, a.running_var, c, n, m, {&var[index(c)], n}, a.decay, g.weight, a.running_ddof);
         }
     });
 }
@@ -335,22 +349,29 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         if (a.dresidual) clear(a.dresidual);
         return;
     }
-    const Plan plan = make_plan(g, a.residual ? 3 : 2, (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0));
+    const Plan plan = make_plan(g, {.reads = a.residual ? 3 : 2, .writes = (a.dx ? 1 : 0) + (a.dresidual ? 1 : 0), .sums = want_sums});
     Workspace ws;
     const Counting counting(ws, g, a.positions);
     ChannelSums sums(ws, g.channels);
     const bool is_double = g.dtype == Dtype::float64;
     Row<double> shift(ws, plan);
-    const auto sum_dy_xc = [&](int64_t c) { return coeffs::about_mean(sums.first(c), sums.second(c), at(a.mean, c), shift[c]); };
+    const auto sum_dy_xc = [&](int64_t c, int64_t n) {
+        const Column<double> sum_dy = sums.first(c, n), sum_dy_x = sums.second(c, n), mean(a.mean, c, n), about = shift.column(c, n);
+        Column<double> sum;
+        for_entries(n, [&](int64_t i) { sum[i] = coeffs::about_mean(sum_dy[i], sum_dy_x[i], mean[i], about[i]); });
+        return sum;
+    };
     with_compute(g.dtype, [&]<class C>() {
         AffineRows<C> affine(ws, plan);
-        Row<C> k_dy(ws, plan), x_scale(ws, plan), k_x(ws, plan), k_0(ws, plan);
-        const auto prepare = [&](int64_t c0, int64_t c1) {
-            for (int64_t c = c0; c < c1; ++c) {
-                shift.set(c, coeffs::gradient_shift(at(a.mean, c), at(a.inv_std, c), is_double));
-                affine.set(c, coeffs::affine<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), value_or(a.beta, c, 0)));
-            }
+        GradientRows<C> gradient(ws, plan);
+        const auto prepare_column = [&](int64_t c, int64_t n) {
+            const Column<double> mean(a.mean, c, n), inv_std(a.inv_std, c, n);
+            Column<double> about;
+            for_entries(n, [&](int64_t i) { about[i] = coeffs::gradient_shift(mean[i], inv_std[i], is_double); });
+            shift.put(c, n, about);
+            affine.put(c, n, mean, inv_std, {a.gamma, c, n, 1}, {a.beta, c, n, 0});
         };
+        const auto prepare = [&](int64_t c0, int64_t c1) { by_columns(c0, c1, prepare_column); };
         const Act act = act_of(a);
         const kernels::Gate gate = act.gate;
         const kernels::Mask mask = to_mask(g, a.activation_mask.empty() ? nullptr : const_cast<std::uint8_t*>(a.activation_mask.data()));
@@ -366,15 +387,15 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
             sums_kernel({where, to_operand(a.dy), to_operand(a.x), shifted ? about : nullptr, affine.from(c), dy, dy_x, gate, mask,
                          act.curve, z, counting.kept()});
         };
+        const double count = counting.n();
+        const auto finish_column = [&](int64_t c, int64_t n) {
+            const Column<double> mean(a.mean, c, n), inv_std(a.inv_std, c, n), gamma(a.gamma, c, n, 1);
+            const Column<double> sum_dy = sums.first(c, n), sum_dy_x = sum_dy_xc(c, n);
+            gradient.put(c, n,
+                         [&](int64_t i) { return coeffs::gradient<C>(mean[i], inv_std[i], gamma[i], sum_dy[i], sum_dy_x[i], count); });
+        };
         const auto finish = [&](int64_t c0, int64_t c1, bool) {
-            for (int64_t c = c0; c < c1; ++c) {
-                const coeffs::Gradient<C> k = coeffs::gradient<C>(at(a.mean, c), at(a.inv_std, c), value_or(a.gamma, c, 1), sums.first(c),
-                                                                  sum_dy_xc(c), counting.n());
-                k_dy.set(c, k.k_dy);
-                x_scale.set(c, k.x_scale);
-                k_x.set(c, k.k_x);
-                k_0.set(c, k.k_0);
-            }
+            by_columns(c0, c1, finish_column);
             return true;
         };
         const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
@@ -393,10 +414,10 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                                         to_operand(dx),
                                         {},
                                         affine.from(c),
-                                        k_dy.from(c),
-                                        x_scale.from(c),
-                                        k_x.from(c),
-                                        k_0.from(c),
+                                        gradient.k_dy(c),
+                                        gradient.x_scale(c),
+                                        gradient.k_x(c),
+                                        gradient.k_0(c),
                                         gate,
                                         mask,
                                         fixed,
@@ -420,20 +441,21 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         if (want_sums) {
             sums_then_map(plan, prepare, sum_tile, sums, finish, dx ? &map : nullptr);
         } else if (dx) {
-            for_channels(plan, [&](int64_t c0, int64_t c1) {
-                prepare(c0, c1);
-                sums.clear(c0, c1);
-                finish(c0, c1, false);
+            for_columns(plan, [&](int64_t c, int64_t n) {
+                prepare_column(c, n);
+                sums.clear(c, c + n);
+                finish_column(c, n);
             });
             for_each(plan.map_items(), plan, [&](int64_t i) { map(plan.map_item(i)); });
         }
     });
     if (!a.dgamma && !a.dbeta) return;
-    for_channels(plan, [&](int64_t c0, int64_t c1) {
-        for (int64_t c = c0; c < c1; ++c) {
-            if (a.dgamma) set(a.dgamma, c, sum_dy_xc(c) * at(a.inv_std, c));
-            if (a.dbeta) set(a.dbeta, c, sums.first(c));
-        }
+    for_columns(plan, [&](int64_t c, int64_t n) {
+        Column<double> dgamma = sum_dy_xc(c, n);
+        const Column<double> inv_std(a.inv_std, c, n);
+        for_entries(n, [&](int64_t i) { dgamma[i] *= inv_std[i]; });
+        dgamma.put(a.dgamma, c, n);
+        sums.first(c, n).put(a.dbeta, c, n);
     });
 }
 
@@ -441,9 +463,10 @@ std::int64_t activation_mask_bytes(const ConstTensor& x) { return mask_bytes(che
 
 void update_running(const UpdateRunningArgs& a) {
     check::arguments(a);
-    update_channels(
-        a.running_mean, a.running_var, 0, a.running_mean.size, [&](int64_t c) { return at(a.mean, c); },
-        [&](int64_t c) { return at(a.var, c); }, a.decay, static_cast<double>(a.count), a.ddof);
+    by_columns(0, a.running_mean.size, [&](int64_t c, int64_t n) {
+        update_running_of(a.running_mean, a.running_var, c, n, {a.mean, c, n}, {a.var, c, n}, a.decay, static_cast<double>(a.count),
+                          a.ddof);
+    });
 }
 
 int num_threads() { return parallel::threads(); }

@@ -1,10 +1,13 @@
 // Everything per channel, in double: from sums to statistics, from statistics to the numbers the elementwise kernels use, running
-// statistics. Plain scalar functions of one channel; no tensors, no kernels, no threads.
+// statistics. Plain scalar functions of one channel; no tensors, no kernels, no threads. Without branches or calls in what every call
+// needs: loops over channels (columns.h) are vectorised, and results chosen between are computed both.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace batchnorm::coeffs {
 
@@ -36,15 +39,9 @@ inline Moments from_sums(double sum, double sum_sq, double shift, double n, doub
     const double mean = shift + d;
     const double sq = sum * d;  // n d^2
     const double m2 = sum_sq - sq;
-    Moments m{mean, m2 < 0 ? 0 : m2 / n, true, mean};
-    if (!std::isfinite(shift)) {
-        // An Inf first value: about 0, Inf stays Inf in the mean instead of turning NaN.
-        m.trusted = false;
-        m.better_shift = 0;
-    } else if (std::isfinite(mean) && !(sq <= most_amplification * m2)) {
-        m.trusted = false;
-    }
-    return m;
+    const bool finite = std::isfinite(shift);
+    // After an Inf first value: about 0, Inf stays Inf in the mean instead of turning NaN.
+    return {mean, (m2 < 0 ? 0 : m2) / n, finite && (!std::isfinite(mean) || sq <= most_amplification * m2), finite ? mean : 0};
 }
 
 // numerator / denominator, to the nearest double; the denominator is below 2^95.
@@ -88,9 +85,9 @@ Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
     const C center = static_cast<C>(mean);
     // Not the rest of an infinite mean, which would be NaN for the wrong reason; x - center is NaN or infinite by itself.
     const double rest = std::isfinite(mean) ? mean - static_cast<double>(center) : 0;
-    const double slope = gamma * inv_std;
+    const double slope = gamma * inv_std, moved = beta - rest * slope;
     // A zero rest adds nothing, even where the slope is infinite.
-    return {center, static_cast<C>(slope), static_cast<C>(rest == 0 ? beta : beta - rest * slope)};
+    return {center, static_cast<C>(slope), static_cast<C>(rest == 0 ? beta : moved)};
 }
 
 // What batch renormalisation multiplies x_hat by and adds to it (Ioffe 2017, algorithm 1), from the batch's mean and inv_std and the
@@ -110,8 +107,15 @@ inline double gradient_shift(double mean, double inv_std, bool is_double) {
     return std::abs(mean * inv_std) > 128 ? static_cast<double>(static_cast<float>(mean)) : 0;
 }
 inline double about_mean(double sum_dy, double sum_dy_x, double mean, double shift) {
-    const double rest = mean - shift;
-    return rest == 0 ? sum_dy_x : sum_dy_x - rest * sum_dy;
+    const double rest = mean - shift, moved = sum_dy_x - rest * sum_dy;
+    return rest == 0 ? sum_dy_x : moved;
+}
+
+// |v| rounded down to a power of two; 1 unless v is normal.
+inline double power_of_2(double v) {
+    const double size = std::abs(v);
+    const double rounded = std::bit_cast<double>(std::bit_cast<std::uint64_t>(size) & 0x7ff0000000000000);
+    return size >= std::numeric_limits<double>::min() && size <= std::numeric_limits<double>::max() ? rounded : 1;
 }
 
 // Numbers of the kernels' dx = dy * k_dy + ((x - center) * x_scale) * k_x + k_0.
@@ -124,7 +128,7 @@ struct Gradient {
 template <class C>
 Gradient<C> gradient(double mean, double inv_std, double gamma, double sum_dy, double sum_dy_xc, double n) {
     const double slope = gamma * inv_std;
-    const double scale = std::isnormal(inv_std) ? std::ldexp(1.0, std::ilogb(inv_std)) : 1;
+    const double scale = power_of_2(inv_std);
     const double k_x = -slope * ((inv_std / scale) * (inv_std * (sum_dy_xc / n)));
     const double rest = mean - static_cast<double>(static_cast<C>(mean));
     return {static_cast<C>(slope), static_cast<C>(scale), static_cast<C>(k_x),

@@ -24,8 +24,16 @@ constexpr int64_t kCutElements = 16384;
 // Elements of a tile of rows (nsc), and the fewest rows: sums of 2 doubles per channel are written per tile.
 constexpr int64_t kTileElements = 65536;
 constexpr int64_t kMinTileRows = 256;
+// Of so few rows all tiles of a block of channels are one item.
+constexpr int64_t kFewRows = 64;
 // Of double data one lane adds at most so many (folded) rows: that keeps its rounding within the contract's 1e-14.
 constexpr int64_t kMostDoubleRows = 128;
+
+// Below, a tensor is shared out in half as many items of channels.
+constexpr int64_t kSmallElements = 1 << 18;
+
+// How far kernels fetch ahead, where they do: 2 to 8 KiB are alike (D13).
+constexpr int64_t kFetchAhead = 4096;
 
 // A channel larger than this is no work item by itself: an interrupt must not wait for it, nor other threads.
 constexpr int64_t kLargestChannelBytes = 16 << 20;
@@ -56,7 +64,9 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
     p.tiles_outer = ceil_div(p.outer, p.tile_outer);
 
     const int64_t group = std::clamp<int64_t>(tune::get(tune::group_bytes) / std::max<int64_t>(channel_bytes, 1), 1, kernels::kMaxGroup);
-    p.channel_block = std::min(group, std::max<int64_t>(1, p.channels / 16));
+    // At least 16 items to share out, 8 of small tensors; by one thread alone as few as can be: each waits for divisions and roots.
+    const int64_t items = !p.parallel ? 1 : p.outer * p.channels * p.inner < kSmallElements ? 8 : 16;
+    p.channel_block = std::min(group, std::max<int64_t>(1, p.channels / items));
     p.by_channel = !p.parallel || (p.blocks() >= 8 && channel_bytes <= kLargestChannelBytes);
 
     const int64_t map_bytes = item_bytes(p, ceil_div(run_bytes, p.inner));
@@ -90,7 +100,7 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.by_channel = !p.parallel;
     p.map_channels = p.channel_block;
     p.map_outer = std::min(p.outer, round_up(ceil_div(item_bytes(p, element_bytes), p.map_channels * element_bytes), p.fold));
-    if (p.tiles_outer == 1 && p.fold == 1 && p.parallel) {
+    if ((p.tiles_outer == 1 || p.outer <= kFewRows) && p.fold == 1 && p.parallel) {
         // Few rows of many channels: all is done by blocks of channels, at least 16 of them if that leaves whole cache lines.
         p.by_channel = true;
         p.channel_block = std::min(p.channel_block, round_up(ceil_div(p.channels, 16), 128));
@@ -100,7 +110,7 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
 
 }  // namespace
 
-Plan make_plan(const Geometry& g, int reads, int writes) {
+Plan make_plan(const Geometry& g, const Traffic& traffic) {
     Plan p;
     p.direction = g.direction;
     p.outer = g.outer;
@@ -112,25 +122,28 @@ Plan make_plan(const Geometry& g, int reads, int writes) {
         p.row_split = g.inner;
     }
     const int64_t bytes = element_size(g.dtype);
-    // Rows wake threads several times in a call, channels once.
-    p.parallel = g.elements() >= tune::get(tune::parallel_elements) * (g.direction == kernels::nsc ? 2 : 1);
+    const int64_t tensors = traffic.reads + traffic.writes, total = g.elements() * bytes * tensors;
+    // Sums of rows wake threads several times in a call, all else once.
+    const bool rows = g.direction == kernels::nsc && traffic.sums;
+    const int64_t passes = (traffic.sums ? 1 : 0) + (traffic.writes > 0 ? 1 : 0);
+    p.parallel = g.elements() * (rows ? 3 : passes * 4) >= tune::get(tune::parallel_elements) * 4;
+    p.ahead = total > tune::get(tune::fetch_bytes) ? kFetchAhead : 0;
     // What an image turns into is all that the call moves, and its lines would be read before they are written: from twice L2 on the caches
     // do not make up for that (1.15 to 1.26, and 1.06 to 1.16 with someone who reads it next).
     const int64_t cached = tune::get(tune::cached_bytes);
-    const int64_t kept = reads > 0 ? cached : std::min(cached, 2 * tune::get(tune::l2_bytes));
-    p.stream = g.elements() * bytes * (reads + writes) > kept &&
-               (g.direction == kernels::nsc || g.inner * bytes >= tune::get(tune::stream_run_bytes));
+    const int64_t kept = traffic.reads > 0 ? cached : std::min(cached, 2 * tune::get(tune::l2_bytes));
+    p.stream = total > kept && (g.direction == kernels::nsc || g.inner * bytes >= tune::get(tune::stream_run_bytes));
     if (g.direction == kernels::nsc) {
-        plan_nsc(p, bytes * (reads + writes), g.dtype == Dtype::float64);
+        plan_nsc(p, bytes * tensors, g.dtype == Dtype::float64);
     } else {
-        plan_ncs(p, g.count() * bytes * reads, g.inner * bytes * (reads + writes));
+        plan_ncs(p, g.count() * bytes * traffic.reads, g.inner * bytes * tensors);
     }
     return p;
 }
 
 kernels::Where Plan::block_of_channels(int64_t block) const {
     const int64_t first = block * channel_block;
-    return {{0, outer, first, std::min(first + channel_block, channels), 0, inner}, row_split, fold};
+    return {{0, outer, first, std::min(first + channel_block, channels), 0, inner}, row_split, fold, ahead};
 }
 
 kernels::Where Plan::tile(int64_t index, int64_t block) const {
@@ -149,8 +162,10 @@ kernels::Where Plan::map_item(int64_t index) const {
     const int64_t n_inner = ceil_div(inner, map_inner), n_channels = ceil_div(channels, map_channels);
     const int64_t i = index % n_inner * map_inner, c = index / n_inner % n_channels * map_channels,
                   o = index / n_inner / n_channels * map_outer;
-    return {
-        {o, std::min(o + map_outer, outer), c, std::min(c + map_channels, channels), i, std::min(i + map_inner, inner)}, row_split, fold};
+    return {{o, std::min(o + map_outer, outer), c, std::min(c + map_channels, channels), i, std::min(i + map_inner, inner)},
+            row_split,
+            fold,
+            ahead};
 }
 
 }  // namespace batchnorm

@@ -33,8 +33,9 @@ struct Plan {
     bool map_backwards = false;
     std::int64_t piece_outer = 1;
 
-    bool parallel = false;  // enough work to wake other threads
-    bool stream = false;    // the output will not stay in any cache
+    bool parallel = false;   // enough work to wake other threads
+    bool stream = false;     // the output will not stay in any cache
+    std::int64_t ahead = 0;  // bytes by which kernels fetch what they read next
 
     std::int64_t tiles() const { return tiles_outer * tiles_inner; }
     std::int64_t blocks() const { return (channels + channel_block - 1) / channel_block; }
@@ -49,6 +50,11 @@ struct Plan {
 };
 
 // `reads` and `writes`: how many tensors of this geometry the call reads and writes; no reads: what is read hardly counts (an image).
-Plan make_plan(const Geometry& g, int reads, int writes);
+// What a call does to its tensors: how many it reads and writes, and whether it sums over them first.
+struct Traffic {
+    int reads, writes;
+    bool sums;
+};
+Plan make_plan(const Geometry& g, const Traffic& traffic);
 
 }  // namespace batchnorm

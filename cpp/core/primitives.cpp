@@ -1,5 +1,6 @@
 // The drivers of channel_sums and combine: the kernels of backward by themselves, with the caller's numbers per channel.
 #include "batchnorm/batchnorm.hpp"
+#include "coefficient_rows.h"
 #include "gate.h"
 #include "reduce.h"
 
@@ -10,24 +11,14 @@ using kernels::KernelTable;
 
 template <class C>
 void combine_as(const CombineArgs& a, const Geometry& g, const KernelTable& table) {
-    const Plan plan = make_plan(g, a.k_b || a.k_0 || a.activation != Activation::none ? 2 : 1, 1);
+    const Plan plan = make_plan(g, {.reads = a.k_b || a.k_0 || a.activation != Activation::none ? 2 : 1, .writes = 1, .sums = false});
     Workspace ws;
-    Row<C> center(ws, plan), scale(ws, plan), offset(ws, plan), k_a(ws, plan), x_scale(ws, plan), k_b(ws, plan), k_0(ws, plan);
-    for_channels(plan, [&](int64_t c0, int64_t c1) {
-        for (int64_t c = c0; c < c1; ++c) {
-            const double about = value_or(a.center, c, 0);
-            const coeffs::Gradient<C> k =
-                coeffs::combination<C>(value_or(a.k_a, c, 1), about, value_or(a.k_b, c, 0), value_or(a.k_0, c, 0));
-            const coeffs::Affine<C> forward =
-                coeffs::affine<C>(about, value_or(a.inv_std, c, 1), value_or(a.gamma, c, 1), value_or(a.beta, c, 0));
-            center.set(c, forward.center);
-            scale.set(c, forward.scale);
-            offset.set(c, forward.offset);
-            k_a.set(c, k.k_dy);
-            x_scale.set(c, k.x_scale);
-            k_b.set(c, k.k_x);
-            k_0.set(c, k.k_0);
-        }
+    AffineRows<C> affine(ws, plan);
+    GradientRows<C> combination(ws, plan);
+    for_columns(plan, [&](int64_t c, int64_t n) {
+        const Column<double> about(a.center, c, n, 0), k_a(a.k_a, c, n, 1), k_b(a.k_b, c, n, 0), k_0(a.k_0, c, n, 0);
+        combination.put(c, n, [&](int64_t i) { return coeffs::combination<C>(k_a[i], about[i], k_b[i], k_0[i]); });
+        affine.put(c, n, about, {a.inv_std, c, n, 1}, {a.gamma, c, n, 1}, {a.beta, c, n, 0});
     });
     const kernels::GradApplyFn kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
     const bool a_alone = !a.k_b && !a.k_0;
@@ -40,11 +31,11 @@ void combine_as(const CombineArgs& a, const Geometry& g, const KernelTable& tabl
                 to_operand(a.b),
                 to_operand(a.out),
                 {},
-                {center.from(c), scale.from(c), offset.from(c)},
-                k_a.from(c),
-                x_scale.from(c),
-                k_b.from(c),
-                k_0.from(c),
+                affine.from(c),
+                combination.k_dy(c),
+                combination.x_scale(c),
+                combination.k_x(c),
+                combination.k_0(c),
                 act.gate,
                 {},
                 a_alone,
@@ -64,12 +55,12 @@ void channel_sums(const ChannelSumsArgs& a) {
         std::fill(a.sum_ab.begin(), a.sum_ab.end(), 0.0);
         return;
     }
-    const Plan plan = make_plan(g, 2, 0);
+    const Plan plan = make_plan(g, {.reads = 2, .writes = 0, .sums = true});
     Workspace ws;
     ChannelSums sums(ws, g.channels);
     Row<double> shift(ws, plan);
     shift.fill(0);
-    for (int64_t c = 0; a.shift && c < g.channels; ++c) shift.set(c, at(a.shift, c));
+    if (a.shift) by_columns(0, g.channels, [&](int64_t c, int64_t n) { shift.put(c, n, {a.shift, c, n}); });
     const bool shifted = a.shift || g.dtype == Dtype::float64;
     const kernels::GradSumsFn kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
     const auto sum_tile = [&](const Where& where, bool, double* sum_a, double* sum_ab) {
@@ -79,10 +70,10 @@ void channel_sums(const ChannelSumsArgs& a) {
     using NoMap = void (*)(const Where&);
     sums_then_map(
         plan, NothingToPrepare(), sum_tile, sums, [](int64_t, int64_t, bool) { return true; }, static_cast<const NoMap*>(nullptr));
-    for (int64_t c = 0; c < g.channels; ++c) {
-        a.sum_a[static_cast<std::size_t>(c)] = sums.first(c);
-        a.sum_ab[static_cast<std::size_t>(c)] = sums.second(c);
-    }
+    by_columns(0, g.channels, [&](int64_t c, int64_t n) {
+        sums.first(c, n).put(&a.sum_a[static_cast<std::size_t>(c)], n);
+        sums.second(c, n).put(&a.sum_ab[static_cast<std::size_t>(c)], n);
+    });
 }
 
 void combine(const CombineArgs& a) {

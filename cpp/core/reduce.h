@@ -1,5 +1,5 @@
-// How a call's plan is carried out: per-channel arrays as the kernels read them, sums over tiles in a fixed order, and the shape of
-// every call with statistics, `sums_then_map`. Used by the drivers in batchnorm.cpp; knows plans and threads, no operation.
+// How a call's plan is carried out: sums over tiles in a fixed order, and the shape of every call with statistics, `sums_then_map`. Used by
+// the drivers in batchnorm.cpp; knows plans and threads, no operation.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,12 @@
 
 #include "check.h"
 #include "coeffs.h"
+#include "columns.h"
 #include "parallel.h"
-#include "plan.h"
-#include "workspace.h"
 
 namespace batchnorm {
 
 using kernels::Where;
-using std::int64_t;
-
 // Runs items, or throws if the user interrupted.
 inline void for_each(int64_t n, const Plan& plan, parallel::Body body, bool backwards = false) {
     if (!parallel::for_each(n, {.worth_it = plan.parallel, .backwards = backwards}, body)) check::interrupted();
@@ -27,34 +24,16 @@ inline void for_each(int64_t n, const Plan& plan, parallel::Body body, bool back
 // caller sees.
 template <class F>
 void for_channels(const Plan& plan, const F& f) {
-    constexpr int64_t kStretch = 256;  // 5 us of work and more
+    constexpr int64_t kStretch = 1024;  // 5 to 10 us of work
     const int64_t n = (plan.channels + kStretch - 1) / kStretch;
     const auto stretch = [&](int64_t i) { f(i * kStretch, std::min((i + 1) * kStretch, plan.channels)); };
     (void)parallel::for_each(n, {.worth_it = plan.parallel && n > 1, .interruptible = false}, stretch);
 }
-
-// A per-channel array as the kernels read it: each value `fold` times over, then the first ones again, padded to whole blocks. (By blocks
-// of channels, the last block's unused lanes read the repeated start while the first block's thread may write it; nobody uses them.)
-template <class T>
-class Row {
-public:
-    Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {
-        std::fill(data_ + plan.width(), data_ + plan.padded_width(), T{0});
-    }
-    void fill(T value) { std::fill(data_, data_ + channels_ * fold_ + kernels::kLanes, value); }
-    void set(int64_t c, T value) {
-        for (int64_t i = c; i < fold_ * channels_; i += channels_) {
-            data_[i] = value;
-            if (i < kernels::kLanes) data_[fold_ * channels_ + i] = value;
-        }
-    }
-    T* from(int64_t c) const { return data_ + c; }
-    double operator[](int64_t c) const { return data_[c]; }
-
-private:
-    T* data_ = nullptr;
-    int64_t channels_ = 0, fold_ = 1;
-};
+// The same by columns: f(c, n).
+template <class F>
+void for_columns(const Plan& plan, const F& f) {
+    for_channels(plan, [&](int64_t c0, int64_t c1) { by_columns(c0, c1, f); });
+}
 
 // The two sums of every channel, as the tiles added so far make them, with the rounding errors carried along (coeffs::Sum), in arrays
 // that a loop over channels takes several at a time.
@@ -76,13 +55,18 @@ public:
     }
     coeffs::Sum first_sum(int64_t c) const { return {first_.value[c], first_.error[c]}; }
     coeffs::Sum second_sum(int64_t c) const { return {second_.value[c], second_.error[c]}; }
-    double first(int64_t c) const { return first_sum(c).total(); }
-    double second(int64_t c) const { return second_sum(c).total(); }
+    Column<double> first(int64_t c, int64_t n) const { return totals(first_, c, n); }
+    Column<double> second(int64_t c, int64_t n) const { return totals(second_, c, n); }
 
 private:
     struct Sums {
         double *value, *error;
     };
+    static Column<double> totals(const Sums& s, int64_t c, int64_t n) {
+        Column<double> total;
+        for (int64_t i = 0; i < n; ++i) total[i] = coeffs::Sum{s.value[c + i], s.error[c + i]}.total();
+        return total;
+    }
     static void add(const Sums& s, int64_t c0, int64_t channels, const double* x) {
         double* const value = s.value + c0;
         double* const error = s.error + c0;

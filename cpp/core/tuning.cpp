@@ -12,7 +12,8 @@ namespace {
 
 using std::int64_t;
 
-constexpr const char* kText[kNames] = {"l2_bytes", "cached_bytes", "stream_run_bytes", "group_bytes", "map_bytes", "parallel_elements"};
+constexpr const char* kText[kNames] = {"l2_bytes",  "cached_bytes", "stream_run_bytes", "group_bytes",
+                                       "map_bytes", "fetch_bytes",  "parallel_elements"};
 
 using Numbers = std::array<int64_t, kNames>;
 
@@ -28,7 +29,8 @@ Numbers of_machine() {
     d[stream_run_bytes] = 512;
     d[group_bytes] = 256 << 10;
     d[map_bytes] = 256 << 10;
-    d[parallel_elements] = 32768;
+    d[fetch_bytes] = 12 << 20;
+    d[parallel_elements] = 49152;
     return d;
 }
 

@@ -63,6 +63,5 @@ inline void set(const Channels& v, std::int64_t c, double value) {
         static_cast<float*>(v.data)[c * v.stride] = static_cast<float>(value);
     }
 }
-inline double value_or(const ConstChannels& v, std::int64_t c, double otherwise) { return v ? at(v, c) : otherwise; }
 
 }  // namespace batchnorm

@@ -24,6 +24,7 @@ struct ApplyPointers {
     uint8_t* mask;  // written only with gate masked, and with gate curve unless null
     int64_t first_bit;
     bool stream;
+    int64_t ahead;
 };
 
 // With gate curve, with_z and with_stream say what may be.
@@ -43,8 +44,8 @@ BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t pe
     };
     const auto bits = [&](Block<T> v) { return gate == kernels::curve ? curve_bits(v, curve) : positive_bits(v); };
     const auto whole = [&](int64_t e, int64_t k) {
-        prefetch_ahead(p.x + e);
-        if (add_z) prefetch_ahead(p.z + e);
+        prefetch_ahead(p.x + e, p.ahead);
+        if (add_z) prefetch_ahead(p.z + e, p.ahead);
         const Block<T> v = value(load(p.x + e), add_z ? load(p.z + e) : Block<T>{}, k);
         if (put_bits) mask.put(bits(v));
         return where_kept(keep.at(e), gated(v));
@@ -73,8 +74,8 @@ BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a) {
         for (int64_t c = 0; c < channels; ++c) {
             const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
             apply_run<gate, with_z, with_stream>(
-                ApplyPointers<T>{x.at(n, c), add_z ? z.at(n, c) : nullptr, y.at(n, c), a.mask.bits, bit, a.stream}, run, kNoPeriod,
-                PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c), a.curve,
+                ApplyPointers<T>{x.at(n, c), add_z ? z.at(n, c) : nullptr, y.at(n, c), a.mask.bits, bit, a.stream, a.where.ahead}, run,
+                kNoPeriod, PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c), a.curve,
                 KeptRun(a.kept, b, n));
         }
     }
@@ -94,8 +95,9 @@ BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
                        (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels);
     const auto rows = [&](int64_t r, int64_t n_rows) {
         const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
-        apply_run<gate, with_z, with_stream>(ApplyPointers<T>{x.at(r), add_z ? z.at(r) : nullptr, y.at(r), a.mask.bits, bit, a.stream},
-                                             n_rows * channels, a.where.fold * channels, center, scale, offset, a.curve, KeptRow());
+        apply_run<gate, with_z, with_stream>(
+            ApplyPointers<T>{x.at(r), add_z ? z.at(r) : nullptr, y.at(r), a.mask.bits, bit, a.stream, a.where.ahead}, n_rows * channels,
+            a.where.fold * channels, center, scale, offset, a.curve, KeptRow());
     };
     const Compute<T>* const no_weights = nullptr;
     for_stretches(a.where, dense, a.kept.data, no_weights, rows, [&](int64_t r) { clear(y.at(r), channels); });

@@ -22,6 +22,7 @@ struct GradPointers {
     int64_t first_bit;
     const T* z;  // may be null; read only with gate curve
     bool fixed, stream;
+    int64_t ahead;
 };
 
 // With gate curve, with_dz and with_stream say what may be, and `fixed` nothing.
@@ -48,9 +49,9 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
     const int64_t head = stream || n >= kWorthAligning ? elements_to_alignment(p.dx) : 0;
     const bool stream_dz = stream && put_z && elements_to_alignment(p.dz) == head;  // both start on a line together
     const auto whole = [&](int64_t e, int64_t k) {
-        prefetch_ahead(p.dy + e);
-        if constexpr (read_x) prefetch_ahead(p.x + e);
-        if (add_z) prefetch_ahead(p.z + e);
+        prefetch_ahead(p.dy + e, p.ahead);
+        if constexpr (read_x) prefetch_ahead(p.x + e, p.ahead);
+        if (add_z) prefetch_ahead(p.z + e, p.ahead);
         const Block<T> v = read_x ? load(p.x + e) : Block<T>{};
         const Block<T> g = through(load(p.dy + e), v, add_z ? load(p.z + e) : Block<T>{}, e, k);
         const uint32_t bits = keep.at(e);
@@ -87,8 +88,8 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
                                                  PerChannel(a.k_0, c)};
             const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
             const GradPointers<T> p{
-                dy.at(n, c), x.at(n, c), dx.at(n, c), put_z ? dz.at(n, c) : nullptr, a.mask.bits, bit, add_z ? z.at(n, c) : nullptr,
-                a.fixed,     a.stream};
+                dy.at(n, c), x.at(n, c), dx.at(n, c),  put_z ? dz.at(n, c) : nullptr, a.mask.bits, bit, add_z ? z.at(n, c) : nullptr,
+                a.fixed,     a.stream,   a.where.ahead};
             grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k, a.curve, KeptRun(a.kept, b, n),
                                                               RunWeights<Compute<T>>(a.weights, b, n));
         }
@@ -110,8 +111,8 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
                        (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels);
     const auto rows = [&](int64_t r, int64_t n_rows) {
         const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
-        const GradPointers<T> p{dy.at(r), x.at(r), dx.at(r), put_z ? dz.at(r) : nullptr, a.mask.bits, bit, add_z ? z.at(r) : nullptr,
-                                a.fixed,  a.stream};
+        const GradPointers<T> p{dy.at(r), x.at(r),  dx.at(r),     put_z ? dz.at(r) : nullptr, a.mask.bits, bit, add_z ? z.at(r) : nullptr,
+                                a.fixed,  a.stream, a.where.ahead};
         grad_apply_run<gate, fixed, with_dz, with_stream>(p, n_rows * channels, a.where.fold * channels, k, a.curve, KeptRow(),
                                                           RowWeight<Compute<T>>(a.weights, r));
     };

@@ -70,9 +70,9 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 const T* const z_run = z.at(n, c0 + c);
                 const KeptRun keep(a.kept, b, n);
                 const auto fetch = [&](int64_t e) {
-                    prefetch_ahead(dy_run + e);
-                    prefetch_ahead(x_run + e);
-                    if (add_z) prefetch_ahead(z_run + e);
+                    prefetch_ahead(dy_run + e, a.where.ahead);
+                    prefetch_ahead(x_run + e, a.where.ahead);
+                    if (add_z) prefetch_ahead(z_run + e, a.where.ahead);
                 };
                 if constexpr (gate != kernels::open) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
@@ -128,9 +128,9 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
         GradSums<shifted> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_x + e)};
 #pragma GCC unroll 8
         for (int j = 0; j < R; ++j) {
-            prefetch_ahead(dy[j] + e);
-            prefetch_ahead(x[j] + e);
-            if (add_z) prefetch_ahead(z[j] + e);
+            prefetch_ahead(dy[j] + e, a.where.ahead);
+            prefetch_ahead(x[j] + e, a.where.ahead);
+            if (add_z) prefetch_ahead(z[j] + e, a.where.ahead);
             if constexpr (gate != kernels::open) {
                 const Block<T> v = load_at(x[j] + e);
                 const Block<T> residual = add_z ? load_at(z[j] + e) : Block<T>{};

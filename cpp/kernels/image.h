@@ -57,14 +57,14 @@ BATCHNORM_INLINE ImageOutput image_output(const ImageArgs& a, int64_t element) {
 
 template <class T, class PerChannel>
 BATCHNORM_INLINE void image_run(const T* x, ImageOutput y, int64_t n, int64_t period, PerChannel center, PerChannel scale,
-                                PerChannel offset) {
+                                PerChannel offset, int64_t ahead) {
     const auto value = [=](F64 v, int64_t k) { return (v - center.at(k)) * scale.at(k) + offset.at(k); };
     const int64_t head = y.head(n);
     y.stream = y.stream && head >= 0;
     for_blocks(
         head, n, period,
         [=](int64_t e, int64_t k) {
-            prefetch_ahead(x + e);
+            prefetch_ahead(x + e, ahead);
             y.put(e, value(load_double(x + e), k));
         },
         [=](int64_t e, int64_t k, int64_t m) { y.put_part(e, m, value(to_double(load_part(x + e, m)), k)); });
@@ -80,7 +80,7 @@ void image_ncs(const ImageArgs& a) noexcept {
             const int64_t k = c - b.channel_begin;
             image_run(x.at(n, k), image_output(a, n * a.y.outer_stride + c * a.y.channel_stride + b.inner_begin),
                       b.inner_end - b.inner_begin, kNoPeriod, PerChannel(a.affine.center, k), PerChannel(a.affine.scale, k),
-                      PerChannel(a.affine.offset, k));
+                      PerChannel(a.affine.offset, k), a.where.ahead);
         }
     }
     if (a.stream) stream_fence();
@@ -95,7 +95,7 @@ BATCHNORM_INLINE void image_rows(const ImageArgs& a) {
     const auto rows = [&](int64_t r, int64_t n, int64_t period) {
         const int64_t first = r / split * a.y.outer_stride + r % split * a.y.inner_stride + b.channel_begin;
         image_run(x.at(r), image_output(a, first), n, period, PerChannel(a.affine.center), PerChannel(a.affine.scale),
-                  PerChannel(a.affine.offset));
+                  PerChannel(a.affine.offset), a.where.ahead);
     };
     if (x.dense(channels) && a.y.outer_stride == channels) {
         return rows(b.outer_begin, (b.outer_end - b.outer_begin) * channels, a.where.fold * channels);
@@ -122,12 +122,13 @@ BATCHNORM_INLINE void image_pixels(const ImageArgs& a, const T* x, int64_t y, in
         head = own;
     }
     if (!together) head = -1;
+    const int64_t ahead = a.where.ahead;
     for (int c = 0; c < C; ++c) out[c].stream = out[c].stream && head >= 0;
     for_blocks(
         head, n, kNoPeriod,
         [=](int64_t e, int64_t) {
             I32 v[C];
-            prefetch_ahead(x + C * e);
+            prefetch_ahead(x + C * e, ahead);
             load_pixels<C>(x + C * e, v);
             for (int c = 0; c < C; ++c) out[c].put(e, value(v[c], c));
         },
@@ -150,7 +151,7 @@ BATCHNORM_INLINE void image_column(const ImageArgs& a, const T* x, int64_t step,
         const int64_t m = n - first < kStretch ? n - first : kStretch;
         for (int64_t i = 0; i < m; ++i) values[i] = x[(first + i) * step];
         image_run(values, image_output(a, y + first), m, kNoPeriod, PerChannel(a.affine.center, channel),
-                  PerChannel(a.affine.scale, channel), PerChannel(a.affine.offset, channel));
+                  PerChannel(a.affine.scale, channel), PerChannel(a.affine.offset, channel), 0);
     }
 }
 

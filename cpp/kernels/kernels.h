@@ -52,6 +52,7 @@ struct Where {
     Box box;
     int64_t row_split;
     int64_t fold;
+    int64_t ahead;  // bytes by which reads are fetched ahead; 0: they are not
 };
 
 // What stands between the normalised value v (after z) and y, and in backward between dy and the normalisation: nothing; ReLU, its on and

@@ -77,7 +77,7 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
                 for_run(
                     run,
                     [&](int64_t e) {
-                        prefetch_ahead(x_run + e);
+                        prefetch_ahead(x_run + e, a.where.ahead);
                         const uint32_t bits = count == kept ? keep.at(e) : kAllKept;
                         if constexpr (count == weighted) {
                             m.add_weighted(load_double(x_run + e), shift, w.at(e));
@@ -123,6 +123,7 @@ struct FoldedWeights {
 // R rows at a time keep a block's sums in registers for R elements of each channel; the order of the additions is that of R = 1.
 template <bool shifted, int R, class T, class Weight>
 BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R], int64_t width, const MomentsArgs& a) {
+    const int64_t ahead = a.where.ahead;
     const auto rows = [&](int64_t e, auto add) {
         Moments<shifted> m{Ops<F64>::load(a.sum + e), Ops<F64>::load(a.sum_sq + e)};
         const F64 shift = shifted ? Ops<F64>::load(a.shift + e) : F64{};
@@ -134,8 +135,8 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R],
     for_run(
         width,
         [&](int64_t e) {
-            rows(e, [e](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
-                prefetch_ahead(p);
+            rows(e, [e, ahead](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
+                prefetch_ahead(p, ahead);
                 if constexpr (Weight::given) {
                     m.add_weighted(load_double(p), shift, weight.at(e));
                 } else {

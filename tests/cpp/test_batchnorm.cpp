@@ -848,7 +848,7 @@ void test_mask_of_single_elements() {
 constexpr const char* kTunings[] = {
     "l2_bytes=0,group_bytes=0,map_bytes=0,parallel_elements=0",
     "l2_bytes=0,group_bytes=0,map_bytes=0,parallel_elements=1000000000",
-    "cached_bytes=0,stream_run_bytes=0,parallel_elements=0",
+    "cached_bytes=0,stream_run_bytes=0,fetch_bytes=0,parallel_elements=0",
     "l2_bytes=0,group_bytes=5000,map_bytes=5000,cached_bytes=0,stream_run_bytes=0,parallel_elements=1000000000",
     "l2_bytes=1125899906842624,cached_bytes=1125899906842624,group_bytes=1125899906842624,map_bytes=1125899906842624",
 };
@@ -1431,7 +1431,7 @@ void test_tuning() {
     context = "tuning";
     set_tuning("");
     const std::string defaults = tuning();
-    CHECK(defaults.starts_with("l2_bytes=") && defaults.find(",parallel_elements=32768") != std::string::npos);
+    CHECK(defaults.starts_with("l2_bytes=") && defaults.find(",parallel_elements=49152") != std::string::npos);
     set_tuning("map_bytes=77,l2_bytes=0");
     CHECK(tuning().starts_with("l2_bytes=0,cached_bytes=") && tuning().find(",map_bytes=77,") != std::string::npos);
     const std::string before = tuning();

@@ -1,0 +1,121 @@
+// Numbers per channel, taken several channels at a time. A column holds one number of each of up to kColumn channels, in an array of its
+// own on the stack: per-channel work goes from columns to columns, by loops over the formulas of coeffs.h that the compiler vectorises,
+// as it sees that columns do not overlap. Used by the drivers; knows no operation.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "plan.h"
+#include "workspace.h"
+
+namespace batchnorm {
+
+using std::int64_t;
+
+// Channels of a column: a dozen columns stay in L1.
+inline constexpr int64_t kColumn = 128;
+
+// f(i) for the n entries of columns. Of few channels one by one: vectors are read a moment after their halves were written, and wait for
+// that longer than they save.
+template <class F>
+inline void for_entries(int64_t n, const F& f) {
+    if (n < 1) __builtin_unreachable();  // g++ 12 would warn that columns may stay empty
+    if (n < 8) {
+        for (int64_t i = 0; i < n; ++i) {
+            asm volatile("");  // the compiler leaves this loop as it is
+            f(i);
+        }
+    } else {
+        for (int64_t i = 0; i < n; ++i) f(i);
+    }
+}
+
+template <class T>
+struct Column {
+    alignas(64) T value[kColumn];  // NOLINT: uninitialized
+
+    Column() = default;
+    Column(const T* from, int64_t n) {
+        for_entries(n, [&](int64_t i) { value[i] = from[i]; });
+    }
+    // n channels from c on; where the argument is absent, `otherwise`.
+    template <bool writable>
+    Column(const AnyChannels<writable>& from, int64_t c, int64_t n, T otherwise = 0) {
+        if (!from) {
+            for_entries(n, [&](int64_t i) { value[i] = otherwise; });
+        } else if (from.is_double) {
+            take(static_cast<const double*>(from.data) + c * from.stride, from.stride, n);
+        } else {
+            take(static_cast<const float*>(from.data) + c * from.stride, from.stride, n);
+        }
+    }
+    void put(const Channels& to, int64_t c, int64_t n) const {
+        if (!to) return;
+        if (to.is_double) {
+            give(static_cast<double*>(to.data) + c * to.stride, to.stride, n);
+        } else {
+            give(static_cast<float*>(to.data) + c * to.stride, to.stride, n);
+        }
+    }
+    void put(T* to, int64_t n) const {
+        for_entries(n, [&](int64_t i) { to[i] = value[i]; });
+    }
+    T& operator[](int64_t i) { return value[i]; }
+    const T& operator[](int64_t i) const { return value[i]; }
+
+private:
+    template <class S>
+    void take(const S* from, int64_t stride, int64_t n) {
+        if (stride == 1) {
+            for_entries(n, [&](int64_t i) { value[i] = static_cast<T>(from[i]); });
+        } else {
+            for_entries(n, [&](int64_t i) { value[i] = static_cast<T>(from[i * stride]); });
+        }
+    }
+    template <class S>
+    void give(S* to, int64_t stride, int64_t n) const {
+        if (stride == 1) {
+            for_entries(n, [&](int64_t i) { to[i] = static_cast<S>(value[i]); });
+        } else {
+            for_entries(n, [&](int64_t i) { to[i * stride] = static_cast<S>(value[i]); });
+        }
+    }
+};
+
+// f(c, n) for columns of n channels from c on that make up those from c0 to c1.
+template <class F>
+void by_columns(int64_t c0, int64_t c1, const F& f) {
+    for (int64_t c = c0; c < c1; c += kColumn) f(c, std::min(kColumn, c1 - c));
+}
+
+// A per-channel array as the kernels read it: each value `fold` times over, then the first ones again, padded to whole blocks. (By blocks
+// of channels, the last block's unused lanes read the repeated start while the first block's thread may write it; nobody uses them.)
+template <class T>
+class Row {
+public:
+    Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {
+        std::fill(data_ + plan.width(), data_ + plan.padded_width(), T{0});
+    }
+    void fill(T value) { std::fill(data_, data_ + channels_ * fold_ + kernels::kLanes, value); }
+    void put(int64_t c, int64_t n, const Column<T>& column) {
+        if (fold_ > 1) return put_folded(column);
+        column.put(data_ + c, n);
+        if (c < kernels::kLanes) column.put(data_ + channels_ + c, std::min(n, kernels::kLanes - c));
+    }
+    T* from(int64_t c) const { return data_ + c; }
+    Column<T> column(int64_t c, int64_t n) const { return {data_ + c, n}; }
+    double operator[](int64_t c) const { return data_[c]; }
+
+private:
+    // Folded rows have few channels, which are always taken together.
+    void put_folded(const Column<T>& column) {
+        column.put(data_, channels_);
+        const int64_t size = fold_ * channels_ + kernels::kLanes;
+        for (int64_t filled = channels_; filled < size; filled *= 2) std::copy_n(data_, std::min(filled, size - filled), data_ + filled);
+    }
+    T* data_ = nullptr;
+    int64_t channels_ = 0, fold_ = 1;
+};
+
+}  // namespace batchnorm
