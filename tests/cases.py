@@ -3,9 +3,9 @@
 A kernel works on blocks of 16 lanes; a channel is cut into tiles of at most 16384 values if its values are
 contiguous (direction ncs), and into tiles of rows if the channels are (direction nsc), from 512 rows on into
 multiples of 16 tiles. Fewer than 64 channels are folded, several rows to one; more than 2048 are divided.
-65536 elements and more (of runs half of that) are shared among threads, or any number where the tuning
-parallel_elements is 0, as with the fixture `threads`. The lists below step over those edges by one on either
-side.
+49152 elements and more (24576 of runs that are summed first, 65536 of rows) are shared among threads, or any
+number where the tuning parallel_elements is 0, as with the fixture `threads`. The lists below step over those
+edges by one on either side.
 """
 
 from __future__ import annotations

@@ -317,6 +317,35 @@ def test_in_place(dtype, activation):
     assert same_bits(q.forward(residual=q.z, out=q.x).y, forward.y)
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", SMOOTH)
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_derivative_is_the_same_once_or_twice(shape, dtype, activation, with_residual, set_tuning):
+    """The sums leave dy act'(v) in an output, for dx to be made of it, unless that is x, positions are left
+    out, or the rows of the output are apart: then it is computed again."""
+    set_tuning("parallel_elements=0")
+    p = Problem(shape, dtype, activation)
+    residual = p.z if with_residual else None
+    forward = p.forward(residual=residual)
+    needs = NEEDS if with_residual else NEEDS[:3]
+    want = p.backward(forward, residual=residual, needs=needs)
+    out = "out_residual" if with_residual else "out"
+    n, c, s = p.x.shape
+    apart = shape._replace(channels=c + 3).like((n, c + 3, s), dtype)[:, :c]
+
+    def again(**options):
+        got = p.backward(forward, residual=residual, **({"needs": needs} | options))
+        assert all(a is None or same_bits(a, b) for a, b in zip(got, want, strict=True)), options
+
+    again(mask=np.ones((n, s), bool))
+    again(**{out: apart})
+    again(needs=needs[1:])
+    set_tuning("cached_bytes=0,stream_run_bytes=0,l2_bytes=0,group_bytes=0,map_bytes=0")
+    again()
+    again(out=p.x)
+
+
 def test_any_memory_order_of_the_residual():
     for activation in ("silu", "leaky_relu"):
         p = Problem(Shape("ncs", 5, 20, 49), FLOAT32, activation)

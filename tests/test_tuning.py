@@ -10,7 +10,10 @@ from batchnorm import _core
 from cases import DTYPES, Shape, gradient_of, normal, parameters, residual_of
 from processes import output, run
 
-NAMES = ("l2_bytes", "cached_bytes", "stream_run_bytes", "group_bytes", "map_bytes", "fetch_bytes", "parallel_elements")
+NAMES = (
+    "l2_bytes", "cached_bytes", "stream_run_bytes", "group_bytes", "map_bytes", "fetch_bytes",
+    "parallel_elements",
+)  # fmt: skip
 MOST = 2**50
 
 

@@ -334,6 +334,20 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
     });
 }
 
+namespace {
+
+// The output in which the sums of backward leave g = dy act'(v), so that the derivative of a smooth activation is computed once: dz, which
+// is g, or else dx, to be overwritten. None where g would not fit exactly or x would be lost.
+Tensor left_gradient(const BatchNormBackwardArgs& a, const Act& act, const Plan& plan, const Counting& counting) {
+    const Tensor& to = a.dresidual ? a.dresidual : a.dx;
+    const bool exact = a.x.dtype == Dtype::float32 || a.x.dtype == Dtype::float64;
+    const bool every = counting.kept().data == nullptr;
+    const bool dense = plan.fold == 1 || (plan.row_split == 1 && to.outer_stride == plan.channels);
+    return to && act.smooth() && exact && every && dense && to.data != a.x.data ? to : Tensor();
+}
+
+}  // namespace
+
 void batch_norm_backward(const BatchNormBackwardArgs& a) {
     const Geometry g = check::arguments(a);
     const parallel::Limit limit(a.num_threads);
@@ -376,6 +390,9 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         const kernels::Gate gate = act.gate;
         const kernels::Mask mask = to_mask(g, a.activation_mask.empty() ? nullptr : const_cast<std::uint8_t*>(a.activation_mask.data()));
         const kernels::Operand z = to_operand(a.residual);
+        // Where the sums leave g behind, dx is made of that, and dz is there already.
+        const Tensor g_left = want_sums ? left_gradient(a, act, plan, counting) : Tensor();
+        const kernels::Operand left = to_operand(g_left);
         const kernels::GradSumsFn sums_kernel = table.grad_sums[plan.direction][to_kernel(g.dtype)];
         const auto sum_tile = [&](const Where& where, bool, double* dy, double* dy_x) {
             const int64_t c = where.box.channel_begin;
@@ -385,7 +402,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
             const bool shifted =
                 is_double || gate == kernels::curve || std::any_of(about, about + channels, [](double s) { return s != 0; });
             sums_kernel({where, to_operand(a.dy), to_operand(a.x), shifted ? about : nullptr, affine.from(c), dy, dy_x, gate, mask,
-                         act.curve, z, counting.kept()});
+                         act.curve, z, counting.kept(), left});
         };
         const double count = counting.n();
         const auto finish_column = [&](int64_t c, int64_t n) {
@@ -401,15 +418,16 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
         const kernels::GradApplyFn apply_kernel = table.grad_apply[plan.direction][to_kernel(g.dtype)];
         // The residual's gradient comes on the way of dx behind a mask or a curve. Else it is dx with fixed statistics and k_dy = 1;
         // without an activation, dy itself.
-        const bool dz_alone = a.dresidual && (!a.dx || (gate != kernels::masked && gate != kernels::curve));
+        const Tensor dz = g_left ? Tensor() : a.dresidual;
+        const bool dz_alone = dz && (!a.dx || (gate != kernels::masked && gate != kernels::curve));
         Row<C> ones(ws, plan);
         if (dz_alone) ones.fill(1);
-        const Tensor& dx = a.dx ? a.dx : a.dresidual;
+        const Tensor& dx = a.dx ? a.dx : dz;
         const kernels::Weights weights = a.dx ? counting.weights<C>(ws) : kernels::Weights{};
         const auto map = [&](const Where& where) {
             const int64_t c = where.box.channel_begin;
             kernels::GradApplyArgs args{where,
-                                        to_operand(a.dy),
+                                        g_left ? left : to_operand(a.dy),
                                         to_operand(a.x),
                                         to_operand(dx),
                                         {},
@@ -418,7 +436,7 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                                         gradient.x_scale(c),
                                         gradient.k_x(c),
                                         gradient.k_0(c),
-                                        gate,
+                                        g_left ? kernels::open : gate,
                                         mask,
                                         fixed,
                                         plan.stream,
@@ -427,14 +445,14 @@ void batch_norm_backward(const BatchNormBackwardArgs& a) {
                                         counting.kept(),
                                         weights};
             if (dz_alone) {
-                kernels::GradApplyArgs dz = args;
-                dz.dx = to_operand(a.dresidual);
-                dz.k_dy = ones.from(c);
-                dz.fixed = true;
-                apply_kernel(dz);
+                kernels::GradApplyArgs alone = args;
+                alone.dx = to_operand(dz);
+                alone.k_dy = ones.from(c);
+                alone.fixed = true;
+                apply_kernel(alone);
                 if (!a.dx) return;
-            } else if (a.dresidual) {
-                args.dz = to_operand(a.dresidual);
+            } else {
+                args.dz = to_operand(dz);
             }
             apply_kernel(args);
         };

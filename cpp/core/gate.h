@@ -8,6 +8,9 @@ namespace batchnorm {
 struct Act {
     kernels::Gate gate = kernels::open;
     kernels::Curve curve{};
+
+    // Its derivative takes an exp.
+    bool smooth() const { return gate == kernels::curve && curve.kind >= kernels::CurveKind::sigmoid; }
 };
 
 // ReLU, and so leaky_relu where the compute type's slope is 0, has gates of its own, faster ones.

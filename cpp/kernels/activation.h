@@ -143,10 +143,10 @@ struct Silu {
     template <class V>
     static BATCHNORM_INLINE V derivative(V v) {  // s (1 + v (1 - s)) with s = sigmoid(v)
         const Exp<V> e = exp_of(minus_abs(v));
-        const V one = V{} + 1, d = 1 + e.whole();
+        const V one = V{} + 1, per_d = 1 / (1 + e.whole());
         const V near = -at_least(-at_least(v, Real<V>::kLeast), Real<V>::kLeast);  // finite: inf * 0 is not 0
-        const V bracket = 1 + near * (v < 0 ? one : e.whole()) / d;
-        return (v < 0 ? e.close : one) * bracket / d * (v < 0 ? e.rest : one);
+        const V bracket = 1 + near * (v < 0 ? one : e.whole()) * per_d;
+        return (v < 0 ? e.close : one) * bracket * per_d * (v < 0 ? e.rest : one);
     }
 };
 

@@ -50,11 +50,16 @@ BATCHNORM_INLINE V through_gate(V dy, V x, V z, const PerChannel& center, const 
     }
 }
 
+// Whether g may be left in a tensor: exactly, so that who reads it there sees what was summed.
+template <Gate gate, class T>
+inline constexpr bool may_leave = asks<gate> && sizeof(T) == sizeof(Compute<T>);
+
 template <Gate gate, bool shifted, class T>
 BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
-    const bool add_z = asks<gate> && a.z.data != nullptr;
+    const bool add_z = asks<gate> && a.z.data != nullptr, leave = may_leave<gate, T> && a.g.data != nullptr;
     const Runs<const T> dy(a.dy, b), x(a.x, b), z(add_z ? a.z : a.x, b);
+    const Runs<T> left(leave ? a.g : a.x, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
     using PerChannel = Broadcast<Compute<T>>;
     alignas(64) double lanes[kernels::kMaxGroup][2][kLanes];
@@ -68,6 +73,7 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 const T* const dy_run = dy.at(n, c0 + c);
                 const T* const x_run = x.at(n, c0 + c);
                 const T* const z_run = z.at(n, c0 + c);
+                T* const left_run = left.at(n, c0 + c);
                 const KeptRun keep(a.kept, b, n);
                 const auto fetch = [&](int64_t e) {
                     prefetch_ahead(dy_run + e, a.where.ahead);
@@ -78,21 +84,24 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
                     const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c0 + c) * a.mask.channel_stride + b.inner_begin;
                     const auto gated = [&](Block<T> g, Block<T> v, Block<T> residual, int64_t e) {
-                        return to_double(where_kept(
-                            keep.at(e), through_gate<gate>(g, v, residual, center, scale, offset, 0, a.mask.bits, bit + e, a.curve)));
+                        return where_kept(keep.at(e),
+                                          through_gate<gate>(g, v, residual, center, scale, offset, 0, a.mask.bits, bit + e, a.curve));
                     };
                     for_run(
                         run,
                         [&](int64_t e) {
                             fetch(e);
                             const Block<T> v = load(x_run + e);
-                            sums.add(gated(load(dy_run + e), v, add_z ? load(z_run + e) : Block<T>{}, e),
-                                     to_double(where_kept(keep.at(e), v)), shift);
+                            const Block<T> g = gated(load(dy_run + e), v, add_z ? load(z_run + e) : Block<T>{}, e);
+                            if (leave) store(left_run + e, g);
+                            sums.add(to_double(g), to_double(where_kept(keep.at(e), v)), shift);
                         },
                         [&](int64_t e, int64_t m) {
                             const Block<T> v = load_part(x_run + e, m);
                             const Block<T> residual = add_z ? load_part(z_run + e, m) : Block<T>{};
-                            sums.add_first(gated(load_part(dy_run + e, m), v, residual, e), to_double(where_kept(keep.at(e), v)), shift, m);
+                            const Block<T> g = gated(load_part(dy_run + e, m), v, residual, e);
+                            if (leave) store_part(left_run + e, m, g);
+                            sums.add_first(to_double(g), to_double(where_kept(keep.at(e), v)), shift, m);
                         });
                 } else {
                     for_run(
@@ -116,14 +125,14 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     }
 }
 
-// R rows at a time, z's read if there is one; the mask's bits of row j start at bit[j].
+// R rows at a time, z's read if there is one, g left unless `left` is null; the mask's bits of row j start at bit[j].
 template <Gate gate, bool shifted, int R, class T>
-BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], const T* const (&z)[R], int64_t width,
+BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x)[R], const T* const (&z)[R], T* left, int64_t width,
                                      const int64_t (&bit)[R], const GradSumsArgs& a) {
     const bool add_z = asks<gate> && a.z.data != nullptr;
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
-    const auto rows = [&](int64_t e, auto load_double_at, auto load_at) {
+    const auto rows = [&](int64_t e, auto load_double_at, auto load_at, auto store_at) {
         const F64 shift = shifted ? Ops<F64>::load(a.shift + e) : F64{};
         GradSums<shifted> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_x + e)};
 #pragma GCC unroll 8
@@ -136,6 +145,7 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
                 const Block<T> residual = add_z ? load_at(z[j] + e) : Block<T>{};
                 const Block<T> g =
                     through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e, a.mask.bits, bit[j] + e, a.curve);
+                if (may_leave<gate, T> && left != nullptr) store_at(left + e, g);
                 sums.add(to_double(g), to_double(v), shift);
             } else {
                 sums.add(load_double_at(dy[j] + e), load_double_at(x[j] + e), shift);
@@ -146,9 +156,14 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
     };
     // Lanes past the width meet dy = x = 0 (load_part) and the shift of their own channel: they add 0, or NaN to a channel whose mean is.
     for_run(
-        width, [&](int64_t e) { rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }); },
+        width,
+        [&](int64_t e) {
+            rows(e, [](const T* p) { return load_double(p); }, [](const T* p) { return load(p); }, [](T* p, Block<T> g) { store(p, g); });
+        },
         [&](int64_t e, int64_t m) {
-            rows(e, [m](const T* p) { return to_double(load_part(p, m)); }, [m](const T* p) { return load_part(p, m); });
+            rows(
+                e, [m](const T* p) { return to_double(load_part(p, m)); }, [m](const T* p) { return load_part(p, m); },
+                [m](T* p, Block<T> g) { store_part(p, m, g); });
         });
 }
 
@@ -158,6 +173,8 @@ BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const bool add_z = asks<gate> && a.z.data != nullptr;
     const uint8_t* const kept = a.kept.data;
     const FoldedRows<T> dy(a.dy, a.where, kept), x(a.x, a.where, kept), z(add_z ? a.z : a.x, a.where, kept);
+    const bool leave = may_leave<gate, T> && a.g.data != nullptr;
+    const Rows<T> left(leave ? a.g : a.x, a.where);
     const int64_t fold = a.where.fold, width = fold * x.channels;
     memset(a.sum_dy, 0, (size_t)round_up(width) * sizeof(double));
     memset(a.sum_dy_x, 0, (size_t)round_up(width) * sizeof(double));
@@ -172,14 +189,15 @@ BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
             if constexpr (!asks<gate>) {
                 const T* const dy_rows[4] = {dy.rows.at(r[0]), dy.rows.at(r[1]), dy.rows.at(r[2]), dy.rows.at(r[3])};
                 const T* const x_rows[4] = {x.rows.at(r[0]), x.rows.at(r[1]), x.rows.at(r[2]), x.rows.at(r[3])};
-                grad_sums_rows<gate, shifted>(dy_rows, x_rows, x_rows, width, {bit(r[0]), bit(r[1]), bit(r[2]), bit(r[3])}, a);
+                grad_sums_rows<gate, shifted>(dy_rows, x_rows, x_rows, (T*)nullptr, width, {bit(r[0]), bit(r[1]), bit(r[2]), bit(r[3])}, a);
             }
         } else {
             const int64_t n_rows = b.outer_end - r[0] < fold ? b.outer_end - r[0] : fold;
             const T* const dy_rows[1] = {dy.at(r[0], n_rows, dy_buffer)};
             const T* const x_rows[1] = {x.at(r[0], n_rows, x_buffer)};
             const T* const z_rows[1] = {add_z ? z.at(r[0], n_rows, z_buffer) : x_rows[0]};
-            grad_sums_rows<gate, shifted>(dy_rows, x_rows, z_rows, n_rows * x.channels, {bit(r[0])}, a);
+            T* const left_row = leave ? left.at(r[0]) : nullptr;
+            grad_sums_rows<gate, shifted>(dy_rows, x_rows, z_rows, left_row, n_rows * x.channels, {bit(r[0])}, a);
         }
     }
 }

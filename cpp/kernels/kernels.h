@@ -135,7 +135,8 @@ struct ApplyArgs {
 // g = dy where the gate lets through, else 0: open always, relu where apply(x) > 0, masked where the bit is set. Gate curve: g = dy
 // act'(v), v = apply(x) before its gate, with z if that has data; or, of leaky_relu with a mask, dy where the bit is set, else slope dy.
 // sum_dy[c] = sum of g, sum_dy_x[c] = sum of g * (x - shift[c]), in double. As for moments, no shift (null) means 0; float64 storage and
-// gate curve always have one.
+// gate curve always have one. With gate curve of float32 or float64 storage g can be left in a tensor; where rows are folded (fold > 1),
+// one whose rows follow one another without a gap.
 struct GradSumsArgs {
     Where where;
     Operand dy, x;
@@ -148,6 +149,7 @@ struct GradSumsArgs {
     Curve curve{};
     Operand z{};  // the residual; read only with gate curve
     Kept kept{};
+    Operand g{};  // without data: g is not left
 };
 
 // dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0 with g as above; with fixed statistics dx = g * k_dy and x is read only
