@@ -22,8 +22,8 @@ enum Name : int {
     map_bytes,
     // What a call reads and writes up to this many bytes comes from caches as fast without fetching ahead (D13).
     fetch_bytes,
-    // A call that goes through fewer elements (twice through its own if it sums first, and of rows 3/4 as many) does not wake threads.
-    // Awake
+    // A call that goes through fewer elements (twice through its own if it sums first, and of rows 3/4 as many) does not wake threads:
+    // awake
     // they gain from half as many on, asleep they cost 12 us (D9).
     parallel_elements,
     kNames

@@ -60,6 +60,7 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
     const bool add_z = asks<gate> && a.z.data != nullptr, leave = may_leave<gate, T> && a.g.data != nullptr;
     const Runs<const T> dy(a.dy, b), x(a.x, b), z(add_z ? a.z : a.x, b);
     const Runs<T> left(leave ? a.g : a.x, b);
+    const int64_t ahead = a.where.ahead;  // not read again after each store
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
     using PerChannel = Broadcast<Compute<T>>;
     alignas(64) double lanes[kernels::kMaxGroup][2][kLanes];
@@ -76,9 +77,9 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 T* const left_run = left.at(n, c0 + c);
                 const KeptRun keep(a.kept, b, n);
                 const auto fetch = [&](int64_t e) {
-                    prefetch_ahead(dy_run + e, a.where.ahead);
-                    prefetch_ahead(x_run + e, a.where.ahead);
-                    if (add_z) prefetch_ahead(z_run + e, a.where.ahead);
+                    prefetch_ahead(dy_run + e, ahead);
+                    prefetch_ahead(x_run + e, ahead);
+                    if (add_z) prefetch_ahead(z_run + e, ahead);
                 };
                 if constexpr (gate != kernels::open) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
@@ -132,14 +133,15 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
     const bool add_z = asks<gate> && a.z.data != nullptr;
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
+    const int64_t ahead = a.where.ahead;
     const auto rows = [&](int64_t e, auto load_double_at, auto load_at, auto store_at) {
         const F64 shift = shifted ? Ops<F64>::load(a.shift + e) : F64{};
         GradSums<shifted> sums{Ops<F64>::load(a.sum_dy + e), Ops<F64>::load(a.sum_dy_x + e)};
 #pragma GCC unroll 8
         for (int j = 0; j < R; ++j) {
-            prefetch_ahead(dy[j] + e, a.where.ahead);
-            prefetch_ahead(x[j] + e, a.where.ahead);
-            if (add_z) prefetch_ahead(z[j] + e, a.where.ahead);
+            prefetch_ahead(dy[j] + e, ahead);
+            prefetch_ahead(x[j] + e, ahead);
+            if (add_z) prefetch_ahead(z[j] + e, ahead);
             if constexpr (gate != kernels::open) {
                 const Block<T> v = load_at(x[j] + e);
                 const Block<T> residual = add_z ? load_at(z[j] + e) : Block<T>{};

@@ -63,6 +63,7 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
     const Box& b = a.where.box;
     const Runs<const T> x(a.x, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
+    const int64_t ahead = a.where.ahead;
     alignas(64) double lanes[kernels::kMaxGroup][2][kLanes];
     for (int64_t c0 = 0; c0 < channels; c0 += kernels::kMaxGroup) {
         const int64_t group = channels - c0 < kernels::kMaxGroup ? channels - c0 : kernels::kMaxGroup;
@@ -77,7 +78,7 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
                 for_run(
                     run,
                     [&](int64_t e) {
-                        prefetch_ahead(x_run + e, a.where.ahead);
+                        prefetch_ahead(x_run + e, ahead);
                         const uint32_t bits = count == kept ? keep.at(e) : kAllKept;
                         if constexpr (count == weighted) {
                             m.add_weighted(load_double(x_run + e), shift, w.at(e));
