@@ -25,7 +25,7 @@ Numbers of_machine() {
 #endif
     Numbers d{};
     d[l2_bytes] = l2;
-    d[cached_bytes] = std::min<int64_t>(l3, 60 << 20);
+    d[cached_bytes] = std::min<int64_t>(2 * l3, 60 << 20);
     d[stream_run_bytes] = 512;
     d[group_bytes] = 256 << 10;
     d[map_bytes] = 256 << 10;
