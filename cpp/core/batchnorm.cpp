@@ -47,11 +47,11 @@ struct FirstPositions {
 double shift_of(const ConstTensor& x, int64_t channel, const FirstPositions& first) {
     const int64_t n = first.n;
     double values[16];
-    for_entries(n, [&](int64_t i) {
+    for (int64_t i = 0; i < n; ++i) {
         const int64_t p = first.position[i];
         const int64_t offset = p / x.inner * x.outer_stride + channel * x.channel_stride + p % x.inner * x.inner_stride;
         values[i] = static_cast<const double*>(x.data)[offset];
-    });
+    }
     for (int64_t half = n / 2; half > 0; half /= 2) {
         for (int64_t i = 0; i < half; ++i) values[i] = (values[i] + values[i + half]) * 0.5;
     }
@@ -209,6 +209,17 @@ void apply(const kernels::ApplyFn kernel, kernels::ApplyArgs args, const Where& 
     kernel(args);
 }
 
+// The output in which the sums of backward leave g = dy act'(v), so that the derivative of a smooth activation is computed once: dz, which
+// is g, or else dx, to be overwritten. None where g would not fit exactly or x would be lost.
+Tensor left_gradient(const BatchNormBackwardArgs& a, const Act& act, const Plan& plan, const Counting& counting) {
+    const Tensor& to = a.dresidual ? a.dresidual : a.dx;
+    const bool smooth = act.gate == kernels::curve && !piecewise_linear(a.activation);
+    const bool exact = a.x.dtype == Dtype::float32 || a.x.dtype == Dtype::float64;
+    const bool every = counting.kept().data == nullptr;
+    const bool dense = plan.fold == 1 || (plan.row_split == 1 && to.outer_stride == plan.channels);
+    return to && smooth && exact && every && dense && to.data != a.x.data ? to : Tensor();
+}
+
 }  // namespace
 
 void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
@@ -333,20 +344,6 @@ void batch_norm_train(const BatchNormTrainArgs& a) {
         }
     });
 }
-
-namespace {
-
-// The output in which the sums of backward leave g = dy act'(v), so that the derivative of a smooth activation is computed once: dz, which
-// is g, or else dx, to be overwritten. None where g would not fit exactly or x would be lost.
-Tensor left_gradient(const BatchNormBackwardArgs& a, const Act& act, const Plan& plan, const Counting& counting) {
-    const Tensor& to = a.dresidual ? a.dresidual : a.dx;
-    const bool exact = a.x.dtype == Dtype::float32 || a.x.dtype == Dtype::float64;
-    const bool every = counting.kept().data == nullptr;
-    const bool dense = plan.fold == 1 || (plan.row_split == 1 && to.outer_stride == plan.channels);
-    return to && act.smooth() && exact && every && dense && to.data != a.x.data ? to : Tensor();
-}
-
-}  // namespace
 
 void batch_norm_backward(const BatchNormBackwardArgs& a) {
     const Geometry g = check::arguments(a);

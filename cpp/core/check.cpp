@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 
+#include "gate.h"
 #include "memory.h"
 #include "positions.h"
 #include "tuning.h"
@@ -277,8 +278,6 @@ void activation(Activation activation, double value, const Geometry& g) {
     const bool fits = g.dtype == Dtype::float64 ? std::isfinite(value) : std::isfinite(static_cast<float>(value));
     if (!fits) fail("slope is " + std::to_string(value) + ", expected a finite number that the type x computes in can hold");
 }
-
-bool piecewise_linear(Activation a) { return a == Activation::relu || a == Activation::leaky_relu || a == Activation::relu6; }
 
 // A mask that is given has the right size and an activation to tell of.
 void mask(std::span<const std::uint8_t> bytes, Activation activation, const Geometry& g) {

@@ -1,4 +1,4 @@
-// Activations as the kernels take them: a gate and, with gate curve, which one. Used by the drivers.
+// Activations as the kernels take them: a gate and, with gate curve, which one. Used by check.cpp and the drivers.
 #pragma once
 
 #include "types.h"
@@ -8,10 +8,10 @@ namespace batchnorm {
 struct Act {
     kernels::Gate gate = kernels::open;
     kernels::Curve curve{};
-
-    // Its derivative takes an exp.
-    bool smooth() const { return gate == kernels::curve && curve.kind >= kernels::CurveKind::sigmoid; }
 };
+
+// Two or three straight pieces, told apart by bits. The derivative of the others takes an exp.
+inline bool piecewise_linear(Activation a) { return a == Activation::relu || a == Activation::leaky_relu || a == Activation::relu6; }
 
 // ReLU, and so leaky_relu where the compute type's slope is 0, has gates of its own, faster ones.
 inline Act act_of(Activation activation, double slope, Dtype dtype, bool masked = false) {

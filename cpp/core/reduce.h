@@ -15,6 +15,7 @@
 namespace batchnorm {
 
 using kernels::Where;
+
 // Runs items, or throws if the user interrupted.
 inline void for_each(int64_t n, const Plan& plan, parallel::Body body, bool backwards = false) {
     if (!parallel::for_each(n, {.worth_it = plan.parallel, .backwards = backwards}, body)) check::interrupted();
@@ -29,6 +30,7 @@ void for_channels(const Plan& plan, const F& f) {
     const auto stretch = [&](int64_t i) { f(i * kStretch, std::min((i + 1) * kStretch, plan.channels)); };
     (void)parallel::for_each(n, {.worth_it = plan.parallel && n > 1, .interruptible = false}, stretch);
 }
+
 // The same by columns: f(c, n).
 template <class F>
 void for_columns(const Plan& plan, const F& f) {
@@ -64,7 +66,7 @@ private:
     };
     static Column<double> totals(const Sums& s, int64_t c, int64_t n) {
         Column<double> total;
-        for (int64_t i = 0; i < n; ++i) total[i] = coeffs::Sum{s.value[c + i], s.error[c + i]}.total();
+        for_entries(n, [&](int64_t i) { total[i] = coeffs::Sum{s.value[c + i], s.error[c + i]}.total(); });
         return total;
     }
     static void add(const Sums& s, int64_t c0, int64_t channels, const double* x) {

@@ -12,9 +12,8 @@ enum Name : int {
     // A core's second-level cache. A channel larger than half of it is gone through backwards the second time (D14).
     l2_bytes,
     // What a call reads and writes beyond this many bytes will not be found in a cache afterwards, so its stores go past the caches
-    // (D8): twice L3, as part of what was read last is there still. A virtual machine reports the L3 of the whole socket, of which its
-    // cores
-    // keep a part: hence a bound on what is believed.
+    // (D8): twice L3. A virtual machine reports the L3 of the whole socket, of which its cores keep a part: hence a bound on what is
+    // believed.
     cached_bytes,
     // Shorter runs are mostly partial cache lines, which stores past the caches write twice.
     stream_run_bytes,
@@ -24,9 +23,8 @@ enum Name : int {
     map_bytes,
     // What a call reads and writes up to this many bytes comes from caches as fast without fetching ahead (D13).
     fetch_bytes,
-    // A call that goes through fewer elements (twice through its own if it sums first, and of rows 3/4 as many) does not wake threads:
-    // awake
-    // they gain from half as many on, asleep they cost 12 us (D9).
+    // A call that goes through fewer elements (twice through its own if it sums first, and of rows 3/4 as many) does not wake threads.
+    // Awake they gain from half as many on, asleep they cost 12 us (D9).
     parallel_elements,
     kNames
 };
