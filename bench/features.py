@@ -1,4 +1,4 @@
-"""What the features cost that are made of others: each call beside its plain one, in turn.
+"""What the features cost: each call beside its plain one, in turn.
 
     python bench/features.py                        all of them
     python bench/features.py --set small --feature renorm --layout nhwc --rounds 31
@@ -33,117 +33,92 @@ class Layer:
 
     def __init__(self, shape: Shape, layout: str) -> None:
         dims = shape.dims(layout)
-        self.axis = 1 if layout == "nchw" else len(dims) - 1
+        self.where = {"channel_axis": 1 if layout == "nchw" else -1}
         generator = np.random.default_rng(0)
         self.x, self.dy = (generator.standard_normal(dims, dtype=np.float32) for _ in range(2))
         self.y, self.dx = np.ones_like(self.x), np.ones_like(self.x)
         c = shape.channels
         self.affine = np.full(c, 1.5, np.float32), np.full(c, 0.5, np.float32)
         self.running = {"running_mean": np.zeros(c, np.float32), "running_var": np.ones(c, np.float32)}
-        self.forward = bn.batch_norm_train(self.x, *self.affine, axis=self.axis)
+        self.plain = self.calls()
 
-    def plain_forward(self) -> Any:
-        return bn.batch_norm_train(self.x, *self.affine, **self.running, axis=self.axis, out=self.y)
+    def calls(self, affine: tuple[np.ndarray, np.ndarray] | None = None, **feature: Any) -> tuple[Call, Call]:
+        """Forward and backward of a call with `feature`, a keyword of batch_norm_train."""
+        gamma, beta = affine or self.affine
+        saved = bn.batch_norm_train(self.x, gamma, beta, **self.where, **feature).saved
 
-    def plain_backward(self) -> Any:
-        return bn.batch_norm_backward(
-            self.dy, self.x, *self.forward[1:], *self.affine, axis=self.axis, out=self.dx
-        )
+        def forward() -> Any:
+            return bn.batch_norm_train(
+                self.x, gamma, beta, **self.running, **self.where, **feature, out=self.y
+            )
 
+        def backward() -> Any:
+            return bn.batch_norm_backward(self.dy, saved, out=self.dx)
 
-def renorm(layer: Layer) -> list[tuple[Call, Call]]:
-    """Running statistics as the reference, limits as in the paper."""
-    x, axis = layer.x, layer.axis
-    limits = {"rmax": 3.0, "dmax": 5.0}
-    f = bn.batch_renorm_train(x, *layer.affine, **layer.running, **limits, axis=axis)
-
-    def forward() -> Any:
-        return bn.batch_renorm_train(x, *layer.affine, **layer.running, **limits, axis=axis, out=layer.y)
-
-    def backward() -> Any:
-        return bn.batch_renorm_backward(
-            layer.dy, x, f.mean, f.inv_std, f.r, f.d, *layer.affine, axis=axis, out=layer.dx
-        )
-
-    return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
+        return forward, backward
 
 
-def ghost(layer: Layer) -> list[tuple[Call, Call]]:
+def renorm(layer: Layer) -> tuple[Call, Call]:
+    """A reference near the batch's own statistics, limits as in the paper."""
+    c = len(layer.affine[0])
+    reference = {"mean": np.zeros(c, np.float32), "std": np.ones(c, np.float32)}
+    return layer.calls(renorm={"rmax": 3.0, "dmax": 5.0, **reference})
+
+
+def ghost(layer: Layer) -> tuple[Call, Call]:
     """A quarter of the batch at a time: 8 of 32."""
-    x, common = layer.x, {"axis": layer.axis, "virtual_batch_size": max(len(layer.x) // 4, 1)}
-    f = bn.ghost_batch_norm_train(x, *layer.affine, **common)
-
-    def forward() -> Any:
-        return bn.ghost_batch_norm_train(x, *layer.affine, **layer.running, **common, out=layer.y)
-
-    def backward() -> Any:
-        return bn.ghost_batch_norm_backward(layer.dy, x, *f[1:], *layer.affine, **common, out=layer.dx)
-
-    return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
+    return layer.calls(virtual_batch_size=max(len(layer.x) // 4, 1))
 
 
-def from_output(layer: Layer) -> list[tuple[Call, Call]]:
-    """Training that keeps y; no channel whose x has to be kept."""
-    f = bn.batch_norm_train_saving(layer.x, *layer.affine, axis=layer.axis)
-
-    def forward() -> Any:
-        return bn.batch_norm_train_saving(
-            layer.x, *layer.affine, **layer.running, axis=layer.axis, out=layer.y
-        )
-
-    def backward() -> Any:
-        return bn.batch_norm_backward_from_output(layer.dy, f.y, f.saved, out=layer.dx)
-
-    return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
+def per_sample(layer: Layer) -> tuple[Call, Call]:
+    """gamma and beta of each sample's own, shape (N, C)."""
+    n = len(layer.x)
+    gamma, beta = (np.repeat(a[None], n, axis=0) for a in layer.affine)
+    return layer.calls((gamma, beta))
 
 
-def _counted(layer: Layer, **positions: Any) -> list[tuple[Call, Call]]:
-    """Both passes with a mask or weights."""
-    f = bn.batch_norm_train(layer.x, *layer.affine, axis=layer.axis, **positions)
-
-    def forward() -> Any:
-        return bn.batch_norm_train(
-            layer.x, *layer.affine, **layer.running, axis=layer.axis, out=layer.y, **positions
-        )
-
-    def backward() -> Any:
-        return bn.batch_norm_backward(
-            layer.dy, layer.x, *f[1:], *layer.affine, axis=layer.axis, out=layer.dx, **positions
-        )
-
-    return [(layer.plain_forward, forward), (layer.plain_backward, backward)]
+def from_output(layer: Layer) -> tuple[Call, Call]:
+    """Backward from y; no channel whose x has to be kept."""
+    return layer.calls(keep="y")
 
 
 def _positions(layer: Layer) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(layer.x.shape) if i != layer.axis)
+    axis = layer.where["channel_axis"] % layer.x.ndim
+    return tuple(n for i, n in enumerate(layer.x.shape) if i != axis)
 
 
-def padding(layer: Layer) -> list[tuple[Call, Call]]:
+def padding(layer: Layer) -> tuple[Call, Call]:
     """Sizes between half of the image and all of it, the rest padding at the bottom."""
     samples, height, width = _positions(layer)
     heights = np.random.default_rng(1).integers((height + 1) // 2, height + 1, (samples, 1, 1))
     rows = np.arange(height)[:, None] < heights
-    return _counted(layer, mask=np.ascontiguousarray(np.broadcast_to(rows, (samples, height, width))))
+    return layer.calls(mask=np.ascontiguousarray(np.broadcast_to(rows, (samples, height, width))))
 
 
-def mask(layer: Layer) -> list[tuple[Call, Call]]:
+def mask(layer: Layer) -> tuple[Call, Call]:
     """Three positions of four, scattered."""
-    return _counted(layer, mask=np.random.default_rng(1).random(_positions(layer)) < 0.75)
+    return layer.calls(mask=np.random.default_rng(1).random(_positions(layer)) < 0.75)
 
 
-def weights(layer: Layer) -> list[tuple[Call, Call]]:
+def channel_mask(layer: Layer) -> tuple[Call, Call]:
+    """Three elements of four, scattered: each channel has positions of its own."""
+    return layer.calls(mask=np.random.default_rng(1).random(layer.x.shape) < 0.75)
+
+
+def weights(layer: Layer) -> tuple[Call, Call]:
     """A weight per sample."""
-    return _counted(layer, weights=np.random.default_rng(1).random(len(layer.x)) + 0.5)
+    return layer.calls(weights=np.random.default_rng(1).random(len(layer.x)) + 0.5)
 
 
-def all_weights(layer: Layer) -> list[tuple[Call, Call]]:
+def all_weights(layer: Layer) -> tuple[Call, Call]:
     """A weight per position, float64."""
-    return _counted(layer, weights=np.random.default_rng(1).random(_positions(layer)) + 0.5)
+    return layer.calls(weights=np.random.default_rng(1).random(_positions(layer)) + 0.5)
 
 
 FEATURES = {
-    "renorm": renorm, "ghost": ghost, "from_output": from_output, "padding": padding, "mask": mask,
-    "weights": weights, "all_weights": all_weights,
+    "renorm": renorm, "ghost": ghost, "per_sample": per_sample, "from_output": from_output,
+    "padding": padding, "mask": mask, "channel_mask": channel_mask, "weights": weights,
+    "all_weights": all_weights,
 }  # fmt: skip
 
 
@@ -184,7 +159,9 @@ def main() -> int:
         for layout in args.layout:
             weighted = np.zeros((2, 2))
             for shape in thinned(shapes_of(args.set), args.limit):
-                cells = [ratio(*pair, args.rounds) for pair in FEATURES[name](Layer(shape, layout))]
+                layer = Layer(shape, layout)
+                pairs = zip(layer.plain, FEATURES[name](layer), strict=True)
+                cells = [ratio(*pair, args.rounds) for pair in pairs]
                 weighted += [[shape.weight * s, shape.weight * s * r] for s, r in cells]
                 table.add_row(
                     layout, str(shape), *(t for s, r in cells for t in (f"{s * 1e3:.3f}", f"{r:.2f}"))

@@ -36,8 +36,8 @@ def calls() -> dict[str, Callable[[], object]]:
     out = np.empty_like(x)
     gamma, beta = np.ones(3, np.float32), np.zeros(3, np.float32)
     mean, var = np.zeros(3, np.float32), np.ones(3, np.float32)
-    saved = bn.batch_norm_train(x, gamma, beta)
-    batch_var = saved.inv_std**-2
+    saved = bn.batch_norm_train(x, gamma, beta).saved
+    batch_mean, batch_var = np.array(saved.mean), np.array(saved.var)
     layer = bn.BatchNorm(3)
 
     def step() -> None:
@@ -49,11 +49,9 @@ def calls() -> dict[str, Callable[[], object]]:
         "batch_norm_train": lambda: bn.batch_norm_train(
             x, gamma, beta, running_mean=mean, running_var=var, out=out
         ),
-        "batch_norm_backward": lambda: bn.batch_norm_backward(
-            dy, x, saved.mean, saved.inv_std, gamma, beta, out=out
-        ),
+        "batch_norm_backward": lambda: bn.batch_norm_backward(dy, saved, out=out),
         "moments": lambda: bn.moments(x),
-        "update_running": lambda: bn.update_running(mean, var, saved.mean, batch_var, decay=0.9, count=32),
+        "update_running": lambda: bn.update_running(mean, var, batch_mean, batch_var, decay=0.9, count=32),
         "BatchNorm forward and backward": step,
         "nothing (the loop)": lambda: None,
     }

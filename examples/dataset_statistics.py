@@ -1,10 +1,10 @@
 """Mean and standard deviation of each colour of a data set larger than memory, as image pipelines want them.
 
     python examples/dataset_statistics.py                  # crops of the photographs inside scikit-learn
-    python examples/dataset_statistics.py --data FOLDER    # .npy files of images in FOLDER, channels last
+    python examples/dataset_statistics.py --data FOLDER    # .npy, .png or .jpg files, channels last
 
-The folder is read once, file by file, with a progress bar (`batchnorm.dataset_moments`); then once more by
-two processes, each with half of the files. Their accumulators (`batchnorm.Moments`) are merged, which gives
+The folder is read once, file by file, with a progress bar (`batchnorm.dataset_moments`). Two processes read
+it once more, each with half of the files; their accumulators (`batchnorm.Moments`) are merged, which gives
 the same bits. Beside it stands what NumPy gives in float64 with all files in memory. The last step normalises
 an image with the result, in one pass.
 
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 try:
-    from batchnorm import Moments, batch_norm, dataset_moments
+    from batchnorm import DatasetMoments, Moments, batch_norm, dataset_moments
     from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
@@ -35,12 +35,13 @@ except ModuleNotFoundError as error:
 WORKERS = 2
 SIDE = 64  # pixels of a crop
 CROPS = 400  # per file
+KINDS = (".npy", ".png", ".jpg", ".jpeg")
 
 
 class Report(NamedTuple):
-    """What the example found: the accumulators, NumPy's mean and variance, the image it normalised."""
+    """What the example found: statistics of one pass, merged accumulators, NumPy's, a normalised image."""
 
-    one_pass: Moments
+    one_pass: DatasetMoments
     merged: Moments
     numpy_mean: NDArray[np.float64]
     numpy_var: NDArray[np.float64]
@@ -62,16 +63,24 @@ def write_crops(folder: Path, files: int, seed: int) -> None:
         np.save(folder / f"crops-{i:03}.npy", crops)
 
 
-def scaled(images: NDArray[Any]) -> NDArray[Any]:
-    """Integers as float32 in [0, 1]; floating point stays as it is."""
-    if images.dtype.kind != "u":
-        return images
-    return images.astype(np.float32) / np.float32(np.iinfo(images.dtype).max)
+def read(path: Path) -> NDArray[Any]:
+    """What `dataset_moments` calls with each path: images with the channels last."""
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r")
+    from PIL import Image  # here, because .npy files need no Pillow
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def largest(path: Path) -> int | None:
+    """The largest value that pixels can have, by which the statistics are to be divided; None for floats."""
+    dtype = read(path).dtype
+    return int(np.iinfo(dtype).max) if dtype.kind == "u" else None
 
 
 def moments_of(files: Sequence[Path]) -> Moments:
     """What one worker does. A function of the module, so that other processes find it."""
-    return dataset_moments(files, axis=-1, transform=scaled, num_threads=1, progress=False).moments
+    return dataset_moments(files, read=read, channel_axis=-1, num_threads=1, progress=False).moments
 
 
 def in_workers(files: Sequence[Path]) -> Moments:
@@ -81,15 +90,15 @@ def in_workers(files: Sequence[Path]) -> Moments:
         return Moments.merged(pool.map(moments_of, shares))
 
 
-def by_numpy(files: Sequence[Path]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def by_numpy(files: Sequence[Path], unit: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The same with everything in memory, in float64."""
-    arrays = [scaled(np.load(file)).astype(np.float64) for file in files]
+    arrays = [read(file).astype(np.float64) / unit for file in files]
     pixels = np.concatenate([x.reshape(-1, x.shape[-1]) for x in arrays])
     return pixels.mean(axis=0), pixels.var(axis=0)
 
 
 def run(files: Sequence[Path], console: Console) -> Report:
-    one_pass = Moments(axis=-1)
+    unit = largest(files[0]) or 1
     table = Table(title=f"{len(files)} files, {sum(f.stat().st_size for f in files) / 1e6:.0f} MB")
     for heading in ("", "mean", "std", "seconds"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -99,30 +108,33 @@ def run(files: Sequence[Path], console: Console) -> Report:
         table.add_row(title, *numbers, f"{time.perf_counter() - start:.2f}")
 
     start = time.perf_counter()
-    dataset_moments(files, transform=scaled, moments=one_pass, progress=True if console.is_terminal else None)
+    bar = True if console.is_terminal else None
+    one_pass = dataset_moments(files, read=read, channel_axis=-1, max_value=unit, progress=bar)
     row("one pass", one_pass.mean, one_pass.std, start)
     start = time.perf_counter()
     merged = in_workers(files)
-    row(f"{WORKERS} processes", merged.mean, merged.std, start)
+    row(f"{WORKERS} processes", merged.mean / unit, merged.std / unit, start)
     start = time.perf_counter()
-    mean, var = by_numpy(files)
+    mean, var = by_numpy(files, unit)
     row("NumPy, all in memory", mean, np.sqrt(var), start)
     console.print(table)
 
-    same = np.array_equal(one_pass.mean, merged.mean) and np.array_equal(one_pass.var, merged.var)
+    whole = one_pass.moments
+    same = np.array_equal(whole.mean, merged.mean) and np.array_equal(whole.var, merged.var)
     difference = np.abs(one_pass.var / var - 1).max()
     console.print(f"one pass and {WORKERS} processes: {'the same bits' if same else 'NOT the same'}")
     console.print(f"largest difference of a variance to NumPy's: {difference:.1e} of it")
 
-    images = scaled(np.load(files[0], mmap_mode="r")[:1])
-    y = batch_norm(images, one_pass.mean, one_pass.var, eps=0, axis=-1)
+    first = read(files[0])
+    images = first[:1] if first.ndim == 4 else first[None]
+    y = batch_norm(images, merged.mean, merged.var, eps=0, channel_axis=-1)  # pixels in, float32 out
     console.print(f"the first image normalised: mean {y.mean():.3f}, standard deviation {y.std():.3f}")
     return Report(one_pass, merged, mean, var, y)
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, help="folder of .npy files of images, channels on the last axis")
+    parser.add_argument("--data", type=Path, help="folder of .npy, .png or .jpg files, channels last")
     parser.add_argument(
         "--files", type=int, default=8, help="how many files of crops to write without --data"
     )
@@ -130,9 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     options = parser.parse_args(arguments)
     console = Console()
     if options.data is not None:
-        files = sorted(options.data.glob("*.npy"))
+        files = sorted(path for path in options.data.glob("*") if path.suffix.lower() in KINDS)
         if not files:
-            parser.error(f"no .npy files in {options.data}")
+            parser.error(f"no {', '.join(KINDS)} files in {options.data}")
         return run(files, console)
     if options.files < 1:
         parser.error(f"--files is {options.files}, expected at least 1")

@@ -29,8 +29,9 @@ from image_data import CLASSES, Labels, load_digits
 from numpy_layers import Adam, Array, Dense, Flatten, Sequential, Sigmoid, cross_entropy
 
 try:
-    from batchnorm import BatchNorm, ColdStatisticsWarning, recalibrate
+    from batchnorm import BatchNorm, ColdStatisticsWarning, diagnose, recalibrate
     from matplotlib.figure import Figure
+    from threadpoolctl import threadpool_limits
 except ModuleNotFoundError as error:
     raise SystemExit(f"this example needs {error.name}: pip install '.[demo]'") from error
 
@@ -68,7 +69,7 @@ def build(pixels: int, seed: int, **options: object) -> Sequential:
     layers: dict[str, object] = {"flatten": Flatten()}
     for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes), 1):
         layers[f"dense{i}"] = Dense(inputs, outputs, rng, bias=False)
-        layers[f"bn{i}"] = BatchNorm(outputs, history=200, **options)  # type: ignore[arg-type]
+        layers[f"bn{i}"] = BatchNorm(outputs, name=f"bn{i}", history=200, **options)  # type: ignore[arg-type]
         layers[f"sigmoid{i}"] = Sigmoid()
     layers["scores"] = Dense(UNITS[-1], CLASSES, rng)
     return Sequential(layers)  # type: ignore[arg-type]
@@ -108,21 +109,15 @@ def other_scanner(images: Array) -> Array:
     return 0.3 * images + 0.1
 
 
-def show_diagnosis(network: Sequential, images: Array) -> tuple[str, ...]:
-    """Print what `diagnose` says of the first BatchNorm that is not in order; return the codes.
-
-    The layers behind it see its wrong output, so what is wrong with them may be no fault of theirs.
-    """
-    network.eval()
-    network(images)
-    before = dict(itertools.pairwise([*network.layers][::-1]))  # who feeds whom
-    for name, layer in norms(network).items():
-        diagnosis = layer.diagnose(network.outputs[before[name]])
-        if not diagnosis.ok:
-            for finding in diagnosis:
-                print(textwrap.indent(textwrap.fill(f"{name} {finding.code}: {finding}", 104), "      "))
-            break
-    return diagnosis.codes
+def show_diagnosis(network: Sequential, images: Array) -> None:
+    """Print what `diagnose` says of the first BatchNorm that is not in order."""
+    found = diagnose(norms(network), network, [images])
+    for finding in found:
+        if finding.layer == found.findings[0].layer:
+            print(textwrap.indent(textwrap.fill(f"{finding.code}: {finding}", 104), "      "))
+    others = {finding.layer for finding in found} - {found.findings[0].layer}
+    if others:
+        print(f"      (likewise {', '.join(sorted(others))})")
 
 
 def run(
@@ -142,7 +137,7 @@ def run(
         show_diagnosis(network, digits.test)
     history = norms(network)["bn1"].history
     batches = [digits.train[i : i + 256] for i in range(0, len(digits.train), 256)]
-    recalibrate(network, batches, norms(network).values(), one_by_one=True)
+    recalibrate(norms(network), network, batches, one_by_one=True)
     results["recalibrated"] = accuracy(network, digits.test, digits.test_labels)
     print(f"   after recalibrate(): {results['recalibrated']:.1%}")
     right = build(digits.train[0].size, seed, decay=DECAY, zero_debias=True)
@@ -156,7 +151,7 @@ def run(
     print(f"   in evaluation mode: {results['other scanner']:.1%}. Why?")
     show_diagnosis(network, scanned)
     half = len(scanned) // 2  # its statistics come from images that are not tested on, and need no labels
-    recalibrate(network, [scanned[:half]], norms(network).values(), one_by_one=True)
+    recalibrate(norms(network), network, [scanned[:half]], one_by_one=True)
     results["adapted"] = accuracy(network, scanned[half:], digits.test_labels[half:])
     print(f"   after recalibrate() with {half} of its images, on the others: {results['adapted']:.1%}")
     if out is not None:
@@ -187,7 +182,7 @@ def draw(results: dict[str, float], cold: object, debiased: object, path: Path) 
     lines.set_xlabel("update")
     lines.set_ylabel("mean")
     lines.set_title(f"bn1, channel {channel}", fontsize=11)
-    lines.legend(fontsize=9)
+    figure.legend(*lines.get_legend_handles_labels(), fontsize=9, loc="outside lower right", ncols=3)
     figure.savefig(path, dpi=120)
 
 
@@ -197,7 +192,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("good_train_bad_test.png"), help="the picture")
     options = parser.parse_args(arguments)
-    return run(options.epochs, options.seed, options.out)
+    with threadpool_limits(1, user_api="blas"):  # matrix products this small gain nothing from more threads
+        return run(options.epochs, options.seed, options.out)
 
 
 if __name__ == "__main__":

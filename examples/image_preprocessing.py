@@ -3,9 +3,10 @@
     python examples/image_preprocessing.py                 # two photos that ship inside scikit-learn
     python examples/image_preprocessing.py --out FILE.png  # where the picture goes
 
-The statistics come from the photos themselves, exactly: `moments` reads integers. `normalize_images` then
-does what takes NumPy four passes and a copy, with the accuracy of float64 arithmetic that is rounded to
-float32 at the end. Start reading at `preprocess`.
+The statistics come from the photos themselves, exactly: `dataset_moments` reads integers, and `max_value=255`
+gives them in the units that image pipelines use. `normalize_images` then does what takes NumPy four passes
+and a copy, with the accuracy of float64 arithmetic that is rounded to float32 at the end. Start reading at
+`preprocess`.
 
 Needs the extra `demo` of batchnorm: scikit-learn (the photos), matplotlib (the picture).
 """
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 
 try:
     import matplotlib as mpl
-    from batchnorm import moments, normalize_images
+    from batchnorm import dataset_moments, normalize_images
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -61,9 +62,8 @@ class Result(NamedTuple):
 
 def preprocess(photos: Photos) -> tuple[Planes, NDArray[np.float64], NDArray[np.float64]]:
     """Normalise photos [N, H, W, 3] by their own statistics: planes [N, 3, H, W], mean and std in [0, 1]."""
-    mean, var = moments(photos, axis=-1)
-    mean, std = mean / 255, np.sqrt(var) / 255
-    return normalize_images(photos, mean, std), mean, std
+    found = dataset_moments(photos, channel_axis=-1, max_value=255)
+    return normalize_images(photos, found.mean, found.std), found.mean, found.std
 
 
 def preprocess_in_numpy(photos: Photos, mean: NDArray[np.float64], std: NDArray[np.float64]) -> Planes:

@@ -67,21 +67,26 @@ def build_lenet(image_shape: tuple[int, ...], seed: int, *, batch_norm: bool) ->
     rng = np.random.default_rng(seed)
     side = ((height - 4) // 2 - 4) // 2  # after two convolutions of 5 x 5 and two poolings
     bias = not batch_norm  # the beta of a BatchNorm does the work of the bias before it
+
+    def norm(features: int, name: str) -> BatchNorm | None:
+        # zero_debias: the running statistics are right from the first batch on.
+        return BatchNorm(features, name=name, zero_debias=True) if batch_norm else None
+
     layers: dict[str, Layer | None] = {
         "conv1": Conv2D(channels, 6, rng, size=5, bias=bias),
-        "bn1": BatchNorm(6) if batch_norm else None,
+        "bn1": norm(6, "bn1"),
         "sigmoid1": Sigmoid(),
         "pool1": AvgPool(),
         "conv2": Conv2D(6, 16, rng, size=5, bias=bias),
-        "bn2": BatchNorm(16) if batch_norm else None,
+        "bn2": norm(16, "bn2"),
         "sigmoid2": Sigmoid(),
         "pool2": AvgPool(),
         "flatten": Flatten(),
         "dense3": Dense(16 * side * side, 120, rng, bias=bias),
-        "bn3": BatchNorm(120) if batch_norm else None,
+        "bn3": norm(120, "bn3"),
         "sigmoid3": Sigmoid(),
         "dense4": Dense(120, 84, rng, bias=bias),
-        "bn4": BatchNorm(84) if batch_norm else None,
+        "bn4": norm(84, "bn4"),
         "sigmoid4": Sigmoid(),
         "dense5": Dense(84, CLASSES, rng),
     }

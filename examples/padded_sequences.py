@@ -6,11 +6,13 @@ A line is one to 24 handwritten digits of one class side by side (scikit-learn's
 192 columns of 8 pixels. Most lines are short, a few are long, and a batch is padded with zeros to its longest
 one. The task is to name the digit.
 
-The same network is trained twice from the same weights on the same batches. One gives the batch-norm layers
-the lengths: padding is not read into the statistics, gets no gradient and stays 0. The other treats padding
-as data, as a layer that knows of no lengths must. Then both see the test lines alone, without any padding,
-and padded to 384 columns: with lengths a line's scores are its own, without they depend on the lines that
-share its batch. (In the end both learn this easy task; the one with lengths gets there in fewer steps.)
+The same network is trained twice from the same weights on the same batches, from several seeds. One gives
+the batch-norm layers the lengths: padding is not read into the statistics, gets no gradient and stays 0. The
+other treats padding as data, as a layer that knows of no lengths must. Where one long line pads a whole
+batch, most of what that batch is normalised by is zeros; the next batch has hardly any. So training without
+lengths sees other statistics in every batch, and after a few epochs it is right less often. Then both see the
+test lines alone, without any padding, and padded to 384 columns: with lengths a line's scores are its own,
+without they depend on the lines that share its batch.
 
 Needs the extra `demo` of batchnorm: scikit-learn (digits), rich (the table), matplotlib (the picture).
 """
@@ -32,8 +34,11 @@ from numpy_layers import Adam, Array, Dense, Parameters, Weighted, cross_entropy
 try:
     import matplotlib.pyplot as plt
     from batchnorm import BatchNorm
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import MultipleLocator
     from rich.console import Console
     from rich.table import Table
+    from threadpoolctl import threadpool_limits
 except ModuleNotFoundError as error:
     raise SystemExit(f"this example needs {error.name}: pip install '.[demo]'") from error
 
@@ -183,94 +188,116 @@ def accuracy(values: Array, lines: Lines) -> float:
 # --- reports ------------------------------------------------------------------------------------------------
 
 
-def report(runs: Sequence[Run], test: Lines, console: Console) -> list[Array]:
-    """Print the table; return how far each test line's scores move when it is padded, per run."""
-    table = Table(title=f"{len(test.labels)} test lines, each by itself")
-    for heading in ("", "loss", "alone", "padded", "padding moves the scores by"):
+def moved_by_padding(run: Run, test: Lines) -> Array:
+    """How far each test line's scores move when the line is padded [lines]."""
+    alone, padded = (scores(run.network, test, n) for n in (0, PADDED_TO))
+    return np.abs(alone - padded).max(axis=1)
+
+
+def report(results: dict[str, list[Run]], moves: dict[str, Array], test: Lines, console: Console) -> None:
+    seeds = len(next(iter(results.values())))
+    table = Table(title=f"{len(test.labels)} test lines, each by itself; mean of {seeds} runs")
+    for heading in ("", "loss", "alone", "padded", "runs, alone", "padding moves the scores by"):
         table.add_column(heading, justify="right" if heading else "left")
-    moves = []
-    for run in runs:
-        alone, padded = (scores(run.network, test, n) for n in (0, PADDED_TO))
-        moves.append(np.abs(alone - padded).max(axis=1))
-        moved = f"up to {moves[-1].max():.2g}"
-        table.add_row(
-            run.title, f"{run.loss[-1]:.4f}", f"{run.alone[-1]:.1%}", f"{run.padded[-1]:.1%}", moved
+    for title, runs in results.items():
+        loss, alone, padded = (
+            np.mean([values[-1] for values in column])
+            for column in zip(*((run.loss, run.alone, run.padded) for run in runs), strict=True)
         )
+        each = " ".join(f"{run.alone[-1]:.0%}" for run in runs)
+        moved = f"up to {moves[title].max():.2g}"
+        table.add_row(title, f"{loss:.3f}", f"{alone:.1%}", f"{padded:.1%}", each, moved)
     console.print(table)
-    return moves
 
 
-def draw(runs: Sequence[Run], moves: Sequence[Array], test: Lines, path: Path) -> None:
-    colors = ("#0072B2", "#D55E00")
+def draw(results: dict[str, list[Run]], moves: dict[str, Array], test: Lines, path: Path) -> None:
+    colors = dict(zip(results, ("#0072B2", "#D55E00"), strict=True))
     figure, (curves, moved, maps) = plt.subplots(
         3, 1, figsize=(9, 10), layout="constrained", height_ratios=(1.2, 1, 1)
     )
-    for run, color in zip(runs, colors, strict=True):
-        epochs = np.arange(1, len(run.alone) + 1)
-        curves.plot(epochs, run.alone, color=color, marker="o", label=f"{run.title}, lines alone")
-        curves.plot(
-            epochs, run.padded, color=color, ls="--", marker="s", mfc="none", label=f"{run.title}, padded"
-        )
-    curves.set(title="Test accuracy", xlabel="epoch", xticks=epochs)
+    for title, runs in results.items():
+        epochs = np.arange(1, len(runs[0].alone) + 1)
+        for run in runs:
+            curves.plot(epochs, run.alone, color=colors[title], alpha=0.35, linewidth=1)
+        mean = np.mean([run.alone for run in runs], axis=0)
+        curves.plot(epochs, mean, color=colors[title], marker="o", linewidth=2.5, label=title)
+    curves.set(title="Test accuracy: mean of the runs (thick) and each run", xlabel="epoch", xticks=epochs)
+    curves.yaxis.set_major_locator(MultipleLocator(0.05))
     curves.yaxis.set_major_formatter("{x:.0%}")
-    curves.legend(frameon=False)
-    for run, values, color in zip(runs, moves, colors, strict=True):
-        order = np.array([c.shape[1] for c in test.columns])
-        moved.scatter(order + np.linspace(-2, 2, len(order)), values, s=8, color=color, label=run.title)
+    curves.legend(frameon=False, loc="lower right")
+    lengths = np.array([columns.shape[1] for columns in test.columns])
+    for title, values in moves.items():
+        spread = lengths + np.linspace(-2, 2, len(lengths))
+        moved.scatter(spread, values, s=8, color=colors[title], label=title)
     moved.set(
         title="How far padding moves a line's scores", xlabel="columns of the line", ylabel="largest change"
     )
     moved.set_yscale("symlog", linthresh=1e-7)
     moved.legend(frameon=False)
-    shown = next(i for i, columns in enumerate(test.columns) if columns.shape[1] >= 3 * SIDE)
+    draw_maps(maps, {title: runs[0] for title, runs in results.items()}, test)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_maps(axes: Axes, runs: dict[str, Run], test: Lines) -> None:
+    """A padded line, and what the first batch norm and ReLU make of it in either network."""
+    shown = next(i for i, columns in enumerate(test.columns) if 3 <= columns.shape[1] / SIDE <= 6)
     x, lengths = test.padded([shown], 12 * SIDE)
     rows = [x[0]]
-    for run in runs:
+    for run in runs.values():
         layer = run.network.norm[0]
         options: dict[str, Any] = {"lengths": lengths} if run.network.use_lengths else {}
         rows.append(layer(run.network.conv[0](x), training=False, **options)[0, :8])
     gap = np.full((1, x.shape[2]), np.nan)
     stack = [part / np.nanmax(part) for part in rows]
-    maps.imshow(np.concatenate([stack[0], gap, stack[1], gap, stack[2]]), aspect="auto", cmap="magma")
-    maps.axvline(lengths[0] - 0.5, color="white", ls=":")
-    labels = ("a padded line", *(f"{run.title}:\n8 channels" for run in runs))
-    maps.set_yticks([3.5, 12.5, 21.5], labels)
-    maps.set(title="After the first batch norm and ReLU; behind the dots is padding", xlabel="column")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes.imshow(np.concatenate([stack[0], gap, stack[1], gap, stack[2]]), aspect="auto", cmap="magma")
+    axes.axvline(lengths[0] - 0.5, color="white", ls=":")
+    labels = ("a padded line", *(f"{title}:\n8 channels" for title in runs))
+    axes.set_yticks([3.5, 12.5, 21.5], labels)
+    axes.set(title="After the first batch norm and ReLU; right of the dots is padding", xlabel="column")
 
 
-def main(arguments: Sequence[str] | None = None) -> list[Run]:
-    """Train both networks, print the table, write the picture; return the runs, with lengths first."""
+def main(arguments: Sequence[str] | None = None) -> dict[str, list[Run]]:
+    """Train the networks, print the table, write the picture; return the runs of each kind, by seed."""
     parser = argparse.ArgumentParser(
         description="Batch norm over padded sequences, with and without lengths."
     )
-    parser.add_argument("--epochs", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--lines", type=int, default=800, help="training lines (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="for all that is random (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=4, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("padded_sequences.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    if options.epochs < 1 or options.lines < BATCH:
+    if options.epochs < 1 or options.seeds < 1 or options.lines < BATCH:
         parser.error(
-            f"--epochs and --lines are {options.epochs} and {options.lines}, expected >= 1 and >= {BATCH}"
+            f"--epochs, --seeds and --lines are {options.epochs}, {options.seeds} and {options.lines}, "
+            f"expected >= 1, >= 1 and >= {BATCH}"
         )
-    data = load_digits(options.seed, digit_size=SIDE, border=0)
-    lines = make_lines(data.train_images, data.train_labels, options.lines, options.seed)
-    test = make_lines(data.test_images, data.test_labels, TEST_LINES, options.seed + 1)
-    runs = [
-        Run(title, LineNetwork(options.seed, use_lengths=use))
-        for title, use in (("with lengths", True), ("without", False))
-    ]
+    data = load_digits(0, digit_size=SIDE, border=0)
+    test = make_lines(data.test_images, data.test_labels, TEST_LINES, 1000)
     console = Console(highlight=False)
-    padding = np.mean([1 - n.mean() / x.shape[2] for x, n, _ in lines.batches(np.random.default_rng(0))])
-    console.print(
-        f"{len(lines.labels)} lines of 8 to 192 columns; {padding:.0%} of a training batch is padding"
-    )
-    for run in runs:
-        train(run, lines, test, options.epochs, options.seed)
-    draw(runs, report(runs, test, console), test, options.out)
+    results: dict[str, list[Run]] = {"with lengths": [], "without": []}
+    with threadpool_limits(1, user_api="blas"):  # matrix products this small gain nothing from more threads
+        for seed in range(options.seeds):
+            lines = make_lines(data.train_images, data.train_labels, options.lines, seed)
+            if seed == 0:
+                tell(lines, console)
+            for (title, runs), use in zip(results.items(), (True, False), strict=True):
+                runs.append(Run(title, LineNetwork(seed, use_lengths=use)))
+                train(runs[-1], lines, test, options.epochs, seed)
+        moves = {title: moved_by_padding(runs[0], test) for title, runs in results.items()}
+    report(results, moves, test, console)
+    draw(results, moves, test, options.out)
     console.print(f"picture: [bold]{options.out}[/bold]")
-    return runs
+    return results
+
+
+def tell(lines: Lines, console: Console) -> None:
+    """Say how much of a batch is padding."""
+    shares = [1 - n.mean() / x.shape[2] for x, n, _ in lines.batches(np.random.default_rng(0))]
+    console.print(
+        f"{len(lines.labels)} lines of 8 to 192 columns; of a training batch {min(shares):.0%} to "
+        f"{max(shares):.0%} is padding, {np.mean(shares):.0%} in the mean"
+    )
 
 
 if __name__ == "__main__":

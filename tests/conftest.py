@@ -9,7 +9,7 @@ import pytest
 from batchnorm import _core
 from hypothesis import HealthCheck, settings
 
-from cases import THREADS
+from support.checks import THREADS, running_on
 
 # `quick` is the default, HYPOTHESIS_PROFILE=thorough the long run. Both choose the same examples every time.
 for _name, _examples in (("quick", 60), ("thorough", 5000)):
@@ -23,25 +23,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 @pytest.fixture(params=batchnorm.isa_levels())
 def isa(request):
     """Each instruction set level this machine runs, in force during the test."""
-    before = batchnorm.get_isa()
-    batchnorm.set_isa(request.param)
-    yield request.param
-    batchnorm.set_isa(before)
+    with running_on(isa=request.param):
+        yield request.param
 
 
 @pytest.fixture
 def set_tuning():
     """A function that changes how work is laid out, until the test ends."""
-    before = _core.tuning()
-    yield _core.set_tuning
-    _core.set_tuning(before)
+    with running_on():
+        yield _core.set_tuning
 
 
 @pytest.fixture(params=THREADS, ids=lambda n: f"{n} threads")
-def threads(request, set_tuning):
+def threads(request):
     """Each thread count, in force during the test; work of any size is shared among them."""
-    before = batchnorm.get_num_threads()
-    set_tuning("parallel_elements=0")
-    batchnorm.set_num_threads(request.param)
-    yield request.param
-    batchnorm.set_num_threads(before)
+    with running_on(threads=request.param, tuning="parallel_elements=0"):
+        yield request.param

@@ -29,7 +29,8 @@ struct Arrays {
     Size size;
     bool ncs;
     std::vector<float> x, dy, out, gamma, beta, running_mean, running_var, dgamma, dbeta;
-    std::vector<double> mean, inv_std;
+    std::vector<double> mean, var;
+    bn::Saved saved;
 
     Arrays(const Size& s, bool is_ncs)
         : size(s),
@@ -44,15 +45,14 @@ struct Arrays {
           dgamma(channels()),
           dbeta(channels()),
           mean(channels()),
-          inv_std(channels()) {
+          var(channels()) {
         std::uint32_t state = 1;
         for (std::size_t i = 0; i < x.size(); ++i) {
             state = state * 1664525u + 1013904223u;
             x[i] = static_cast<float>(state >> 8) * 0x1p-24f;
             dy[i] = 0.5f - x[i];
         }
-        bn::BatchNormTrainArgs args = train();  // the statistics that backward reads
-        bn::batch_norm_train(args);
+        bn::batch_norm_train(train());  // what backward reads
     }
     std::size_t channels() const { return static_cast<std::size_t>(size.channels); }
     std::size_t count() const { return static_cast<std::size_t>(size.outer * size.channels * size.inner); }
@@ -62,40 +62,36 @@ struct Arrays {
         return ncs ? bn::View<T>::ncs(data, size.outer, size.channels, size.inner)
                    : bn::View<T>::nsc(data, size.outer * size.inner, size.channels);
     }
-    bn::BatchNormTrainArgs train() {
-        bn::BatchNormTrainArgs args;
-        args.x = view<const float>(x.data());
-        args.y = view(out.data());
-        args.gamma = gamma;
-        args.beta = beta;
-        args.running_mean = running_mean;
-        args.running_var = running_var;
-        args.mean = mean;
-        args.inv_std = inv_std;
-        return args;
+    bn::Forward forward() {
+        bn::Forward call;
+        call.x = view<const float>(x.data());
+        call.y = view(out.data());
+        call.gamma = gamma;
+        call.beta = beta;
+        return call;
     }
-    bn::BatchNormArgs infer() {
-        bn::BatchNormArgs args;
-        args.x = view<const float>(x.data());
-        args.y = view(out.data());
-        args.mean = running_mean;
-        args.var = running_var;
-        args.gamma = gamma;
-        args.beta = beta;
-        return args;
+    bn::Forward train() {
+        bn::Forward call = forward();
+        call.running.mean = running_mean;
+        call.running.var = running_var;
+        call.saved = &saved;
+        return call;
     }
-    bn::BatchNormBackwardArgs backward() {
-        bn::BatchNormBackwardArgs args;
-        args.dy = view<const float>(dy.data());
-        args.x = view<const float>(x.data());
-        args.mean = mean;
-        args.inv_std = inv_std;
-        args.gamma = gamma;
-        args.beta = beta;
-        args.dx = view(out.data());
-        args.dgamma = dgamma;
-        args.dbeta = dbeta;
-        return args;
+    bn::Forward infer() {
+        bn::Forward call = forward();
+        call.mean = running_mean;
+        call.var = running_var;
+        return call;
+    }
+    bn::Backward backward() {
+        bn::Backward call;
+        call.dy = view<const float>(dy.data());
+        call.kept = view<const float>(x.data());
+        call.saved = &saved;
+        call.dx = view(out.data());
+        call.dgamma = dgamma;
+        call.dbeta = dbeta;
+        return call;
     }
 };
 
@@ -110,7 +106,7 @@ const std::vector<Function>& functions() {
         {"batch_norm", 2, [](Arrays& a) { bn::batch_norm(a.infer()); }},
         {"batch_norm_train", 2, [](Arrays& a) { bn::batch_norm_train(a.train()); }},
         {"batch_norm_backward", 3, [](Arrays& a) { bn::batch_norm_backward(a.backward()); }},
-        {"moments", 1, [](Arrays& a) { bn::moments(a.view<const float>(a.x.data()), a.mean, a.inv_std); }},
+        {"moments", 1, [](Arrays& a) { bn::moments(a.view<const float>(a.x.data()), a.mean, a.var); }},
     };
     return all;
 }

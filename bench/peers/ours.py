@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
 
-from .protocol import DECAY, EPS, Case, Unsupported, Work, empty, inputs
+from .protocol import DECAY, EPS, Case, Work, empty, inputs
 
 
 class Peer:
@@ -22,10 +21,8 @@ class Peer:
 
     def prepare(self, case: Case) -> Work:
         bn = self._bn
-        if case.residual and "residual" not in inspect.signature(bn.batch_norm_train).parameters:
-            raise Unsupported("this batchnorm has no residual")
         given = inputs(case)
-        act: dict[str, Any] = {"axis": case.axis, "activation": "relu" if case.relu else None}
+        act: dict[str, Any] = {"channel_axis": case.axis, "activation": "relu" if case.relu else None}
         add = {"residual": given.residual} if case.residual else {}
         into = {"out": empty(case)} if case.outputs == "reused" else {}
         x, gamma, beta = given.x, given.gamma, given.beta
@@ -47,18 +44,13 @@ class Peer:
 
             return Work(train, lambda: [train().y])
 
-        saved = bn.batch_norm_train(x, gamma, beta, eps=EPS, **act, **add)
-        saved_mean, saved_inv_std = saved.mean, saved.inv_std
-        if getattr(saved, "activation_mask", None) is not None:
-            act["activation_mask"] = saved.activation_mask
-        del saved  # y is not kept: backward does not need it
-        if case.residual:
-            act["needs"] = ("dx", "dgamma", "dbeta", "dresidual")
-            into |= {"out_residual": empty(case)} if into else {}
+        saved = bn.batch_norm_train(x, gamma, beta, eps=EPS, **act, **add).saved  # y is not kept
+        if case.residual and into:
+            into["out_residual"] = empty(case)
         dy = given.dy
 
         def back() -> Any:
-            return bn.batch_norm_backward(dy, x, saved_mean, saved_inv_std, gamma, beta, **act, **into)
+            return bn.batch_norm_backward(dy, saved, **into)
 
         def results() -> list[np.ndarray[Any, Any]]:
             got = back()

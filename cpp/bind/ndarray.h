@@ -1,5 +1,5 @@
-// NumPy arrays as the core's views, without copying: what does not fit is refused (false or nullopt), and Python's _args.py then either
-// explains why or makes the copy. Called by module.cpp; knows no operation.
+// NumPy arrays as the core's views, without copying: what an ndarray is, and how several of one shape are seen as (outer, channels, inner)
+// at once. What does not fit is refused (false or nullopt); arguments.cpp then makes a copy or says why. Knows no operation.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -11,7 +11,6 @@
 #include <cstdlib>
 #include <optional>
 #include <span>
-#include <type_traits>
 
 #include "batchnorm/batchnorm.hpp"
 
@@ -22,194 +21,301 @@ namespace py = pybind11;
 // NumPy's limit on dimensions.
 inline constexpr int kMaxDims = 64;
 
-// The most tensors of one operation: dy, x, residual, dx and dresidual.
-inline constexpr std::size_t kMaxTogether = 5;
+// The most tensors of one operation: double backward reads five and writes three.
+inline constexpr std::size_t kMaxTogether = 8;
 
-// The type number NumPy gave ml_dtypes.bfloat16 in this process; -1 until Python has seen such an array.
+// The type number NumPy gave ml_dtypes.bfloat16 in this process; -1 until such an array has been seen.
 inline std::atomic<int> bfloat16_type_num{-1};
 
-// An ndarray that can be used as it is: native byte order, aligned, a storage type.
+inline std::int64_t element_size(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype::float32 ? 4 : t == Dtype::uint8 ? 1 : 2; }
+
+// An ndarray of a storage type in native byte order.
 struct Array {
+    PyObject* object;  // borrowed
     void* data;
     int ndim;
     const py::ssize_t *shape, *strides;  // strides in bytes
     Dtype dtype;
-    bool writable;
+    bool writable, contiguous;
+    bool direct;  // aligned, and strides are whole elements: has a view
+    bool loose;   // a mask: it follows the others, with any strides
 
-    std::int64_t element_size() const { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : dtype == Dtype::uint8 ? 1 : 2; }
+    std::int64_t element_size() const { return bind::element_size(dtype); }
+    std::int64_t size() const {
+        std::int64_t n = 1;
+        for (int i = 0; i < ndim; ++i) n *= shape[i];
+        return n;
+    }
 };
 
 // Integers are taken where they are asked for.
 enum class Kinds { floating, any };
 
-inline std::optional<Array> as_array(py::handle h, Kinds kinds = Kinds::floating) {
-    namespace d = py::detail;
-    if (reinterpret_cast<PyObject*>(Py_TYPE(h.ptr())) != reinterpret_cast<PyObject*>(d::npy_api::get().PyArray_Type_)) return std::nullopt;
-    const auto* const a = d::array_proxy(h.ptr());
-    if ((a->flags & d::npy_api::NPY_ARRAY_ALIGNED_) == 0) return std::nullopt;
-    const auto* const descr = d::array_descriptor_proxy(a->descr);
-    if (descr->byteorder != '=' && descr->byteorder != '|') return std::nullopt;
-    Array r{a->data, a->nd, a->dimensions, a->strides, Dtype::float32, (a->flags & d::npy_api::NPY_ARRAY_WRITEABLE_) != 0};
-    switch (descr->type_num) {
-        case d::npy_api::NPY_FLOAT_:
-            break;
-        case d::npy_api::NPY_DOUBLE_:
-            r.dtype = Dtype::float64;
-            break;
+inline bool is_ndarray(PyObject* o) { return PyObject_TypeCheck(o, py::detail::npy_api::get().PyArray_Type_) != 0; }
+
+// Subclasses that only add behaviour (memmap, matrix) are arrays; a masked array would lose its mask.
+inline bool is_masked(PyObject* o) {
+    if (Py_TYPE(o) == py::detail::npy_api::get().PyArray_Type_) return false;
+    const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(py::str("numpy.ma").ptr()));
+    return module && is_ndarray(o) && py::isinstance(o, module.attr("MaskedArray"));
+}
+
+inline std::optional<Dtype> storage_type(int type_num) {
+    using N = py::detail::npy_api;
+    switch (type_num) {
+        case N::NPY_FLOAT_:
+            return Dtype::float32;
+        case N::NPY_DOUBLE_:
+            return Dtype::float64;
         case 23:  // NPY_HALF
-            r.dtype = Dtype::float16;
-            break;
-        case d::npy_api::NPY_UBYTE_:
-            r.dtype = Dtype::uint8;
-            break;
-        case d::npy_api::NPY_SHORT_:
-            r.dtype = Dtype::int16;
-            break;
-        case d::npy_api::NPY_USHORT_:
-            r.dtype = Dtype::uint16;
-            break;
+            return Dtype::float16;
+        case N::NPY_UBYTE_:
+            return Dtype::uint8;
+        case N::NPY_SHORT_:
+            return Dtype::int16;
+        case N::NPY_USHORT_:
+            return Dtype::uint16;
         default:
-            if (descr->type_num != bfloat16_type_num) return std::nullopt;
-            r.dtype = Dtype::bfloat16;
+            if (type_num >= 0 && type_num == bfloat16_type_num.load(std::memory_order_relaxed)) return Dtype::bfloat16;
+            return std::nullopt;
     }
-    if (is_integer(r.dtype) && kinds == Kinds::floating) return std::nullopt;
-    for (int i = 0; i < r.ndim; ++i) {
-        if (r.strides[i] % r.element_size() != 0) return std::nullopt;
-    }
+}
+
+inline int type_num(PyObject* array) { return py::detail::array_descriptor_proxy(py::detail::array_proxy(array)->descr)->type_num; }
+
+// The type number of elements of a storage type.
+inline int type_num(Dtype t) {
+    using N = py::detail::npy_api;
+    constexpr int kNumbers[] = {N::NPY_FLOAT_, N::NPY_DOUBLE_, 23, -1, N::NPY_UBYTE_, N::NPY_SHORT_, N::NPY_USHORT_};
+    return t == Dtype::bfloat16 ? bfloat16_type_num.load() : kNumbers[static_cast<int>(t)];
+}
+
+inline bool is_native(PyObject* array) {
+    const char order = py::detail::array_descriptor_proxy(py::detail::array_proxy(array)->descr)->byteorder;
+    return order == '=' || order == '|';
+}
+
+// What all ndarrays have; `dtype` and `direct` are left to the caller.
+inline Array shape_of(PyObject* o) {
+    using N = py::detail::npy_api;
+    const auto* const a = py::detail::array_proxy(o);
+    const auto has = [&](int flag) { return (a->flags & flag) != 0; };
+    return {o,
+            a->data,
+            a->nd,
+            a->dimensions,
+            a->strides,
+            Dtype::float32,
+            has(N::NPY_ARRAY_WRITEABLE_),
+            has(N::NPY_ARRAY_C_CONTIGUOUS_),
+            has(N::NPY_ARRAY_ALIGNED_),
+            false};
+}
+
+inline std::optional<Array> as_array(PyObject* o, Kinds kinds = Kinds::floating) {
+    if (Py_TYPE(o) != py::detail::npy_api::get().PyArray_Type_ && (!is_ndarray(o) || is_masked(o))) return std::nullopt;
+    const std::optional<Dtype> dtype = storage_type(type_num(o));
+    if (!dtype || (kinds == Kinds::floating && is_integer(*dtype)) || !is_native(o)) return std::nullopt;
+    Array r = shape_of(o);
+    r.dtype = *dtype;
+    if (r.contiguous) return r;
+    for (int i = 0; i < r.ndim; ++i) r.direct &= r.strides[i] % r.element_size() == 0;
     return r;
 }
 
-// One value per channel.
-template <bool writable>
-bool as_channels(py::handle h, AnyChannels<writable>& out) {
-    if (h.is_none()) {
-        out = {};
-        return true;
+inline bool same_shape(const Array& a, const Array& b) { return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape); }
+
+// The channel axes of an array, counted from 0, in increasing order; taken together they are one.
+struct ChannelAxes {
+    int n = 0;
+    bool tuple = false;  // the caller gave a tuple
+    std::array<std::int8_t, kMaxDims> axes;
+
+    int first() const { return axes[0]; }
+    int last() const { return axes[n - 1]; }
+    bool hold(int axis) const { return std::find(axes.begin(), axes.begin() + n, axis) != axes.begin() + n; }
+};
+
+// How the axes of an array lie in memory: those besides the channels that have more than one index, slowest first; the first `outer` of
+// them lie before the channels.
+struct Layout {
+    int n = 0, outer = 0;
+    std::array<std::int8_t, kMaxDims> axes;
+    bool single_row = false;  // one position, its channels side by side
+
+    void add(int axis) { axes[n++] = static_cast<std::int8_t>(axis); }
+    // Whether an array that lies like this can be read as one that lay like `before`.
+    bool like(const Layout& before) const {
+        return n == before.n && outer == before.outer && std::equal(axes.begin(), axes.begin() + n, before.axes.begin()) &&
+               (single_row || !before.single_row);
     }
-    const std::optional<Array> a = as_array(h);
-    if (!a || a->ndim != 1 || (a->dtype != Dtype::float32 && a->dtype != Dtype::float64) || (writable && !a->writable)) return false;
-    out = {a->data, a->dtype == Dtype::float64, a->shape[0], a->strides[0] / a->element_size()};
-    return true;
-}
+    // Whether the samples, axis 0, are the slowest of the axes before the channels.
+    bool samples_first(const Array& x) const { return x.shape[0] <= 1 || (outer > 0 && axes[0] == 0); }
+};
 
-// A mask: contiguous bytes. None is an empty one.
-template <class Byte>
-bool as_mask(py::handle h, std::span<Byte>& out) {
-    namespace d = py::detail;
-    out = {};
-    if (h.is_none()) return true;
-    if (reinterpret_cast<PyObject*>(Py_TYPE(h.ptr())) != reinterpret_cast<PyObject*>(d::npy_api::get().PyArray_Type_)) return false;
-    const auto* const a = d::array_proxy(h.ptr());
-    if (d::array_descriptor_proxy(a->descr)->type_num != d::npy_api::NPY_UBYTE_ || a->nd != 1 || a->strides[0] != 1) return false;
-    if (!std::is_const_v<Byte> && (a->flags & d::npy_api::NPY_ARRAY_WRITEABLE_) == 0) return false;
-    out = {reinterpret_cast<Byte*>(a->data), static_cast<std::size_t>(a->dimensions[0])};
-    return a->dimensions[0] > 0;
-}
-
-// Which positions count: a tuple of contiguous bytes and of contiguous doubles, each or both None.
-inline bool as_positions(py::handle h, Positions& out) {
-    if (h.is_none()) return true;
-    if (!PyTuple_CheckExact(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 2) return false;
-    const py::handle mask = PyTuple_GET_ITEM(h.ptr(), 0), weights = PyTuple_GET_ITEM(h.ptr(), 1);
-    ConstChannels w;
-    if (!as_mask(mask, out.mask) || !as_channels(weights, w)) return false;
-    if (!w) return true;
-    out.weights = {static_cast<const double*>(w.data), static_cast<std::size_t>(w.size)};
-    return w.is_double && w.stride == 1 && w.size > 0;
-}
+// Where the view of an array goes.
+struct Place {
+    ConstTensor* read;
+    Tensor* written;
+};
 
 // An image x and its result y are of different types, and if x has rows, y may have runs in their place.
 enum class Views { alike, image };
 
-// The common view of arrays of one shape, the channel axis being `axis`. In the order of the first array's memory, the axes before the
-// channels are `outer` and those behind them `inner`; each must be one axis in every array (rows, if there is no inner, may take two:
-// a crop of whole rows). So an array's view, and with it the order of its sums, follows from shape and memory order, not from the
-// gaps between its elements. Takes up to kMaxTogether arrays. Fails if the arrays differ in shape or type or do not have such a view. An
-// array may be given twice.
-inline bool as_views(std::span<const Array* const> arrays, std::int64_t axis, std::span<Tensor> views, Views kind = Views::alike) {
-    const std::size_t n = arrays.size();
-    const Array& first = *arrays[0];
-    const int ndim = first.ndim;
-    if (ndim < 2 || ndim > kMaxDims || axis < -ndim || axis >= ndim) return false;
-    const int channel_axis = static_cast<int>(axis < 0 ? axis + ndim : axis);
-    for (const Array* a : arrays) {
-        if (a->ndim != ndim || (a->dtype != first.dtype && kind == Views::alike)) return false;
-        if (!std::equal(a->shape, a->shape + ndim, first.shape)) return false;
-    }
-    const std::int64_t channels = first.shape[channel_axis];
-    const auto stride = [&](std::size_t j, int i) { return arrays[j]->strides[i] / arrays[j]->element_size(); };  // in elements
+// Arrays of one shape and their common view. In the order of the first array's memory, the axes before the channels are `outer` and those
+// behind them `inner`; each must be one axis in every array (rows, if there is no inner, may take two: a crop of whole rows), and so must
+// the channel axes. So an array's view, and with it the order of its sums, follows from shape and memory order, not from the gaps between
+// its elements. An array may be there twice.
+class CommonView {
+public:
+    CommonView(std::span<const Array* const> arrays, std::span<const Place> places, const ChannelAxes& where)
+        : arrays_(arrays), places_(places), where_(where), x_(*arrays[0]) {}
 
-    std::int64_t count = 1;
-    for (int i = 0; i < ndim; ++i) count *= i == channel_axis ? 1 : first.shape[i];
-    const auto fill = [&](std::size_t j, std::int64_t outer, std::int64_t inner, std::int64_t outer_stride, std::int64_t channel_stride,
-                          std::int64_t inner_stride) {
-        Tensor& v = views[j];
-        v.data = arrays[j]->data;
-        v.dtype = arrays[j]->dtype;
-        v.outer = outer;
-        v.channels = channels;
-        v.inner = inner;
-        v.outer_stride = outer_stride;
-        v.channel_stride = channel_stride;
-        v.inner_stride = inner_stride;
-    };
-    if (count == 0 || channels == 0) {
-        for (std::size_t j = 0; j < n; ++j) fill(j, 0, 1, 0, 1, 1);
-        return true;
+    // False if the arrays do not have such a view.
+    bool find(Layout& layout, Views kind = Views::alike) {
+        layout.n = layout.outer = 0;
+        channels_ = count_ = 1;
+        for (int i = 0; i < x_.ndim; ++i) (where_.hold(i) ? channels_ : count_) *= x_.shape[i];
+        if (count_ == 0 || channels_ == 0) {
+            for (std::size_t j = 0; j < arrays_.size(); ++j) fill(j, 0, 1, 0, 1, 1);
+            return true;
+        }
+        const bool adjacent = where_.last() - where_.first() == where_.n - 1;
+        if (adjacent && std::all_of(arrays_.begin(), arrays_.end(), [](const Array* a) { return a->contiguous; })) {
+            contiguous(layout);
+            return true;
+        }
+        return channel_strides() && sort_axes(layout) && group_axes(layout) && (kind == Views::image && to_runs() ? runs() : alike(layout));
     }
 
+private:
     // Axes on one side of the channels, merged where every array allows it; strides in elements.
     struct Group {
         std::int64_t size;
         std::array<std::int64_t, kMaxTogether> stride;
     };
     struct Side {
-        Group groups[kMaxDims];
-        int n_groups = 0;
-    } outer, inner;
+        std::array<Group, 3> groups;  // more than two are too many
+        std::size_t n = 0;
+    };
+    static constexpr Group kOne{1, {}};
 
-    const auto step = [&](int i) { return std::abs(first.strides[i]); };
-    int axes[kMaxDims];
-    int n_axes = 0;
-    for (int i = 0; i < ndim; ++i) {
-        if (first.shape[i] == 1) continue;
-        if (first.strides[i] == 0) return false;  // one element many times: its place in the order is anybody's guess
-        if (i != channel_axis) axes[n_axes++] = i;
+    std::int64_t stride(std::size_t j, int i) const { return arrays_[j]->strides[i] / arrays_[j]->element_size(); }
+
+    void fill(std::size_t j, std::int64_t outer, std::int64_t inner, std::int64_t outer_stride, std::int64_t channel_stride,
+              std::int64_t inner_stride) {
+        const auto set = [&](auto& view) {
+            view.data = arrays_[j]->data;
+            view.dtype = arrays_[j]->dtype;
+            view.outer = outer;
+            view.channels = channels_;
+            view.inner = inner;
+            view.outer_stride = outer_stride;
+            view.channel_stride = channel_stride;
+            view.inner_stride = inner_stride;
+        };
+        if (places_[j].read != nullptr) set(*places_[j].read);
+        if (places_[j].written != nullptr) set(*places_[j].written);
     }
-    std::stable_sort(axes, axes + n_axes, [&](int a, int b) { return step(a) > step(b); });
-    // The stride of a single channel says nothing; then inner is what lies behind its axis both by index and in memory.
-    int n_outer = n_axes;
-    while (n_outer > 0 && (channels == 1 ? axes[n_outer - 1] > channel_axis : step(axes[n_outer - 1]) < step(channel_axis))) --n_outer;
-    for (int k = 0; k < n_axes; ++k) {
-        const int i = axes[k];
-        Side& side = k < n_outer ? outer : inner;
-        bool merge = side.n_groups > 0;
-        for (std::size_t j = 0; merge && j < n; ++j) {
-            merge = side.groups[side.n_groups - 1].stride[j] == stride(j, i) * first.shape[i];
+
+    // What the general case comes to where all arrays are C-contiguous and the channel axes lie behind each other.
+    void contiguous(Layout& layout) {
+        std::int64_t inner = 1;
+        for (int i = 0; i < x_.ndim; ++i) {
+            if (i == where_.first()) layout.outer = layout.n;
+            if (x_.shape[i] == 1 || where_.hold(i)) continue;
+            layout.add(i);
+            if (i > where_.last()) inner *= x_.shape[i];
         }
-        Group& g = merge ? side.groups[side.n_groups - 1] : side.groups[side.n_groups++];
-        g.size = (merge ? g.size : 1) * first.shape[i];
-        for (std::size_t j = 0; j < n; ++j) g.stride[j] = stride(j, i);
+        layout.single_row = layout.n == 0;
+        for (std::size_t j = 0; j < arrays_.size(); ++j) fill(j, count_ / inner, inner, channels_ * inner, inner, 1);
     }
 
-    const bool ncs = inner.n_groups > 0;
-    const Group one{1, {}};
-    if (kind == Views::image && !ncs && channels > 1 && stride(1, channel_axis) != 1 && outer.n_groups > 0 && outer.n_groups <= 2) {
-        const Group &slow = outer.n_groups == 2 ? outer.groups[0] : one, &fast = outer.groups[outer.n_groups - 1];
-        if (stride(0, channel_axis) != 1 || fast.stride[1] != 1) return false;
-        for (std::size_t j = 0; j < n; ++j) fill(j, slow.size, fast.size, slow.stride[j], stride(j, channel_axis), fast.stride[j]);
+    // The stride of the channel axes taken together, of each array; in increasing order of their index they must lie behind each other.
+    bool channel_strides() {
+        for (std::size_t j = 0; j < arrays_.size(); ++j) {
+            channel_stride_[j] = 1;
+            std::int64_t size = 0;  // of the faster channel axes; 0 before the first
+            for (int k = where_.n - 1; k >= 0; --k) {
+                const int i = where_.axes[k];
+                if (x_.shape[i] == 1) continue;
+                if (size == 0) channel_stride_[j] = stride(j, i);
+                if (size != 0 && stride(j, i) != channel_stride_[j] * size) return false;
+                size = std::max<std::int64_t>(size, 1) * x_.shape[i];
+            }
+        }
         return true;
     }
-    // With one channel, two groups of rows could as well be runs: such a view has no direction of its own.
-    if (ncs ? inner.n_groups > 1 || outer.n_groups > 1 : outer.n_groups > (channels == 1 ? 1 : 2)) return false;
-    for (std::size_t j = 0; j < n; ++j) {
-        const std::int64_t c = channels == 1 ? 1 : stride(j, channel_axis);
-        if (ncs ? inner.groups[0].stride[j] != 1 : n_axes > 0 && c != 1) return false;
-        const Group &slow = outer.n_groups > 0 ? outer.groups[0] : one, &fast = ncs ? inner.groups[0] : outer.groups[1];
-        const bool has_fast = ncs || outer.n_groups == 2;
-        fill(j, slow.size, has_fast ? fast.size : 1, slow.stride[j], c, has_fast ? fast.stride[j] : 1);
+
+    // x's axes in the order of its memory.
+    bool sort_axes(Layout& layout) {
+        for (int i = 0; i < x_.ndim; ++i) {
+            if (x_.shape[i] == 1) continue;
+            if (x_.strides[i] == 0) return false;  // one element many times: its place in the order is anybody's guess
+            if (!where_.hold(i)) layout.add(i);
+        }
+        const auto step = [&](int i) { return std::abs(stride(0, i)); };
+        std::stable_sort(layout.axes.begin(), layout.axes.begin() + layout.n, [&](int a, int b) { return step(a) > step(b); });
+        // The stride of a single channel says nothing; then inner is what lies behind its axis both by index and in memory.
+        const auto behind = [&](int i) { return channels_ == 1 ? i > where_.last() : step(i) < std::abs(channel_stride_[0]); };
+        layout.outer = layout.n;
+        while (layout.outer > 0 && behind(layout.axes[layout.outer - 1])) --layout.outer;
+        return true;
     }
-    return true;
-}
+
+    bool group_axes(const Layout& layout) {
+        for (int k = 0; k < layout.n; ++k) {
+            const int i = layout.axes[k];
+            Side& side = k < layout.outer ? outer_ : inner_;
+            bool merge = side.n > 0;
+            for (std::size_t j = 0; merge && j < arrays_.size(); ++j) {
+                merge = side.groups[side.n - 1].stride[j] == stride(j, i) * x_.shape[i];
+            }
+            if (!merge && side.n == side.groups.size() - 1) return false;
+            if (!merge) side.groups[side.n++].size = 1;
+            Group& g = side.groups[side.n - 1];
+            g.size *= x_.shape[i];
+            for (std::size_t j = 0; j < arrays_.size(); ++j) g.stride[j] = stride(j, i);
+        }
+        return true;
+    }
+
+    bool alike(Layout& layout) {
+        // A single position is a row of channels, unless x has them apart.
+        layout.single_row = layout.n == 0 && channel_stride_[0] == 1;
+        const bool ncs = inner_.n > 0, rows = outer_.n > 0 ? !ncs : layout.single_row;
+        // With one channel, two groups of rows could as well be runs: such a view has no direction of its own.
+        if (ncs ? inner_.n > 1 || outer_.n > 1 : outer_.n > (channels_ == 1 ? 1 : 2)) return false;
+        const Group& slow = outer_.n > 0 ? outer_.groups[0] : kOne;
+        const Group* const fast = ncs ? &inner_.groups[0] : outer_.n == 2 ? &outer_.groups[1] : nullptr;
+        for (std::size_t j = 0; j < arrays_.size(); ++j) {
+            const std::int64_t c = channels_ == 1 ? 1 : channel_stride_[j];
+            if (!arrays_[j]->loose && ((ncs && fast->stride[j] != 1) || (rows && c != 1))) return false;
+            fill(j, slow.size, fast != nullptr ? fast->size : 1, slow.stride[j], c, fast != nullptr ? fast->stride[j] : 1);
+        }
+        return true;
+    }
+
+    // Whether an image is to become planes: x has rows, and its result, the second array, has runs of pixels in their place.
+    bool to_runs() const { return inner_.n == 0 && outer_.n > 0 && channels_ > 1 && channel_stride_[1] != 1; }
+
+    bool runs() {
+        if (channel_stride_[0] != 1) return false;
+        const Group &slow = outer_.n == 2 ? outer_.groups[0] : kOne, &fast = outer_.groups[outer_.n - 1];
+        for (std::size_t j = 0; j < arrays_.size(); ++j) {
+            if (j > 0 && !arrays_[j]->loose && fast.stride[j] != 1) return false;
+            fill(j, slow.size, fast.size, slow.stride[j], channel_stride_[j], fast.stride[j]);
+        }
+        return true;
+    }
+
+    std::span<const Array* const> arrays_;
+    std::span<const Place> places_;
+    const ChannelAxes& where_;
+    const Array& x_;
+    std::int64_t channels_ = 1, count_ = 1;
+    std::array<std::int64_t, kMaxTogether> channel_stride_;
+    Side outer_, inner_;
+};
 
 }  // namespace batchnorm::bind

@@ -27,13 +27,14 @@ struct Handler {  // PyDataMem_Handler, version 1
 };
 
 // Places in NumPy's table of functions, which never change.
-constexpr int kSetHandler = 304, kGetHandler = 305, kDefaultHandler = 306;
+constexpr int kNewLikeArray = 277, kSetHandler = 304, kGetHandler = 305, kDefaultHandler = 306;
+constexpr int kKeepOrder = 2;
 
 PyObject* (*set_handler)(PyObject*) = nullptr;  // returns the one that was in force
 PyObject* (*get_handler)() = nullptr;
 PyObject* default_handler = nullptr;
 PyObject* our_handler = nullptr;
-PyObject* empty_like_function = nullptr;  // numpy.empty_like
+PyObject* (*like_array)(PyObject* prototype, int order, PyObject* dtype, int subclass) = nullptr;  // takes over the dtype
 
 // ---- Our side. What the cache cannot serve comes from malloc, as with NumPy's own handler; free() tells the two by asking the cache,
 // not by the size it is given: an array that has been resized, or whose dtype was replaced, may give another one.
@@ -65,14 +66,6 @@ void* reallocate(void*, void* p, std::size_t size) {
 
 Handler handler{"batchnorm", 1, {nullptr, &allocate, &allocate_zeros, &reallocate, &release}};
 
-std::size_t elements_of(py::handle x) {
-    const std::optional<Array> a = as_array(x, Kinds::any);
-    if (!a) return 0;
-    std::int64_t n = 1;
-    for (int i = 0; i < a->ndim; ++i) n *= a->shape[i];
-    return static_cast<std::size_t>(n);
-}
-
 // Whether NumPy's own handler is in force. Who set another wants it for the memory of his arrays; so it is used.
 bool is_default_handler() {
     PyObject* const current = get_handler();
@@ -84,44 +77,86 @@ bool is_default_handler() {
 
 // An array of `bytes` that `make` makes.
 template <class Make>
-PyObject* new_array(std::size_t bytes, Make make) {
-    if (bytes < memory::kSmallest || memory::info().limit == 0 || !is_default_handler()) return make();
+py::object owning(std::size_t bytes, Make make) {
+    const auto checked = [&] {
+        PyObject* const result = make();
+        if (result == nullptr) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(result);
+    };
+    if (bytes < memory::kSmallest || memory::info().limit == 0 || !is_default_handler()) return checked();
     // The handler in force is a context variable, so no other thread sees ours.
-    PyObject* const before = set_handler(our_handler);
-    if (before == nullptr) return nullptr;
+    const auto before = py::reinterpret_steal<py::object>(set_handler(our_handler));
+    if (!before) throw py::error_already_set();
     PyObject* const result = make();
-    const py::error_scope keep_error;
-    PyObject* const ours = set_handler(before);
-    if (ours == nullptr) PyErr_Clear();  // no memory for that: then ours stays, which serves any array
-    Py_XDECREF(ours);
-    Py_DECREF(before);
-    return result;
+    {
+        const py::error_scope keep_error;
+        PyObject* const ours = set_handler(before.ptr());
+        if (ours == nullptr) PyErr_Clear();  // no memory for that: then ours stays, which serves any array
+        Py_XDECREF(ours);
+    }
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
 }
+
+PyObject* dtypes[7] = {};  // by storage type; bfloat16 when it is first asked for
 
 }  // namespace
 
-PyObject* new_like(py::handle x) {
-    const std::optional<Array> a = as_array(x);
-    const std::size_t size = a ? static_cast<std::size_t>(a->element_size()) : 0;
-    return new_array(elements_of(x) * size, [&] { return PyObject_CallOneArg(empty_like_function, x.ptr()); });
-}
-
-PyObject* new_like(py::handle x, py::handle dtype, const char* order, py::handle shape) {
-    const auto size = static_cast<std::size_t>(py::reinterpret_borrow<py::dtype>(dtype).itemsize());
-    return new_array(elements_of(x) * size, [&]() -> PyObject* {
-        const py::tuple arguments = py::make_tuple(x, dtype, order, false, shape);
-        return PyObject_CallObject(empty_like_function, arguments.ptr());
+py::object new_like(const Array& x, PyObject* dtype) {
+    const auto size = dtype == nullptr ? x.element_size() : py::reinterpret_borrow<py::dtype>(dtype).itemsize();
+    return owning(static_cast<std::size_t>(x.size() * size), [&] {
+        Py_XINCREF(dtype);
+        return like_array(x.object, kKeepOrder, dtype, 0);
     });
 }
+
+py::object new_array(std::span<const py::ssize_t> shape, PyObject* dtype, const py::ssize_t* strides) {
+    const auto& numpy = py::detail::npy_api::get();
+    // Vectors, which every call makes, are small whatever their type.
+    std::size_t bytes =
+        shape.size() == 1 && shape[0] < 1024 ? 0 : static_cast<std::size_t>(py::reinterpret_borrow<py::dtype>(dtype).itemsize());
+    for (const py::ssize_t n : shape) bytes *= static_cast<std::size_t>(n);
+    return owning(bytes, [&] {
+        Py_INCREF(dtype);
+        return numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, dtype, static_cast<int>(shape.size()), shape.data(), strides, nullptr, 0,
+                                           nullptr);
+    });
+}
+
+void copy_into(const py::object& to, PyObject* from) {
+    if (py::detail::npy_api::get().PyArray_CopyInto_(to.ptr(), from) != 0) throw py::error_already_set();
+}
+
+py::object view_of(const void* data, std::span<const py::ssize_t> shape, PyObject* dtype, PyObject* owner) {
+    const auto& numpy = py::detail::npy_api::get();
+    Py_INCREF(dtype);
+    // Without the flag for writing, which is the last argument but one.
+    auto view = py::reinterpret_steal<py::object>(numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, dtype, static_cast<int>(shape.size()),
+                                                                              shape.data(), nullptr, const_cast<void*>(data), 0, nullptr));
+    if (!view) throw py::error_already_set();
+    Py_INCREF(owner);
+    if (numpy.PyArray_SetBaseObject_(view.ptr(), owner) != 0) throw py::error_already_set();
+    return view;
+}
+
+PyObject* dtype_of(Dtype type) {
+    PyObject*& dtype = dtypes[static_cast<int>(type)];
+    if (dtype == nullptr) dtype = py::detail::npy_api::get().PyArray_DescrFromType_(type_num(type));
+    if (dtype == nullptr) throw py::error_already_set();
+    return dtype;
+}
+
+PyObject* vector_dtype(bool is_double) { return dtypes[static_cast<int>(is_double ? Dtype::float64 : Dtype::float32)]; }
 
 void start_outputs() {
     const py::object table = py::detail::import_numpy_core_submodule("multiarray").attr("_ARRAY_API");
     void** const functions = static_cast<void**>(PyCapsule_GetPointer(table.ptr(), nullptr));
+    like_array = reinterpret_cast<PyObject* (*)(PyObject*, int, PyObject*, int)>(functions[kNewLikeArray]);
     set_handler = reinterpret_cast<PyObject* (*)(PyObject*)>(functions[kSetHandler]);
     get_handler = reinterpret_cast<PyObject* (*)()>(functions[kGetHandler]);
     default_handler = *static_cast<PyObject**>(functions[kDefaultHandler]);
     our_handler = py::capsule(&handler, "mem_handler").release().ptr();
-    empty_like_function = py::object(py::module_::import("numpy").attr("empty_like")).release().ptr();
+    for (const Dtype type : {Dtype::float32, Dtype::float64, Dtype::float16, Dtype::uint8, Dtype::int16, Dtype::uint16}) dtype_of(type);
 }
 
 }  // namespace batchnorm::bind

@@ -8,13 +8,31 @@
 
 #include "gate.h"
 #include "memory.h"
-#include "positions.h"
+#include "overlap.h"
+#include "saved.h"
 #include "tuning.h"
 
 namespace batchnorm::check {
 namespace {
 
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+// ---- words -------------------------------------------------------------------------------------------------------------------------
+
+struct Fault {
+    std::string argument, got, expected, remedy{};
+    Error::Kind kind = Error::value;
+};
+[[noreturn]] void fail(const Fault& f) {
+    std::string text = f.argument;
+    text.append(" ").append(f.got).append(", expected ").append(f.expected);
+    if (!f.remedy.empty()) text.append("; ").append(f.remedy);
+    throw Error(f.kind, f.argument, text);
+}
+
+std::string number(double v) {
+    char text[40];
+    const auto [end, error] = std::to_chars(text, text + sizeof text, v);
+    return {text, end};
+}
 
 std::string quoted(std::string_view name) {
     std::string s("'");
@@ -23,69 +41,44 @@ std::string quoted(std::string_view name) {
 }
 
 // Built by append: g++ 12 warns of an overlap in "(" + std::string&& (GCC bug 105651, fixed in 13).
-std::string dims(std::int64_t outer, std::int64_t channels, std::int64_t inner) {
+std::string dims(int64_t outer, int64_t channels, int64_t inner) {
     std::string s("(");
     s.append(std::to_string(outer)).append(", ").append(std::to_string(channels)).append(", ").append(std::to_string(inner)).append(")");
     return s;
 }
 
-// Byte range [first, last) that a strided block touches, in unsigned arithmetic so that no pointer is formed outside an object.
-struct Range {
-    std::uintptr_t first, last;
-    bool overlaps(const Range& o) const { return first < o.last && o.first < last; }
-};
-
-template <bool writable>
-Range range_of(const AnyView<writable>& v) {
-    const auto base = reinterpret_cast<std::uintptr_t>(v.data);
-    if (v.outer == 0 || v.channels == 0 || v.inner == 0) return {base, base};
-    std::int64_t low = 0, high = 0;
-    for (const auto& [n, stride] : {std::pair{v.outer, v.outer_stride}, {v.channels, v.channel_stride}, {v.inner, v.inner_stride}}) {
-        (stride < 0 ? low : high) += (n - 1) * stride;
-    }
-    const std::int64_t size = element_size(v.dtype);
-    return {base + static_cast<std::uintptr_t>(low * size), base + static_cast<std::uintptr_t>((high + 1) * size)};
-}
-
-template <bool writable>
-Range range_of(const AnyChannels<writable>& v) {
-    const auto base = reinterpret_cast<std::uintptr_t>(v.data);
-    const std::int64_t size = v.is_double ? 8 : 4, extent = (v.size - 1) * v.stride;
-    return {base + static_cast<std::uintptr_t>(std::min<std::int64_t>(extent, 0) * size),
-            base + static_cast<std::uintptr_t>((std::max<std::int64_t>(extent, 0) + 1) * size)};
-}
+// ---- tensors -----------------------------------------------------------------------------------------------------------------------
 
 template <bool writable>
 void tensor(const AnyView<writable>& v, const char* name) {
-    const std::string n = name;
     if (v.outer < 0 || v.channels < 0 || v.inner < 0) {
-        fail(n + " has sizes " + dims(v.outer, v.channels, v.inner) + ", expected none to be negative");
+        fail({name, "has sizes " + dims(v.outer, v.channels, v.inner), "none to be negative"});
     }
-    if (v.channels == 0) fail(n + " has 0 channels, expected at least 1");
+    if (v.channels == 0) fail({name, "has 0 channels", "at least 1"});
     if (v.outer == 0 || v.inner == 0) return;
     // count and byte offsets must fit 64 bits, which also keeps all index arithmetic below in range.
-    constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max() / 16;
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 16;
     if (v.inner > kMost / v.outer || v.channels > kMost / (v.outer * v.inner)) {
-        fail(n + " has sizes " + dims(v.outer, v.channels, v.inner) + ", more elements than can be addressed");
+        fail({name, "has sizes " + dims(v.outer, v.channels, v.inner), "no more elements than can be addressed"});
     }
-    if (v.data == nullptr) fail(n + " has no data, expected an array of (outer, channels, inner) = " + dims(v.outer, v.channels, v.inner));
-    const std::int64_t size = element_size(v.dtype);
-    std::int64_t reach = 0;
+    if (v.data == nullptr) fail({name, "has no data", "an array of (outer, channels, inner) = " + dims(v.outer, v.channels, v.inner)});
+    const int64_t size = element_size(v.dtype);
+    int64_t reach = 0;
     for (const auto& [extent, stride] : {std::pair{v.outer, v.outer_stride}, {v.channels, v.channel_stride}, {v.inner, v.inner_stride}}) {
-        std::int64_t steps;
-        if (stride == std::numeric_limits<std::int64_t>::min() || __builtin_mul_overflow(extent - 1, std::abs(stride), &steps) ||
+        int64_t steps;
+        if (stride == std::numeric_limits<int64_t>::min() || __builtin_mul_overflow(extent - 1, std::abs(stride), &steps) ||
             __builtin_add_overflow(reach, steps, &reach) || reach > kMost) {
-            fail(n + " has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride) +
-                 ", which reach further than can be addressed");
+            fail({name, "has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride),
+                  "strides that reach no further than can be addressed"});
         }
     }
     if (reinterpret_cast<std::uintptr_t>(v.data) % static_cast<std::uintptr_t>(size) != 0) {
-        fail(n + " is not aligned to its element size of " + std::to_string(size) + " bytes");
+        fail({name, "is not aligned", "its address to be a multiple of its element size of " + std::to_string(size) + " bytes"});
     }
 }
 
-bool is_ncs(std::int64_t inner, std::int64_t inner_stride) { return inner > 1 && inner_stride == 1; }
-bool is_nsc(std::int64_t channels, std::int64_t channel_stride) { return channels == 1 || channel_stride == 1; }
+bool is_ncs(int64_t inner, int64_t inner_stride) { return inner > 1 && inner_stride == 1; }
+bool is_nsc(int64_t channels, int64_t channel_stride) { return channels == 1 || channel_stride == 1; }
 
 template <bool writable>
 bool fits(const AnyView<writable>& v, kernels::Direction d) {
@@ -94,15 +87,13 @@ bool fits(const AnyView<writable>& v, kernels::Direction d) {
 
 enum class Storage { floating, any };
 
-Geometry geometry(const ConstTensor& x, const char* name = "x", Storage storage = Storage::floating) {
+Geometry geometry(const ConstTensor& x, Storage storage = Storage::floating) {
     if (storage == Storage::floating && is_integer(x.dtype)) {
-        fail(std::string(name) + " has an integer storage type, expected a floating one: integers have no gradients; convert it, or " +
-             "normalise it with batch_norm, whose y is floating");
+        fail({"x", "has an integer storage type", "a floating one: integers have no gradients",
+              "convert it, or normalise it with batch_norm, whose y is floating", Error::type});
     }
-    tensor(x, name);
+    tensor(x, "x");
     Geometry g{kernels::ncs, x.outer, x.channels, x.inner, x.dtype};
-    g.counting = g.count();
-    g.weight = static_cast<double>(g.count());
     if (g.count() == 0) return g;
     if (is_ncs(x.inner, x.inner_stride)) {
         g.direction = kernels::ncs;
@@ -111,24 +102,23 @@ Geometry geometry(const ConstTensor& x, const char* name = "x", Storage storage 
     } else if (x.inner == 1) {
         g.direction = kernels::ncs;  // runs of one element: slow, but served
     } else {
-        fail(name + (" has strides " + dims(x.outer_stride, x.channel_stride, x.inner_stride)) +
-             " of (outer, channels, inner), expected 1 for inner or for channels");
+        fail({"x", "has strides " + dims(x.outer_stride, x.channel_stride, x.inner_stride) + " of (outer, channels, inner)",
+              "1 for inner or for channels"});
     }
     return g;
 }
 
 template <bool writable>
 void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g, const char* of = "x") {
-    const std::string n = name;
     if (v.outer != g.outer || v.channels != g.channels || v.inner != g.inner) {
-        fail(n + " has (outer, channels, inner) " + dims(v.outer, v.channels, v.inner) + ", expected " +
-             dims(g.outer, g.channels, g.inner) + " as " + of + " has");
+        fail({name, "has (outer, channels, inner) " + dims(v.outer, v.channels, v.inner),
+              dims(g.outer, g.channels, g.inner) + " as " + of + " has"});
     }
-    if (v.dtype != g.dtype) fail(n + " has another storage type than " + of + ", expected the same");
+    if (v.dtype != g.dtype) fail({name, "has another storage type than " + std::string(of), "the same", "", Error::type});
     tensor(v, name);
     if (g.count() != 0 && !fits(v, g.direction)) {
-        fail(n + " has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride) + ", expected 1 for " +
-             (g.direction == kernels::ncs ? "inner" : "channels") + " as " + of + " has");
+        fail({name, "has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride),
+              std::string("1 for ") + (g.direction == kernels::ncs ? "inner" : "channels") + " as " + of + " has"});
     }
 }
 
@@ -136,553 +126,648 @@ void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g,
 void distinct_elements(const Tensor& v, const char* name) {
     if (v.outer == 0 || v.inner == 0) return;
     struct {
-        std::int64_t n, stride;
+        int64_t n, stride;
     } d[3] = {{v.outer, std::abs(v.outer_stride)}, {v.channels, std::abs(v.channel_stride)}, {v.inner, std::abs(v.inner_stride)}};
     std::sort(d, d + 3, [](auto a, auto b) { return a.stride < b.stride; });
-    std::int64_t extent = 0;  // of the smaller strides
+    int64_t extent = 0;  // of the smaller strides
     for (const auto& [n, stride] : d) {
-        if (n > 1 && stride <= extent) fail(std::string(name) + " has strides that reach one element twice, expected distinct elements");
+        if (n > 1 && stride <= extent) fail({name, "has strides that reach one element twice", "distinct elements"});
         if (n > 1) extent += (n - 1) * stride;
     }
 }
 
-template <bool writable>
-void no_partial_overlap(const Tensor& out, const char* out_name, const AnyView<writable>& in, const char* in_name) {
-    if (!range_of(out).overlaps(range_of(in))) return;
-    const bool same = out.data == in.data && (out.outer == 1 || out.outer_stride == in.outer_stride) &&
-                      (out.channels == 1 || out.channel_stride == in.channel_stride) &&
-                      (out.inner == 1 || out.inner_stride == in.inner_stride);
-    if (!same) fail(std::string(out_name) + " partly overlaps " + in_name + ", expected the same array (in place) or a separate one");
-}
+// ---- values per channel --------------------------------------------------------------------------------------------------------------
 
-enum class Values { any, finite, non_negative };
+enum class Values { any, finite, non_negative, positive };
 
 // A first look at contiguous values, in a form that compilers turn into vector code: of very many channels it would be felt otherwise.
 template <class V>
-bool all_good(const V* values, std::int64_t n, V least) {
-    std::int64_t bad = 0;
-    for (std::int64_t i = 0; i < n; ++i) bad += !(values[i] >= least && values[i] <= std::numeric_limits<V>::max());
+bool all_good(const V* values, int64_t n, V least) {
+    int64_t bad = 0;
+    for (int64_t i = 0; i < n; ++i) bad += !(values[i] >= least && values[i] <= std::numeric_limits<V>::max());
     return bad == 0;
 }
 template <bool writable>
 bool all_good(const AnyChannels<writable>& v, Values values) {
-    if (v.stride != 1) return false;
+    if (v.stride != 1 || values == Values::positive) return false;
     const bool any_sign = values == Values::finite;
     if (v.is_double) return all_good(static_cast<const double*>(v.data), v.size, any_sign ? std::numeric_limits<double>::lowest() : 0.0);
     return all_good(static_cast<const float*>(v.data), v.size, any_sign ? std::numeric_limits<float>::lowest() : 0.0f);
 }
 
+// `sample`: of rows per sample, which; else -1.
 template <bool writable>
-void channels(const AnyChannels<writable>& v, const char* name, std::int64_t n_channels, Values values = Values::any) {
-    const std::string n = name;
-    if (v.size != n_channels)
-        fail(n + " has " + std::to_string(v.size) + " values, expected " + std::to_string(n_channels) + ", one per channel of x");
+void channels(const AnyChannels<writable>& v, const char* name, int64_t n_channels, Values values = Values::any, int64_t sample = -1) {
+    if (v.size != n_channels) {
+        fail({name, "has " + std::to_string(v.size) + " values", std::to_string(n_channels) + ", one per channel of x"});
+    }
     if (values == Values::any || all_good(v, values)) return;
-    for (std::int64_t c = 0; c < v.size; ++c) {
+    const auto bad = [&](double value, int64_t c, const char* expected) {
+        std::string got = "is ";
+        got.append(number(value));
+        got.append(" at ");
+        if (sample >= 0) got.append("sample ").append(std::to_string(sample)).append(", ");
+        fail({name, got.append("channel ").append(std::to_string(c)), expected});
+    };
+    for (int64_t c = 0; c < v.size; ++c) {
         const double value = at(v, c);
-        if (!std::isfinite(value))
-            fail(n + " is " + std::to_string(value) + " at channel " + std::to_string(c) + ", expected finite values");
-        if (values == Values::non_negative && value < 0) {
-            fail(n + " is " + std::to_string(value) + " at channel " + std::to_string(c) + ", expected values >= 0");
-        }
+        if (!std::isfinite(value)) bad(value, c, "finite values");
+        if (values == Values::non_negative && value < 0) bad(value, c, "values >= 0");
+        if (values == Values::positive && value <= 0) bad(value, c, "values > 0");
     }
 }
 
 void required(bool present, const char* name) {
-    if (!present) fail(std::string(name) + " is missing");
+    if (!present) fail({name, "is missing", "it to be given", "", Error::type});
 }
 
-void optional_affine(const ConstChannels& gamma, const ConstChannels& beta, std::int64_t n_channels) {
-    if (gamma) channels(gamma, "gamma", n_channels, Values::finite);
-    if (beta) channels(beta, "beta", n_channels, Values::finite);
+// Rows of samples: equally many rows of outer each.
+template <bool writable>
+void rows(const AnyRows<writable>& v, const char* name, const Geometry& g, Values values) {
+    if (!v) return;
+    if (v.rows < 0 || (v.rows > 0 && g.outer % v.rows != 0)) {
+        fail({name, "has " + std::to_string(v.rows) + " rows", "0 or a number that divides the outer size " + std::to_string(g.outer)});
+    }
+    for (int64_t r = 0; r < std::max<int64_t>(v.rows, 1); ++r) channels(row_of(v, r), name, g.channels, values, v.rows == 0 ? -1 : r);
 }
 
 void eps(double value) {
-    if (!std::isfinite(value) || value < 0) fail("eps is " + std::to_string(value) + ", expected a finite number >= 0");
+    if (!std::isfinite(value) || value < 0) fail({"eps", "is " + number(value), "a finite number >= 0"});
 }
 
-void decay(double value) {
-    if (!(value >= 0 && value <= 1)) fail("decay is " + std::to_string(value) + ", expected a number in [0, 1]");
+void decay(double value, const char* name = "decay", const std::string& where = "") {
+    if (!(value >= 0 && value <= 1)) fail({name, "is " + number(value) + where, "a number in [0, 1], the weight of the old value"});
+}
+
+void ddof(int value, const char* name) {
+    if (value != 0 && value != 1) fail({name, "is " + std::to_string(value), "0 (divide by n) or 1 (divide by n - 1)"});
 }
 
 void separate_elements(const Channels& v, const char* name) {
-    if (v.size > 1 && v.stride == 0) fail(std::string(name) + " has stride 0, expected one element per channel");
+    if (v.size > 1 && v.stride == 0) {
+        fail({name, "has stride 0, so that its channels are one element", "separate elements", std::string("copy ") + name});
+    }
 }
 
-// Two vectors that are written share no element. Interleaved ones (two columns of one array) share an address range only.
-void separate(const Channels& a, const char* a_name, const Channels& b, const char* b_name) {
-    separate_elements(a, a_name);
-    separate_elements(b, b_name);
-    if (!range_of(a).overlaps(range_of(b))) return;
-    const std::int64_t size = a.is_double ? 8 : 4;
-    const auto offset = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(b.data) - reinterpret_cast<std::uintptr_t>(a.data));
-    const bool interleaved =
-        a.is_double == b.is_double && a.stride == b.stride && a.stride != 0 && offset % size == 0 && (offset / size) % a.stride != 0;
-    if (!interleaved) fail(std::string(a_name) + " and " + b_name + " overlap, expected two separate arrays");
+void activation(Activation activation, double value, Dtype dtype) {
+    if (activation < Activation::none || activation > Activation::silu) fail({"activation", "is not known", "one that Activation names"});
+    if (activation != Activation::leaky_relu) return;
+    const bool good = dtype == Dtype::float64 ? std::isfinite(value) : std::isfinite(static_cast<float>(value));
+    if (!good) fail({"slope", "is " + number(value), "a finite number that the type x computes in can hold"});
 }
 
-void running(const Channels& mean, const Channels& var, std::int64_t n_channels) {
-    channels(mean, "running_mean", n_channels);
-    channels(var, "running_var", n_channels);
-    separate(mean, "running_mean", var, "running_var");
+void call_threads(int n) {
+    if (n < 0) fail({"num_threads", "is " + std::to_string(n), "at least 1, or 0 for the default"});
 }
 
-// No written vector may touch a tensor that is read or written. By address ranges: see `disjoint` in the arguments.
-template <class Statistic>
-void apart(const Range& tensor_range, const char* tensor_name, const Statistic& v, const char* name) {
-    if (tensor_range.overlaps(range_of(v))) fail(std::string(tensor_name) + " overlaps " + name + ", expected separate arrays");
+void execution(const Execution& e) {
+    call_threads(e.num_threads);
+    if (e.group != nullptr) fail({"group", "is given", "none: statistics over several processes are not served yet", "drop it"});
 }
 
-Range range_of(std::span<const std::uint8_t> bytes) {
-    const auto base = reinterpret_cast<std::uintptr_t>(bytes.data());
-    return {base, base + bytes.size()};
-}
+// ---- what counts -----------------------------------------------------------------------------------------------------------------------
 
-// Counts the positions that count. A mask leaves the values at the others alone, weights included.
-void positions(const Positions& p, Geometry& g) {
-    const std::int64_t count = g.count();
+// Sizes and parts, and how much of each counts. A mask leaves the values at the others alone, weights included.
+Call counted(const Geometry& g, const Positions& p, int64_t part_outer = 0) {
+    Call call;
+    call.geometry = g;
+    call.parts = {g.outer, g.outer, 1};
+    if (part_outer < 0) fail({"part_outer", "is " + std::to_string(part_outer), "a number >= 0"});
+    if (part_outer > 0 && part_outer < g.outer) {
+        call.parts.rows = part_outer;
+        call.parts.count = (g.outer + part_outer - 1) / part_outer;
+        // A shorter last part of a single value per channel joins the one before.
+        const int64_t last = call.parts.size(call.parts.count - 1);
+        if (last < part_outer && last * g.inner < 2) --call.parts.count;
+    }
+    call.counts = Counts(g, call.parts);
+    if (!p) return call;
     const auto size = [&](std::size_t n, const char* name) {
-        if (n != 0 && (count == 0 || count % static_cast<std::int64_t>(n) != 0)) {
-            fail(std::string(name) + " has " + std::to_string(n) + " values, expected one for each of the " + std::to_string(count) +
-                 " positions of x, or a number that divides that");
+        if (n != 0 && (g.count() == 0 || g.count() % static_cast<int64_t>(n) != 0)) {
+            fail({name, "has " + std::to_string(n) + " values",
+                  "one for each of the " + std::to_string(g.count()) + " positions of x, or a number that divides that"});
         }
     };
     size(p.mask.size(), "mask");
     size(p.weights.size(), "weights");
-    if (p.mask.empty() && p.weights.empty()) return;
-    if (is_integer(g.dtype)) {
-        fail((p.mask.empty() ? "weights are" : "a mask is") +
-             std::string(" given with x of integers, expected none; drop it, or convert x") + " to a floating type");
-    }
-    const Counted c = count_positions(p, count);
-    if (c.bad >= 0) {
-        fail("weights is " + std::to_string(p.weights[static_cast<std::size_t>(c.bad)]) + " at " + std::to_string(c.bad) +
-             ", expected finite values >= 0");
-    }
-    if (!std::isfinite(c.weight)) fail("weights sum to more than a double holds, expected smaller ones");
-    g.counting = c.positions;
-    g.weight = c.weight;
-}
-
-void no_weights(const Positions& p, const char* why) {
-    if (!p.weights.empty()) fail(std::string("weights are given ") + why + "; drop them");
-}
-
-void call_threads(int n) {
-    if (n < 0) fail("num_threads is " + std::to_string(n) + ", expected at least 1, or 0 for the default");
-}
-
-void activation(Activation activation, double value, const Geometry& g) {
-    if (activation < Activation::none || activation > Activation::silu) fail("activation is not known, expected one that Activation names");
-    if (activation != Activation::leaky_relu) return;
-    const bool fits = g.dtype == Dtype::float64 ? std::isfinite(value) : std::isfinite(static_cast<float>(value));
-    if (!fits) fail("slope is " + std::to_string(value) + ", expected a finite number that the type x computes in can hold");
-}
-
-// A mask that is given has the right size and an activation to tell of.
-void mask(std::span<const std::uint8_t> bytes, Activation activation, const Geometry& g) {
-    if (bytes.empty()) return;
-    if (!piecewise_linear(activation)) {
-        fail("activation_mask is given without activation relu, leaky_relu or relu6, of which it tells; drop one of them");
-    }
-    if (static_cast<std::int64_t>(bytes.size()) != mask_bytes(g)) {
-        fail("activation_mask has " + std::to_string(bytes.size()) +
-             " bytes, expected activation_mask_bytes(x) = " + std::to_string(mask_bytes(g)));
-    }
-}
-
-// The residual is read like x, and y may be written over it in place.
-void residual(const ConstTensor& z, const Tensor& y, const Geometry& g, bool disjoint) {
-    if (!z) return;
-    same_shape(z, "residual", g);
-    if (!disjoint) no_partial_overlap(y, "y", z, "residual");
-}
-
-// After a residual, x alone does not tell the activation's derivative.
-void backward_residual(const BatchNormBackwardArgs& a, const Geometry& g) {
-    if (a.residual) {
-        same_shape(a.residual, "residual", g);
-        if (a.activation == Activation::none) fail("residual is given without an activation, for which alone it is read; drop it");
-        if (!a.activation_mask.empty()) fail("residual and activation_mask are given, which tell the same; drop one of them");
-    } else if (a.dresidual && a.activation != Activation::none && a.activation_mask.empty()) {
-        fail(std::string(piecewise_linear(a.activation) ? "activation_mask" : "residual") +
-             " is missing, expected the forward's: after a residual, x does not tell where the activation was on");
-    }
-}
-
-// What says which positions count is read while outputs are written.
-void positions_apart(const Positions& p, const Tensor& out, const char* out_name) {
-    const auto one = [&](const void* data, std::size_t bytes, const char* name) {
-        const auto base = reinterpret_cast<std::uintptr_t>(data);
-        if (out && bytes != 0 && range_of(out).overlaps({base, base + bytes})) {
-            fail(std::string(out_name) + " overlaps " + name + ", expected separate arrays");
+    if (p.element_mask) {
+        if (!p.mask.empty()) fail({"element_mask", "is given with mask", "one of them", "exclude the positions in element_mask"});
+        if (p.element_mask.dtype != Dtype::uint8) fail({"element_mask", "is not of uint8", "a byte per element", "", Error::type});
+        if (p.element_mask.outer != g.outer || p.element_mask.channels != g.channels || p.element_mask.inner != g.inner) {
+            fail({"element_mask", "has other sizes than x", dims(g.outer, g.channels, g.inner)});
         }
+        tensor(p.element_mask, "element_mask");
+    }
+    if (g.count() == 0) return call;
+    if (const int64_t bad = call.counts.count(g, p); bad >= 0) {
+        fail({"weights", "holds " + number(p.weights[index(bad)]) + " at position " + std::to_string(bad), "finite values >= 0"});
+    }
+    call.counts.each([](int64_t, double weight) {
+        if (!std::isfinite(weight)) fail({"weights", "sum to more than a double holds", "smaller ones"});
+    });
+    return call;
+}
+
+void groups(const ConstRows& gamma, const ConstRows& beta, Call& call) {
+    const int64_t n = std::max(gamma ? gamma.rows : 0, beta ? beta.rows : 0);
+    if (n == 0 || call.geometry.outer == 0) return;
+    for (const auto& [v, name] : {std::pair{&gamma, "gamma"}, {&beta, "beta"}}) {
+        if (*v && v->rows != 0 && v->rows != n) {
+            fail({name, "has " + std::to_string(v->rows) + " rows", std::to_string(n) + " as the other parameter has, or 0"});
+        }
+    }
+    call.group_outer = call.geometry.outer / n;
+    if (call.parts.rows % call.group_outer != 0) {
+        fail({"part_outer", "is " + std::to_string(call.parts.rows),
+              "a multiple of the " + std::to_string(call.group_outer) + " rows of outer of a sample of gamma and beta"});
+    }
+}
+
+// ---- overlaps
+// ----------------------------------------------------------------------------------------------------------------------------
+
+// What a call writes may overlap nothing else it uses.
+template <class Written>
+class Apart {
+public:
+    Apart(const Written& written, const char* name) : written_(written), range_(range_of(written)), name_(name) {}
+    template <class V>
+    const Apart& from(const V& v, const char* name) const {
+        if (range_.meets(range_of(v)) && share_element(block_of(written_), block_of(v))) {
+            fail({name_, std::string("overlaps ") + name, "separate arrays"});
+        }
+        return *this;
+    }
+    // The same array is fine: in place.
+    const Apart& but_in_place(const ConstTensor& v, const char* name) const {
+        if (!range_.meets(range_of(v)) || same_elements(block_of(written_), block_of(v))) return *this;
+        if (share_element(block_of(written_), block_of(v))) {
+            fail({name_, std::string("overlaps ") + name + " without being the same array",
+                  std::string(name) + " itself (in place) or a separate array"});
+        }
+        return *this;
+    }
+    const Apart& from(const Positions& p) const { return from(p.mask, "mask").from(p.weights, "weights").from(p.element_mask, "mask"); }
+
+private:
+    const Written& written_;
+    Range range_;
+    const char* name_;
+};
+
+void forward_overlaps(const Forward& f) {
+    if (f.execution.disjoint) return;
+    const bool renews = f.renorm.decay >= 0;
+    Apart(f.y, "out")
+        .but_in_place(f.x, "x")
+        .but_in_place(f.residual, "residual")
+        .from(f.positions)
+        .from(f.mean, "mean")
+        .from(f.var, "var")
+        .from(f.gamma, "gamma")
+        .from(f.beta, "beta")
+        .from(f.running.mean, "running_mean")
+        .from(f.running.var, "running_var")
+        .from(f.renorm.mean, "renorm mean")
+        .from(f.renorm.std, "renorm std")
+        .from(f.running.seen, "seen")
+        .from(f.running.decays, "decay");
+    struct Written {
+        const Channels& v;
+        const char* name;
+        bool is;
     };
-    one(p.mask.data(), p.mask.size(), "mask");
-    one(p.weights.data(), p.weights.size_bytes(), "weights");
+    const Written written[] = {{f.running.mean, "running_mean", true},
+                               {f.running.var, "running_var", true},
+                               {f.renorm.mean, "renorm mean", renews},
+                               {f.renorm.std, "renorm std", renews}};
+    for (const Written& w : written) {
+        if (!w.v || !w.is) continue;
+        const Apart apart(w.v, w.name);
+        apart.from(f.x, "x")
+            .from(f.residual, "residual")
+            .from(f.gamma, "gamma")
+            .from(f.beta, "beta")
+            .from(f.positions)
+            .from(f.running.seen, "seen")
+            .from(f.running.decays, "decay");
+        for (const Written& other : written) {
+            if (&other.v != &w.v) apart.from(other.v, other.name);
+        }
+    }
 }
 
-// A mask that is written touches no other array, nor the positions.
-template <class... Read>
-void mask_apart(std::span<const std::uint8_t> bytes, const Positions& p, const Read&... others) {
-    if (bytes.empty()) return;
-    const auto first = reinterpret_cast<std::uintptr_t>(p.weights.data());
-    if (range_of(bytes).overlaps(range_of(p.mask)) || range_of(bytes).overlaps({first, first + p.weights.size_bytes()})) {
-        fail("activation_mask overlaps mask or weights, expected separate arrays");
+// ---- forward
+// -----------------------------------------------------------------------------------------------------------------------------
+
+void running_arrays(const Running& r, int64_t n) {
+    if (static_cast<bool>(r.mean) != static_cast<bool>(r.var)) {
+        fail({r.mean ? "running_var" : "running_mean", "is missing", "running_mean and running_var or neither"});
     }
-    const auto one = [&](const auto& v, const char* name) {
-        if (v && range_of(bytes).overlaps(range_of(v)))
-            fail(std::string("activation_mask overlaps ") + name + ", expected separate arrays");
-    };
-    (one(others.first, others.second), ...);
+    if (!r.mean) {
+        if (r.seen || r.decays) {
+            fail({r.seen ? "seen" : "decay", "is given without running statistics", "running_mean and running_var as well", "drop it"});
+        }
+        return;
+    }
+    channels(r.mean, "running_mean", n);
+    channels(r.var, "running_var", n);
+    separate_elements(r.mean, "running_mean");
+    separate_elements(r.var, "running_var");
+    ddof(r.ddof, "running_ddof");
+    if (r.decays && r.seen) fail({"decay", "is given with seen", "one of them", "drop one"});
+    if (r.seen) {
+        channels(r.seen, "seen", n, Values::non_negative);
+    } else if (r.decays) {
+        channels(r.decays, "decay", n);
+        for (int64_t c = 0; c < n; ++c) decay(at(r.decays, c), "decay", " at channel " + std::to_string(c));
+    } else {
+        decay(r.decay);
+    }
 }
 
-// The reference of batch renormalisation is read, r and d are written like mean and inv_std, which are given.
-void renorm(const Renorm& n, const BatchNormTrainArgs& a, const Channels& mean, const Channels& inv_std, const Geometry& g) {
-    if (static_cast<bool>(n.mean) != static_cast<bool>(n.std)) {
-        fail(std::string(n.mean ? "renorm.std" : "renorm.mean") + " is missing, expected renorm.mean and renorm.std or neither");
+void renorm(const Forward& f, int64_t n) {
+    const Renorm& r = f.renorm;
+    if (!r.enabled) {
+        if (r.decay >= 0) fail({"renorm.decay", "is given without renormalisation", "renorm.enabled"});
+        return;
     }
-    if (!n.mean) return;
-    channels(n.mean, "renorm.mean", g.channels, Values::finite);
-    channels(n.std, "renorm.std", g.channels, Values::finite);
-    for (std::int64_t c = 0; c < n.std.size; ++c) {
-        if (at(n.std, c) <= 0)
-            fail("renorm.std is " + std::to_string(at(n.std, c)) + " at channel " + std::to_string(c) + ", expected > 0");
+    if (static_cast<bool>(r.mean) != static_cast<bool>(r.std)) {
+        fail({r.mean ? "renorm std" : "renorm mean", "is missing", "mean and std of the reference or neither"});
     }
-    if (!(n.rmin >= 0 && n.rmin <= 1)) fail("rmin is " + std::to_string(n.rmin) + ", expected a number in [0, 1]");
-    if (!(n.rmax >= 1)) fail("rmax is " + std::to_string(n.rmax) + ", expected a number >= 1");
-    if (!(n.dmax >= 0)) fail("dmax is " + std::to_string(n.dmax) + ", expected a number >= 0");
-    const Channels r(n.r), d(n.d);
-    channels(r, "r", g.channels);
-    channels(d, "d", g.channels);
-    separate(r, "r", d, "d");
-    for (const auto& [v, name] : {std::pair{&r, "r"}, {&d, "d"}}) {
-        separate(mean, "mean", *v, name);
-        separate(inv_std, "inv_std", *v, name);
-        apart(range_of(n.mean), "renorm.mean", *v, name);
-        apart(range_of(n.std), "renorm.std", *v, name);
-        if (a.running_mean) separate(*v, name, a.running_mean, "running_mean");
-        if (a.running_var) separate(*v, name, a.running_var, "running_var");
-        if (a.disjoint) continue;
-        apart(range_of(a.y), "y", *v, name);
-        apart(range_of(a.x), "x", *v, name);
-        if (a.residual) apart(range_of(a.residual), "residual", *v, name);
+    if (r.mean) {
+        channels(r.mean, "renorm mean", n, Values::finite);
+        channels(r.std, "renorm std", n, Values::positive);
+    } else if (!f.running.mean) {
+        fail({"renorm", "is given without a reference", "running statistics, or mean and std of a reference", ""});
+    } else {
+        channels(f.running.mean, "running_mean", n, Values::finite);
+        channels(f.running.var, "running_var", n, Values::non_negative);
     }
-    for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {  // the reference is read again after them
-        apart(range_of(n.mean), "renorm.mean", *v, name);
-        apart(range_of(n.std), "renorm.std", *v, name);
-    }
-    if (a.disjoint) return;
-    apart(range_of(a.y), "y", n.mean, "renorm.mean");
-    apart(range_of(a.y), "y", n.std, "renorm.std");
+    if (!(r.rmin >= 0 && r.rmin <= 1)) fail({"rmin", "is " + number(r.rmin), "a number in [0, 1]"});
+    if (!(r.rmax >= 1)) fail({"rmax", "is " + number(r.rmax), "a number >= 1"});
+    if (!(r.dmax >= 0)) fail({"dmax", "is " + number(r.dmax), "a number >= 0"});
+    if (r.decay < 0) return;
+    decay(r.decay, "renorm decay");
+    if (!r.mean) fail({"renorm decay", "is given without a reference of its own", "mean and std as well", "drop it"});
+    separate_elements(r.mean, "renorm mean");
+    separate_elements(r.std, "renorm std");
 }
 
-// What batch_norm asks of y, residual and activation if x is of integers.
-void image(const BatchNormArgs& a, const Geometry& g) {
-    if (a.residual) fail("residual is given with x of integers, expected none; drop it, or convert x to a floating type");
-    if (a.activation != Activation::none) {
-        fail("activation is given with x of integers, expected none; drop it, or convert x to a floating type");
+void keep(const Forward& f) {
+    if (f.saved == nullptr || f.keep == Keep::x) return;
+    const std::string why = "y does not tell x";
+    if (f.residual) fail({"keep", "is y with a residual, behind which " + why, "x", "or add the residual outside"});
+    if (f.activation == Activation::none) return;
+    if (f.activation != Activation::leaky_relu) {
+        fail({"keep", "is y with an activation behind which " + why, "x, or leaky_relu, or no activation",
+              "or apply the activation outside"});
     }
-    if (is_integer(a.y.dtype)) fail("y has an integer storage type, expected a floating one");
-    const bool to_runs = g.direction == kernels::nsc && (g.inner == 1 || a.y.inner_stride == 1);
+    if (!(f.slope >= 0x1p-60 && f.slope <= 0x1p60)) {
+        fail({"slope", "is " + number(f.slope), "a number from 2**-60 to 2**60, so that y tells x", "or keep x"});
+    }
+}
+
+// A batch that statistics can be had from, or nothing at all.
+void enough_values(const Forward& f, const Call& call) {
+    if (f.mean) return;
+    int64_t most = 0;
+    double heaviest = 0;
+    call.counts.each([&](int64_t positions, double weight) {
+        most = std::max(most, positions);
+        if (positions >= 2) heaviest = std::max(heaviest, weight);
+    });
+    if (most == 1) {
+        fail({"x", std::string("has one value per channel") + (f.positions ? " that counts" : "") + ", from which no variance can be had",
+              "at least 2",
+              "use a larger batch, normalise with running statistics (batch_norm, or the layer's eval mode), or normalise another axis"});
+    }
+    if (most > 1 && f.running.mean && heaviest <= f.running.ddof) {
+        fail({"weights", "sum to " + number(heaviest),
+              "more than running_ddof = " + std::to_string(f.running.ddof) + " for the running variance, var * n / (n - running_ddof)",
+              "use running_ddof = 0, or larger weights"});
+    }
+}
+
+// What batch_norm asks of y if x is of integers.
+void image(const Forward& f, const Geometry& g) {
+    if (is_integer(f.y.dtype)) fail({"y", "has an integer storage type", "a floating one", "", Error::type});
+    const bool to_runs = g.direction == kernels::nsc && (g.inner == 1 || f.y.inner_stride == 1);
     Geometry wanted = g;
-    wanted.dtype = a.y.dtype;
-    if (to_runs && !fits(a.y, g.direction)) wanted.direction = kernels::ncs;
-    same_shape(a.y, "y", wanted);
-    if (!a.disjoint && range_of(a.y).overlaps(range_of(a.x))) fail("y overlaps x, expected separate arrays");
+    wanted.dtype = f.y.dtype;
+    if (to_runs && !fits(f.y, g.direction)) wanted.direction = kernels::ncs;
+    same_shape(f.y, "y", wanted);
+    if (f.residual) same_shape(f.residual, "residual", wanted, "y");
+    if (f.saved != nullptr) fail({"saved", "is given with x of integers, which have no gradients", "none", "drop it, or convert x"});
+}
+
+// What both kinds of forward ask for.
+Call forward(const Forward& f, Storage storage) {
+    const Geometry g = geometry(f.x, storage);
+    Call call = counted(g, f.positions, f.part_outer);
+    if (static_cast<bool>(f.mean) != static_cast<bool>(f.var)) {
+        fail({f.mean ? "var" : "mean", "is missing", "mean and var or neither"});
+    }
+    if (f.mean) {
+        const bool values = f.execution.check_values;
+        channels(f.mean, "mean", g.channels, values ? Values::finite : Values::any);
+        channels(f.var, "var", g.channels, values ? Values::non_negative : Values::any);
+    }
+    const Values affine = f.execution.check_values ? Values::finite : Values::any;
+    rows(f.gamma, "gamma", g, affine);
+    rows(f.beta, "beta", g, affine);
+    groups(f.gamma, f.beta, call);
+    eps(f.eps);
+    if (is_integer(g.dtype)) {
+        image(f, g);
+    } else {
+        same_shape(f.y, "y", g);
+        if (f.residual) same_shape(f.residual, "residual", g);
+    }
+    distinct_elements(f.y, "y");
+    activation(f.activation, f.slope, g.dtype);
+    execution(f.execution);
+    return call;
 }
 
 }  // namespace
 
-Geometry arguments(const BatchNormArgs& a) {
-    Geometry g = geometry(a.x, "x", Storage::any);
-    no_weights(a.positions, "to batch_norm, which takes no statistics");
-    positions(a.positions, g);
-    required(static_cast<bool>(a.mean), "mean");
-    required(static_cast<bool>(a.var), "var");
-    channels(a.mean, "mean", g.channels, Values::finite);
-    channels(a.var, "var", g.channels, Values::non_negative);
-    optional_affine(a.gamma, a.beta, g.channels);
-    eps(a.eps);
-    if (is_integer(g.dtype)) {
-        image(a, g);
-    } else {
-        same_shape(a.y, "y", g);
+Call inference(const Forward& f) {
+    required(static_cast<bool>(f.mean), "mean");
+    required(static_cast<bool>(f.var), "var");
+    Call call = forward(f, Storage::any);
+    if (!f.positions.weights.empty()) {
+        fail({"weights", "are given to batch_norm, which takes no statistics", "none", "drop them, or exclude positions by a mask"});
     }
-    distinct_elements(a.y, "y");
-    residual(a.residual, a.y, g, a.disjoint);
-    activation(a.activation, a.slope, g);
-    mask(a.activation_mask, a.activation, g);
-    call_threads(a.num_threads);
-    if (a.disjoint) return g;
-    no_partial_overlap(a.y, "y", a.x, "x");
-    positions_apart(a.positions, a.y, "y");
-    mask_apart(a.activation_mask, a.positions, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"},
-               std::pair{a.mean, "mean"}, std::pair{a.var, "var"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"});
-    const Range y = range_of(a.y);
-    for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.var, "var"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
-        if (*v) apart(y, "y", *v, name);
+    if (f.running.mean || f.renorm.enabled) {
+        fail({f.running.mean ? "running_mean" : "renorm", "is given to batch_norm, which takes no statistics", "none",
+              "use batch_norm_train, which takes mean and var too"});
     }
-    return g;
+    keep(f);
+    forward_overlaps(f);
+    return call;
 }
 
-Geometry arguments(const BatchNormTrainArgs& a) {
-    Geometry g = geometry(a.x);
-    positions(a.positions, g);
-    optional_affine(a.gamma, a.beta, g.channels);
-    if (static_cast<bool>(a.running_mean) != static_cast<bool>(a.running_var)) {
-        fail(std::string(a.running_mean ? "running_var" : "running_mean") +
-             " is missing, expected running_mean and running_var or neither");
-    }
-    eps(a.eps);
-    decay(a.decay);
-    if (a.running_ddof != 0 && a.running_ddof != 1) fail("running_ddof is " + std::to_string(a.running_ddof) + ", expected 0 or 1");
-    if (g.counting == 1) {
-        fail(
-            "x has one value per channel, from which no variance can be had, expected at least 2; use batch_norm with running statistics, "
-            "or a larger batch");
-    }
-    if (a.running_mean && g.counting > 0 && g.weight <= a.running_ddof) {
-        fail("weights sum to " + std::to_string(g.weight) + ", expected more than running_ddof = " + std::to_string(a.running_ddof) +
-             " for the running variance; use running_ddof = 0, or larger weights");
-    }
-    same_shape(a.y, "y", g);
-    distinct_elements(a.y, "y");
-    const Channels mean(a.mean), inv_std(a.inv_std);
-    channels(mean, "mean", g.channels);
+Call training(const Forward& f) {
+    Call call = forward(f, Storage::floating);
+    running_arrays(f.running, call.geometry.channels);
+    renorm(f, call.geometry.channels);
+    keep(f);
+    enough_values(f, call);
+    forward_overlaps(f);
+    return call;
+}
+
+Call saving(const Forward& f, const ConstChannels& inv_std) {
+    const Geometry g = geometry(f.x);
+    Call call = counted(g, f.positions);
+    required(static_cast<bool>(f.mean), "mean");
+    required(static_cast<bool>(inv_std), "inv_std");
+    channels(f.mean, "mean", g.channels);
     channels(inv_std, "inv_std", g.channels);
-    separate(mean, "mean", inv_std, "inv_std");
-    if (a.running_mean) {
-        running(a.running_mean, a.running_var, g.channels);
-        for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {
-            separate(*v, name, a.running_mean, "running_mean");
-            separate(*v, name, a.running_var, "running_var");
+    rows(f.gamma, "gamma", g, Values::finite);
+    rows(f.beta, "beta", g, Values::finite);
+    groups(f.gamma, f.beta, call);
+    activation(f.activation, f.slope, g.dtype);
+    if (f.residual) same_shape(f.residual, "residual", g);
+    if (f.saved == nullptr) fail({"saved", "is missing", "a Saved to fill"});
+    return call;
+}
+
+// ---- backward
+// ------------------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+const Saved::Impl& held(const Saved* saved) {
+    if (saved == nullptr || saved->empty()) {
+        throw Misuse("saved is empty, expected what a forward pass left; call batch_norm_train with it first");
+    }
+    return *saved->get();
+}
+
+void parameter(const Rows& v, const char* name, const SavedRows& forward, const Geometry& g) {
+    if (!v) return;
+    rows(v, name, g, Values::any);
+    const int64_t expected = forward ? forward.rows : 0;
+    if (v.rows != expected)
+        fail({name, "has " + std::to_string(v.rows) + " rows", std::to_string(expected) + " as the forward's parameter"});
+    separate_elements(v.values, name);
+}
+
+void forward_residual(const Saved::Impl& s, const Geometry& g, const ConstTensor& residual) {
+    if (residual) same_shape(residual, "residual", g, "the forward's x");
+    if (s.reads_residual() && !residual) {
+        fail({"residual", "is missing", "that of the forward: behind it x does not tell the activation's derivative"});
+    }
+    if (residual && !s.reads_residual()) fail({"residual", "is given", "none: backward does not need it here", "drop it"});
+}
+
+}  // namespace
+
+const Saved::Impl& backward(const Backward& b) {
+    const Saved::Impl& s = held(b.saved);
+    const Geometry g = s.call(b.kept).geometry;
+    same_shape(b.kept, s.keep == Keep::x ? "x" : "y", g, "the forward's");
+    same_shape(b.dy, "dy", g);
+    forward_residual(s, g, b.residual);
+    for (const auto& [v, name] : {std::pair{&b.dx, "dx"}, {&b.dresidual, "dresidual"}}) {
+        if (!*v) continue;
+        same_shape(*v, name, g);
+        distinct_elements(*v, name);
+    }
+    if (b.dresidual && !s.has_residual) fail({"dresidual", "is given", "none: the forward had no residual", "drop it"});
+    parameter(b.dgamma, "dgamma", s.gamma, g);
+    parameter(b.dbeta, "dbeta", s.beta, g);
+    execution(b.execution);
+    if (b.execution.disjoint) return s;
+    if (b.dx) Apart(b.dx, "out").but_in_place(b.dy, "dy").but_in_place(b.kept, "x").but_in_place(b.residual, "residual");
+    if (b.dresidual) {  // it may be written before x has been read
+        Apart(b.dresidual, "out_residual")
+            .but_in_place(b.dy, "dy")
+            .but_in_place(b.residual, "residual")
+            .from(b.kept, "x")
+            .from(b.dx, "out");
+    }
+    for (const auto& [v, name] : {std::pair{&b.dgamma, "dgamma"}, {&b.dbeta, "dbeta"}}) {
+        if (!*v) continue;
+        Apart(*v, name).from(b.dy, "dy").from(b.kept, "x").from(b.residual, "residual").from(b.dx, "out").from(b.dresidual, "out_residual");
+    }
+    if (b.dgamma) Apart(b.dgamma, "dgamma").from(b.dbeta, "dbeta");
+    return s;
+}
+
+const Saved::Impl& double_backward(const DoubleBackward& b) {
+    const Saved::Impl& s = held(b.saved);
+    const Geometry g = s.call(b.kept).geometry;
+    same_shape(b.kept, s.keep == Keep::x ? "x" : "y", g, "the forward's");
+    same_shape(b.dy, "dy", g);
+    forward_residual(s, g, b.residual);
+    if (b.ddx) same_shape(b.ddx, "ddx", g);
+    if (b.ddresidual) {
+        same_shape(b.ddresidual, "ddresidual", g);
+        if (!s.has_residual) fail({"ddresidual", "is given", "none: the forward had no residual", "drop it"});
+    }
+    const Values values = b.execution.check_values ? Values::finite : Values::any;
+    rows(b.ddgamma, "ddgamma", g, values);
+    rows(b.ddbeta, "ddbeta", g, values);
+    for (const auto& [v, forward, name] : {std::tuple{&b.ddgamma, &s.gamma, "ddgamma"}, {&b.ddbeta, &s.beta, "ddbeta"}}) {
+        const int64_t expected = *forward ? forward->rows : 0;
+        if (*v && v->rows != expected) {
+            fail({name, "has " + std::to_string(v->rows) + " rows", std::to_string(expected) + " as the forward's parameter"});
         }
     }
-    renorm(a.renorm, a, mean, inv_std, g);
-    residual(a.residual, a.y, g, a.disjoint);
-    activation(a.activation, a.slope, g);
-    mask(a.activation_mask, a.activation, g);
-    call_threads(a.num_threads);
-    if (a.disjoint) return g;
-    no_partial_overlap(a.y, "y", a.x, "x");
-    positions_apart(a.positions, a.y, "y");
-    mask_apart(a.activation_mask, a.positions, std::pair{a.x, "x"}, std::pair{a.y, "y"}, std::pair{a.residual, "residual"},
-               std::pair{mean, "mean"}, std::pair{inv_std, "inv_std"}, std::pair{a.gamma, "gamma"}, std::pair{a.beta, "beta"},
-               std::pair{a.running_mean, "running_mean"}, std::pair{a.running_var, "running_var"});
-    const Range y = range_of(a.y);
-    for (const auto& [v, name] : {std::pair{&mean, "mean"}, {&inv_std, "inv_std"}}) {
-        apart(y, "y", *v, name);
-        apart(range_of(a.x), "x", *v, name);
-        if (a.residual) apart(range_of(a.residual), "residual", *v, name);
-    }
-    for (const auto& [v, name] : {std::pair{&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
-        if (*v) apart(y, "y", *v, name);
-    }
-    for (const auto& [v, name] : {std::pair{&a.running_mean, "running_mean"}, {&a.running_var, "running_var"}}) {
+    parameter(b.dgamma, "dgamma", s.gamma, g);
+    parameter(b.dbeta, "dbeta", s.beta, g);
+    const std::pair<const Tensor*, const char*> outputs[] = {{&b.ddy, "ddy"}, {&b.dx, "dx"}, {&b.dresidual, "dresidual"}};
+    const std::pair<Block, const char*> written[] = {{block_of(b.ddy), "ddy"},
+                                                     {block_of(b.dx), "dx"},
+                                                     {block_of(b.dresidual), "dresidual"},
+                                                     {block_of(b.dgamma), "dgamma"},
+                                                     {block_of(b.dbeta), "dbeta"}};
+    for (const auto& [v, name] : outputs) {
         if (!*v) continue;
-        apart(y, "y", *v, name);
-        apart(range_of(a.x), "x", *v, name);
-        if (a.residual) apart(range_of(a.residual), "residual", *v, name);
-        if (a.gamma) apart(range_of(a.gamma), "gamma", *v, name);
-        if (a.beta) apart(range_of(a.beta), "beta", *v, name);
+        same_shape(*v, name, g);
+        distinct_elements(*v, name);
     }
-    return g;
-}
-
-Geometry arguments(const BatchNormBackwardArgs& a) {
-    Geometry g = geometry(a.x);
-    if (a.stats == Stats::fixed) no_weights(a.positions, "with fixed statistics, which they do not enter");
-    positions(a.positions, g);
-    same_shape(a.dy, "dy", g);
-    required(static_cast<bool>(a.mean), "mean");
-    required(static_cast<bool>(a.inv_std), "inv_std");
-    channels(a.mean, "mean", g.channels);
-    channels(a.inv_std, "inv_std", g.channels);
-    optional_affine(a.gamma, a.beta, g.channels);
-    if (a.stats == Stats::batch && g.counting == 1) {
-        fail(
-            "x has one value per channel, expected at least 2 with batch statistics; use Stats::fixed for a forward with given statistics");
-    }
-    for (const auto& [v, name] : {std::pair{&a.dgamma, "dgamma"}, {&a.dbeta, "dbeta"}}) {
-        if (!*v) continue;
-        channels(*v, name, g.channels);
-        separate_elements(*v, name);
-    }
-    if (a.dgamma && a.dbeta) separate(a.dgamma, "dgamma", a.dbeta, "dbeta");
-    if (a.dx) {
-        same_shape(a.dx, "dx", g);
-        distinct_elements(a.dx, "dx");
-    }
-    if (a.dresidual) {
-        same_shape(a.dresidual, "dresidual", g);
-        distinct_elements(a.dresidual, "dresidual");
-    }
-    activation(a.activation, a.slope, g);
-    mask(a.activation_mask, a.activation, g);
-    backward_residual(a, g);
-    call_threads(a.num_threads);
-    if (a.disjoint) return g;
-    for (const auto& [v, name] : {std::pair{&a.dgamma, "dgamma"}, {&a.dbeta, "dbeta"}}) {
-        if (!*v) continue;
-        apart(range_of(a.x), "x", *v, name);
-        apart(range_of(a.dy), "dy", *v, name);
-        if (a.residual) apart(range_of(a.residual), "residual", *v, name);
-        if (a.dx) apart(range_of(a.dx), "dx", *v, name);
-        if (a.dresidual) apart(range_of(a.dresidual), "dresidual", *v, name);
-        mask_apart(a.activation_mask, a.positions, std::pair{*v, name});
-    }
-    for (const auto& [out, out_name] : {std::pair{&a.dx, "dx"}, {&a.dresidual, "dresidual"}}) {
-        if (!*out) continue;
-        no_partial_overlap(*out, out_name, a.dy, "dy");
-        positions_apart(a.positions, *out, out_name);
-        if (a.residual) no_partial_overlap(*out, out_name, a.residual, "residual");
-        if (out == &a.dx) no_partial_overlap(*out, out_name, a.x, "x");
-        mask_apart(a.activation_mask, a.positions, std::pair{*out, out_name});
-        for (const auto& [v, name] : {std::pair{&a.mean, "mean"}, {&a.inv_std, "inv_std"}, {&a.gamma, "gamma"}, {&a.beta, "beta"}}) {
-            if (*v) apart(range_of(*out), out_name, *v, name);
+    for (const auto& w : written) {
+        if (b.execution.disjoint) break;
+        const Apart apart(w.first, w.second);
+        apart.from(b.dy, "dy").from(b.kept, "x").from(b.residual, "residual").from(b.ddx, "ddx").from(b.ddresidual, "ddresidual");
+        apart.from(b.ddgamma, "ddgamma").from(b.ddbeta, "ddbeta");
+        for (const auto& other : written) {
+            if (&other != &w) apart.from(other.first, other.second);
         }
     }
-    // It may be written before x has been read.
-    if (a.dresidual && range_of(a.dresidual).overlaps(range_of(a.x))) fail("dresidual overlaps x, expected separate arrays");
-    if (a.dx && a.dresidual && range_of(a.dx).overlaps(range_of(a.dresidual)))
-        fail("dx and dresidual overlap, expected two separate arrays");
-    return g;
+    execution(b.execution);
+    return s;
 }
 
-Geometry arguments(const ChannelSumsArgs& a) {
-    const Geometry g = geometry(a.a, "a");
-    same_shape(a.b, "b", g, "a");
-    if (a.shift) channels(a.shift, "shift", g.channels);
-    call_threads(a.num_threads);
-    const Channels sum_a(a.sum_a), sum_ab(a.sum_ab);
-    channels(sum_a, "sum_a", g.channels);
-    channels(sum_ab, "sum_ab", g.channels);
-    separate(sum_a, "sum_a", sum_ab, "sum_ab");
-    return g;
-}
+// ---- moments
+// -----------------------------------------------------------------------------------------------------------------------------------
 
-Geometry arguments(const CombineArgs& a) {
-    const Geometry g = geometry(a.a, "a");
-    same_shape(a.b, "b", g, "a");
-    same_shape(a.out, "out", g, "a");
-    distinct_elements(a.out, "out");
-    activation(a.activation, a.slope, g);
-    call_threads(a.num_threads);
-    for (const auto& [v, name] : {std::pair{&a.k_a, "k_a"},
-                                  {&a.center, "center"},
-                                  {&a.k_b, "k_b"},
-                                  {&a.k_0, "k_0"},
-                                  {&a.inv_std, "inv_std"},
-                                  {&a.gamma, "gamma"},
-                                  {&a.beta, "beta"}}) {
-        if (!*v) continue;
-        channels(*v, name, g.channels);
-        if (!a.disjoint) apart(range_of(a.out), "out", *v, name);
-    }
-    if (a.disjoint) return g;
-    no_partial_overlap(a.out, "out", a.a, "a");
-    no_partial_overlap(a.out, "out", a.b, "b");
-    return g;
-}
-
-Geometry moments_arguments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
-                           const Positions& counting) {
-    Geometry g = geometry(x, "x", Storage::any);
-    positions(counting, g);
+Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t delta, int num_threads,
+             const Positions& positions) {
+    const Geometry g = geometry(x, Storage::any);
+    Call call = counted(g, positions);
     call_threads(num_threads);
     const Channels mean_out(mean), var_out(var);
     channels(mean_out, "mean", g.channels);
     channels(var_out, "var", g.channels);
-    separate(mean_out, "mean", var_out, "var");
-    if (ddof < 0) fail("ddof is " + std::to_string(ddof) + ", expected >= 0");
-    if (g.counting != 0 && g.weight <= static_cast<double>(ddof)) {
-        fail("ddof is " + std::to_string(ddof) + ", expected less than the " +
-             (counting.weights.empty() ? std::to_string(g.counting) + " values per channel of x"
-                                       : std::to_string(g.weight) + " that the weights sum to"));
+    Apart(mean_out, "mean").from(var_out, "var").from(x, "x");
+    Apart(var_out, "var").from(x, "x");
+    if (delta < 0) fail({"ddof", "is " + std::to_string(delta), "an integer >= 0"});
+    double heaviest = 0;
+    call.counts.each([&](int64_t, double weight) { heaviest = std::max(heaviest, weight); });
+    if (call.counts.most() != 0 && heaviest <= static_cast<double>(delta)) {
+        fail({"ddof", "is " + std::to_string(delta),
+              "less than the " + (positions.weights.empty()
+                                      ? std::to_string(call.counts.most()) + " values per channel" + (positions ? " that count" : " of x")
+                                      : number(heaviest) + " that the weights sum to")});
     }
-    return g;
+    return call;
 }
 
-Geometry moment_sums_arguments(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& counting) {
-    Geometry g = geometry(x, "x", Storage::any);
-    positions(counting, g);
+Call moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions) {
+    const Geometry g = geometry(x, Storage::any);
+    Call call = counted(g, positions);
     call_threads(num_threads);
-    const std::int64_t expected = moment_sums_size(g.channels);
-    if (static_cast<std::int64_t>(sums.size()) != expected) {
-        fail("sums has " + std::to_string(sums.size()) + " values, expected moment_sums_size(" + std::to_string(g.channels) +
-             ") = " + std::to_string(expected) + " for the channels of x");
+    const int64_t expected = moment_sums_size(g.channels);
+    if (static_cast<int64_t>(sums.size()) != expected) {
+        fail({"sums", "has " + std::to_string(sums.size()) + " values",
+              "moment_sums_size(" + std::to_string(g.channels) + ") = " + std::to_string(expected) + " for the channels of x"});
     }
-    apart(range_of(x), "x", Channels(sums), "sums");
-    return g;
+    Apart(sums, "sums").from(x, "x");
+    return call;
 }
 
-std::int64_t sums(std::span<const double> sums, const char* name) {
-    const auto size = static_cast<std::int64_t>(sums.size());
-    const std::int64_t channels = (size - moment_sums_size(0)) / (moment_sums_size(1) - moment_sums_size(0));
+namespace {
+
+int64_t sums(std::span<const double> sums, const char* name) {
+    const auto size = static_cast<int64_t>(sums.size());
+    const int64_t channels = size / moment_sums_size(1);
     if (channels < 1 || size != moment_sums_size(channels)) {
-        fail(std::string(name) + " has " + std::to_string(size) +
-             " values, expected moment_sums_size(C) = " + std::to_string(moment_sums_size(0)) + " + " +
-             std::to_string(moment_sums_size(1) - moment_sums_size(0)) + " C of C >= 1 channels");
+        fail({name, "has " + std::to_string(size) + " values", "moment_sums_size(C) = 9 C of C >= 1 channels"});
     }
     return channels;
 }
 
-std::int64_t merged_sums(std::span<double> into, std::span<const double> others) {
-    const std::int64_t channels = sums(into, "sums"), other_channels = sums(others, "others");
+}  // namespace
+
+int64_t merged_sums(std::span<double> into, std::span<const double> others) {
+    const int64_t channels = sums(into, "sums"), other_channels = sums(others, "others");
     if (channels != other_channels) {
-        fail("others has " + std::to_string(other_channels) + " channels, expected " + std::to_string(channels) + " as sums has");
+        fail({"others", "has " + std::to_string(other_channels) + " channels", std::to_string(channels) + " as sums has"});
     }
-    if (into.data() != others.data()) apart(range_of(ConstChannels(others)), "others", Channels(into), "sums");
+    if (into.data() != others.data()) Apart(into, "sums").from(others, "others");
     return channels;
 }
 
-std::int64_t sums_to_moments(std::span<const double> from, std::span<double> mean, std::span<double> m2) {
-    const std::int64_t n = sums(from, "sums");
-    const Channels mean_out(mean), m2_out(m2);
-    channels(mean_out, "mean", n);
-    channels(m2_out, "m2", n);
-    separate(mean_out, "mean", m2_out, "m2");
-    apart(range_of(ConstChannels(from)), "sums", mean_out, "mean");
-    apart(range_of(ConstChannels(from)), "sums", m2_out, "m2");
+int64_t sums_to_moments(std::span<const double> from, std::span<double> count, std::span<double> mean, std::span<double> m2) {
+    const int64_t n = sums(from, "sums");
+    const std::pair<std::span<double>, const char*> outputs[] = {{count, "count"}, {mean, "mean"}, {m2, "m2"}};
+    for (const auto& output : outputs) {
+        channels(Channels(output.first), output.second, n);
+        const Apart apart(output.first, output.second);
+        apart.from(from, "sums");
+        for (const auto& other : outputs) {
+            if (&other != &output) apart.from(other.first, other.second);
+        }
+    }
     return n;
 }
 
-void arguments(const UpdateRunningArgs& a) {
-    required(static_cast<bool>(a.running_mean), "running_mean");
-    required(static_cast<bool>(a.running_var), "running_var");
+void running_step(const UpdateRunningArgs& a) {
+    required(static_cast<bool>(a.running.mean), "running_mean");
+    required(static_cast<bool>(a.running.var), "running_var");
     required(static_cast<bool>(a.mean), "mean");
     required(static_cast<bool>(a.var), "var");
-    running(a.running_mean, a.running_var, a.running_mean.size);
-    channels(a.mean, "mean", a.running_mean.size);
-    channels(a.var, "var", a.running_mean.size);
-    for (std::int64_t c = 0; c < a.var.size; ++c) {
-        if (at(a.var, c) < 0)
-            fail("var is " + std::to_string(at(a.var, c)) + " at channel " + std::to_string(c) + ", expected values >= 0");
+    required(static_cast<bool>(a.count), "count");
+    const int64_t n = a.running.mean.size;
+    running_arrays(a.running, n);
+    channels(a.mean, "mean", n);
+    channels(a.var, "var", n);
+    channels(a.count, "count", n, Values::non_negative);
+    double most = 0;
+    for (int64_t c = 0; c < n; ++c) {
+        if (at(a.var, c) < 0) fail({"var", "is " + number(at(a.var, c)) + " at channel " + std::to_string(c), "values >= 0"});
+        most = std::max(most, at(a.count, c));
     }
-    decay(a.decay);
-    if (a.ddof != 0 && a.ddof != 1) fail("ddof is " + std::to_string(a.ddof) + ", expected 0 or 1");
-    if (a.count <= a.ddof) fail("count is " + std::to_string(a.count) + ", expected more than ddof = " + std::to_string(a.ddof));
+    if (most <= a.running.ddof) fail({"count", "is " + number(most), "more than ddof = " + std::to_string(a.running.ddof)});
+    Apart(a.running.mean, "running_mean")
+        .from(a.running.var, "running_var")
+        .from(a.mean, "mean")
+        .from(a.var, "var")
+        .from(a.count, "count")
+        .from(a.running.seen, "seen")
+        .from(a.running.decays, "decay");
+    Apart(a.running.var, "running_var")
+        .from(a.mean, "mean")
+        .from(a.var, "var")
+        .from(a.count, "count")
+        .from(a.running.seen, "seen")
+        .from(a.running.decays, "decay");
 }
 
-Geometry mask_geometry(const ConstTensor& x) { return geometry(x); }
+// ---- the library
+// ---------------------------------------------------------------------------------------------------------------------------------
 
 void tuning(std::string_view settings) {
-    if (const std::string problem = tune::set(settings); !problem.empty()) fail(problem);
+    if (const std::string problem = tune::set(settings); !problem.empty()) throw Error(Error::value, "tuning", problem);
 }
 
 void thread_count(int n) {
-    if (n < 1) fail("num_threads is " + std::to_string(n) + ", expected at least 1");
+    if (n < 1) fail({"num_threads", "is " + std::to_string(n), "at least 1"});
 }
 
-std::int64_t cache_limit(std::int64_t otherwise) {
+int64_t cache_limit(int64_t otherwise) {
     const char* const value = std::getenv("BATCHNORM_CACHE_LIMIT");
     if (value == nullptr || *value == '\0') return otherwise;
     const std::string_view text = value;
-    std::int64_t bytes = 0;
+    int64_t bytes = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), bytes);
     if (error != std::errc() || end != text.data() + text.size() || bytes < 0) {
-        fail("environment variable BATCHNORM_CACHE_LIMIT: limit is " + quoted(text) + ", expected an int >= 0, in bytes");
+        fail({"environment variable BATCHNORM_CACHE_LIMIT:", "limit is " + quoted(text), "an int >= 0, in bytes"});
     }
     return bytes;
 }
@@ -691,12 +776,12 @@ const kernels::KernelTable& level(std::string_view name) {
     std::string known;
     for (const auto& l : kernels::levels()) {
         if (l.table->isa == name) {
-            if (!l.supported) fail("isa is " + quoted(name) + ", which this CPU cannot run");
+            if (!l.supported) fail({"isa", "is " + quoted(name), "one that this CPU can run"});
             return *l.table;
         }
         known.append(known.empty() ? "" : ", ").append(quoted(l.table->isa));
     }
-    fail("isa is " + quoted(name) + ", expected one of " + known);
+    fail({"isa", "is " + quoted(name), "one of " + known});
 }
 
 const kernels::KernelTable& active_level() {
@@ -704,16 +789,21 @@ const kernels::KernelTable& active_level() {
         const char* const settings = std::getenv("BATCHNORM_TUNING");
         return settings == nullptr ? std::string() : tune::set_defaults(settings);
     }();
-    if (!problem.empty()) fail("environment variable BATCHNORM_TUNING: " + problem);
+    if (!problem.empty()) throw Error(Error::value, "BATCHNORM_TUNING", "environment variable BATCHNORM_TUNING: " + problem);
     [[maybe_unused]] static const std::size_t limit = memory::info().limit;  // throws here, where that is allowed, if its variable is junk
     const kernels::KernelTable* const table = kernels::active();
     if (table != nullptr) return *table;
     const char* const name = std::getenv("BATCHNORM_ISA");
     try {
         return level(name == nullptr ? "" : name);
-    } catch (const std::invalid_argument& e) {
-        fail(std::string("environment variable BATCHNORM_ISA: ") + e.what());
+    } catch (const Error& e) {
+        throw Error(e.kind, "BATCHNORM_ISA", std::string("environment variable BATCHNORM_ISA: ") + e.what());
     }
+}
+
+void not_finite(int64_t channel) {
+    fail({"x", "holds NaN, Inf or values whose mean or variance the running statistics cannot hold at channel " + std::to_string(channel),
+          "finite statistics (on_nonfinite is raise); nothing was changed", "leave this batch out, or let it be skipped or propagate"});
 }
 
 void interrupted() { throw Interrupted("interrupted"); }

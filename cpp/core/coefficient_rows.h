@@ -2,6 +2,9 @@
 // kernels are given what starts at their box's first channel. Used by the drivers.
 #pragma once
 
+#include <new>
+#include <type_traits>
+
 #include "coeffs.h"
 #include "columns.h"
 
@@ -17,10 +20,11 @@ inline Column<double> inv_std_of(const Column<double>& var, int64_t n, double ep
 template <class C>
 class AffineRows {
 public:
-    AffineRows(Workspace& ws, const Plan& plan) : center_(ws, plan), scale_(ws, plan), offset_(ws, plan) {}
-    // Those of n channels from c on.
-    void put(int64_t c, int64_t n, const Column<double>& mean, const Column<double>& inv_std, const Column<double>& gamma,
-             const Column<double>& beta) {
+    AffineRows(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1)
+        : center_(ws, plan, c0, c1), scale_(ws, plan, c0, c1), offset_(ws, plan, c0, c1) {}
+    // Those of n channels from c on. Not inlined: g++ 12 then no longer vectorises it.
+    __attribute__((noinline)) void put(int64_t c, int64_t n, const Column<double>& mean, const Column<double>& inv_std,
+                                       const Column<double>& gamma, const Column<double>& beta) {
         Column<C> center, scale, offset;
         for_entries(n, [&](int64_t i) {
             const coeffs::Affine<C> k = coeffs::affine<C>(mean[i], inv_std[i], gamma[i], beta[i]);
@@ -38,11 +42,29 @@ private:
     Row<C> center_, scale_, offset_;
 };
 
+// Numbers of each channel in each of some groups, as gradients of a parameter: a row each, or added up in index order if it has one row.
+inline void put_rows(const double* groups, int64_t n_groups, int64_t channels, const Rows& to) {
+    if (!to) return;
+    by_columns(0, channels, [&](int64_t c, int64_t n) {
+        Column<double> total(groups + c, n);
+        for (int64_t g = 0; g < n_groups; ++g) {
+            const Column<double> row(groups + g * channels + c, n);
+            if (to.rows != 0) {
+                row.put(row_of(to, g), c, n);
+            } else if (g > 0) {
+                for_entries(n, [&](int64_t i) { total[i] += row[i]; });
+            }
+        }
+        if (to.rows == 0) total.put(to.values, c, n);
+    });
+}
+
 // Of dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0; center is the forward's.
 template <class C>
 class GradientRows {
 public:
-    GradientRows(Workspace& ws, const Plan& plan) : k_dy_(ws, plan), x_scale_(ws, plan), k_x_(ws, plan), k_0_(ws, plan) {}
+    GradientRows(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1)
+        : k_dy_(ws, plan, c0, c1), x_scale_(ws, plan, c0, c1), k_x_(ws, plan, c0, c1), k_0_(ws, plan, c0, c1) {}
     // Those of n channels from c on; of(i) is number i's coeffs::Gradient<C>.
     template <class Of>
     void put(int64_t c, int64_t n, const Of& of) {
@@ -59,6 +81,17 @@ public:
         k_x_.put(c, n, k_x);
         k_0_.put(c, n, k_0);
     }
+    // All numbers of the channels for which which(i) become 0.
+    template <class Which>
+    void drop(int64_t c, int64_t n, const Which& which) {
+        for (Row<C>* row : {&k_dy_, &k_x_, &k_0_}) {
+            Column<C> k = row->column(c, n);
+            for (int64_t i = 0; i < n; ++i) {
+                if (which(i)) k[i] = 0;
+            }
+            row->put(c, n, k);
+        }
+    }
     const C* k_dy(int64_t c) const { return k_dy_.from(c); }
     const C* x_scale(int64_t c) const { return x_scale_.from(c); }
     const C* k_x(int64_t c) const { return k_x_.from(c); }
@@ -66,6 +99,20 @@ public:
 
 private:
     Row<C> k_dy_, x_scale_, k_x_, k_0_;
+};
+
+// Rows for each of n groups.
+template <class Rows>
+class Groups {
+public:
+    Groups(Workspace& ws, int64_t n, const Plan& plan, int64_t c0, int64_t c1) : rows_(ws.take<Rows>(n)) {
+        static_assert(std::is_trivially_destructible_v<Rows>);
+        for (int64_t q = 0; q < n; ++q) new (rows_ + q) Rows(ws, plan, c0, c1);
+    }
+    Rows& operator[](int64_t q) const { return rows_[q]; }
+
+private:
+    Rows* rows_;
 };
 
 }  // namespace batchnorm

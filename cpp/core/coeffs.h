@@ -123,25 +123,20 @@ template <class C>
 struct Gradient {
     C k_dy, x_scale, k_x, k_0;
 };
-// dx = gamma inv_std (dy - sum_dy / n - (x - mean) inv_std^2 sum_dy_xc / n), Ioffe and Szegedy 2015, section 3, collected by powers.
-// x_scale is inv_std rounded down to a power of two: multiplying by it is exact, and what is left of inv_std^2 fits C.
+// dx = slope dy - through (sum_dy / n + (x - mean) inv_std^2 sum_dy_xc / n), Ioffe and Szegedy 2015, section 3, collected by powers, for a
+// tensor u instead of x of which x_hat = (u - center) * u_inv_std: x itself, or y. slope is gamma r inv_std. So is `through`, unless the
+// sums have gamma r in them already, being those of several groups; then it is inv_std. x_scale is u_inv_std rounded down to a power of
+// two: multiplying by it is exact, and what is left of inv_std^2 fits C.
+struct Slopes {
+    double slope, through, inv_std, center, u_inv_std;
+};
 template <class C>
-Gradient<C> gradient(double mean, double inv_std, double gamma, double sum_dy, double sum_dy_xc, double n) {
-    const double slope = gamma * inv_std;
-    const double scale = power_of_2(inv_std);
-    const double k_x = -slope * ((inv_std / scale) * (inv_std * (sum_dy_xc / n)));
-    const double rest = mean - static_cast<double>(static_cast<C>(mean));
-    return {static_cast<C>(slope), static_cast<C>(scale), static_cast<C>(k_x),
-            static_cast<C>(-slope * (sum_dy / n) - k_x * (scale * rest))};
-}
-
-// The same numbers for given ones: a * k_a + (b - center) * k_b + k_0. x_scale takes half of k_b's exponent, so that what stands between
-// the two products lies between b and the result, and overflows only if one of them does.
-template <class C>
-Gradient<C> combination(double k_a, double center, double k_b, double k_0) {
-    const double scale = std::isnormal(k_b) ? std::ldexp(1.0, std::clamp(std::ilogb(k_b) / 2, -126, 127)) : 1;
-    const double rest = std::isfinite(center) ? center - static_cast<double>(static_cast<C>(center)) : 0;
-    return {static_cast<C>(k_a), static_cast<C>(scale), static_cast<C>(k_b / scale), static_cast<C>(rest == 0 ? k_0 : k_0 - k_b * rest)};
+Gradient<C> gradient(const Slopes& s, double sum_dy, double sum_dy_xc, double n) {
+    const double scale = power_of_2(s.u_inv_std);
+    const double k_x = -s.through * ((s.u_inv_std / scale) * (s.inv_std * (sum_dy_xc / n)));
+    const double rest = s.center - static_cast<double>(static_cast<C>(s.center));
+    return {static_cast<C>(s.slope), static_cast<C>(scale), static_cast<C>(k_x),
+            static_cast<C>(-s.through * (sum_dy / n) - k_x * (scale * rest))};
 }
 
 // decay is the weight of the old value. At 0 the old value is gone and at 1 the new one, even if they are NaN.

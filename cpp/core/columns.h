@@ -11,15 +11,13 @@
 
 namespace batchnorm {
 
-using std::int64_t;
-
 // Channels of a column: a dozen columns stay in L1.
 inline constexpr int64_t kColumn = 128;
 
 // f(i) for the n entries of columns. Of few channels one by one: vectors are read a moment after their halves were written, and wait for
 // that longer than they save.
 template <class F>
-inline void for_entries(int64_t n, const F& f) {
+__attribute__((always_inline)) inline void for_entries(int64_t n, const F& f) {
     if (n < 1) __builtin_unreachable();  // g++ 12 would warn that columns may stay empty
     if (n < 8) {
         for (int64_t i = 0; i < n; ++i) {
@@ -89,23 +87,28 @@ void by_columns(int64_t c0, int64_t c1, const F& f) {
     for (int64_t c = c0; c < c1; c += kColumn) f(c, std::min(kColumn, c1 - c));
 }
 
-// A per-channel array as the kernels read it: each value `fold` times over, then the first ones again, padded to whole blocks. (By blocks
-// of channels, the last block's unused lanes read the repeated start while the first block's thread may write it; nobody uses them.)
+// A per-channel array of channels from c0 to c1 as the kernels read it: each value `fold` times over, then the first ones again, padded to
+// whole blocks. (By blocks of channels, the last block's unused lanes read the repeated start while the first block's thread may write it;
+// nobody uses them.)
 template <class T>
 class Row {
 public:
-    Row(Workspace& ws, const Plan& plan) : data_(ws.take<T>(plan.padded_width())), channels_(plan.channels), fold_(plan.fold) {
-        std::fill(data_ + plan.width(), data_ + plan.padded_width(), T{0});
+    Row(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1)
+        : c0_(c0), channels_(c1 - c0), fold_(plan.fold), by_vectors_(plan.direction == kernels::nsc) {
+        const int64_t width = channels_ * fold_, padded = (width + 2 * kernels::kLanes - 1) / kernels::kLanes * kernels::kLanes;
+        data_ = ws.take<T>(padded);
+        if (by_vectors_) std::fill(data_ + width, data_ + padded, T{0});
     }
     void fill(T value) { std::fill(data_, data_ + channels_ * fold_ + kernels::kLanes, value); }
     void put(int64_t c, int64_t n, const Column<T>& column) {
         if (fold_ > 1) return put_folded(column);
+        c -= c0_;
         column.put(data_ + c, n);
-        if (c < kernels::kLanes) column.put(data_ + channels_ + c, std::min(n, kernels::kLanes - c));
+        if (by_vectors_ && c < kernels::kLanes) column.put(data_ + channels_ + c, std::min(n, kernels::kLanes - c));
     }
-    T* from(int64_t c) const { return data_ + c; }
-    Column<T> column(int64_t c, int64_t n) const { return {data_ + c, n}; }
-    double operator[](int64_t c) const { return data_[c]; }
+    T* from(int64_t c) const { return data_ + (c - c0_); }
+    Column<T> column(int64_t c, int64_t n) const { return {data_ + (c - c0_), n}; }
+    double operator[](int64_t c) const { return data_[c - c0_]; }
 
 private:
     // Folded rows have few channels, which are always taken together.
@@ -115,7 +118,8 @@ private:
         for (int64_t filled = channels_; filled < size; filled *= 2) std::copy_n(data_, std::min(filled, size - filled), data_ + filled);
     }
     T* data_ = nullptr;
-    int64_t channels_ = 0, fold_ = 1;
+    int64_t c0_ = 0, channels_ = 0, fold_ = 1;
+    bool by_vectors_ = true;  // else (ncs) one value at a time is read
 };
 
 }  // namespace batchnorm

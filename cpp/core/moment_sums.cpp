@@ -29,6 +29,8 @@ MeanM2 mean_m2(const BatchSum& count, const BatchSum& sum, const BatchSum& sum_s
     return {m, m2 < 0 ? 0 : m2};
 }
 
+inline namespace v0_2 {
+
 void merge_moment_sums(std::span<double> sums, std::span<const double> others) {
     const std::int64_t channels = check::merged_sums(sums, others);
     const SumsArray<double> into(sums.data(), channels);
@@ -37,26 +39,24 @@ void merge_moment_sums(std::span<double> sums, std::span<const double> others) {
         a.add(b);
         return a;
     };
-    into.set_count(merged(into.count(), from.count()));
     for (std::int64_t c = 0; c < channels; ++c) {
+        into.set_count(c, merged(into.count(c), from.count(c)));
         into.set_sum(c, merged(into.sum(c), from.sum(c)));
         into.set_sum_sq(c, merged(into.sum_sq(c), from.sum_sq(c)));
     }
 }
 
-double moment_count(std::span<const double> sums) {
-    check::sums(sums, "sums");
-    return SumsArray<const double>(sums.data(), 1).count().total();
-}
-
-void moments_from_sums(std::span<const double> sums, std::span<double> mean, std::span<double> m2) {
-    const std::int64_t channels = check::sums_to_moments(sums, mean, m2);
+void moments_from_sums(std::span<const double> sums, std::span<double> count, std::span<double> mean, std::span<double> m2) {
+    const std::int64_t channels = check::sums_to_moments(sums, count, mean, m2);
     const SumsArray<const double> from(sums.data(), channels);
     for (std::int64_t c = 0; c < channels; ++c) {
-        const MeanM2 moments = mean_m2(from.count(), from.sum(c), from.sum_sq(c));
-        mean[static_cast<std::size_t>(c)] = moments.mean;
-        m2[static_cast<std::size_t>(c)] = moments.m2;
+        const MeanM2 moments = mean_m2(from.count(c), from.sum(c), from.sum_sq(c));
+        count[index(c)] = from.count(c).total();
+        mean[index(c)] = moments.mean;
+        m2[index(c)] = moments.m2;
     }
 }
+
+}  // namespace v0_2
 
 }  // namespace batchnorm

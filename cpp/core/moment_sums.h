@@ -13,22 +13,27 @@ namespace batchnorm {
 // variance; with 159 the result is the same in any order, and a constant double channel, whose n x^2 takes that many, has variance 0.
 using BatchSum = Expansion<3>;
 
-// The caller's array: count, then of each channel's sums all first parts, all second, all third. T: double or const double.
+// The caller's array: of each channel's counts all first parts, all second, all third; then the sums, then those of squares. T: double or
+// const double.
 template <class T>
 class SumsArray {
 public:
     SumsArray(T* data, std::int64_t channels) : data_(data), channels_(channels) {}
-    BatchSum count() const { return {{data_[0], data_[1], data_[2]}}; }
-    BatchSum sum(std::int64_t c) const { return get(data_ + 3 + c); }
-    BatchSum sum_sq(std::int64_t c) const { return get(data_ + 3 + 3 * channels_ + c); }
-    void set_count(const BatchSum& n) const { set(data_, 1, n); }
-    void set_sum(std::int64_t c, const BatchSum& s) const { set(data_ + 3 + c, channels_, s); }
-    void set_sum_sq(std::int64_t c, const BatchSum& s) const { set(data_ + 3 + 3 * channels_ + c, channels_, s); }
+    BatchSum count(std::int64_t c) const { return get(0, c); }
+    BatchSum sum(std::int64_t c) const { return get(1, c); }
+    BatchSum sum_sq(std::int64_t c) const { return get(2, c); }
+    void set_count(std::int64_t c, const BatchSum& n) const { set(0, c, n); }
+    void set_sum(std::int64_t c, const BatchSum& s) const { set(1, c, s); }
+    void set_sum_sq(std::int64_t c, const BatchSum& s) const { set(2, c, s); }
 
 private:
-    BatchSum get(T* p) const { return {{p[0], p[channels_], p[2 * channels_]}}; }
-    static void set(T* p, std::int64_t step, const BatchSum& s) {
-        for (std::int64_t i = 0; i < 3; ++i) p[i * step] = s.part[i];
+    T* at(std::int64_t which, std::int64_t c) const { return data_ + 3 * which * channels_ + c; }
+    BatchSum get(std::int64_t which, std::int64_t c) const {
+        const T* const p = at(which, c);
+        return {{p[0], p[channels_], p[2 * channels_]}};
+    }
+    void set(std::int64_t which, std::int64_t c, const BatchSum& s) const {
+        for (std::int64_t i = 0; i < 3; ++i) at(which, c)[i * channels_] = s.part[i];
     }
     T* data_;
     std::int64_t channels_;

@@ -40,6 +40,9 @@ thread_local int limit_of_call = 0;
     return 0;
 }();
 
+// When this thread's call began, or last asked the poll.
+thread_local std::chrono::steady_clock::time_point last_asked;
+
 // Asks the poll at most every 50 ms, so that it costs nothing and Ctrl-C is answered well within half a second.
 class Poll {
 public:
@@ -47,14 +50,13 @@ public:
     bool stop() {
         if (poll_ == nullptr) return false;
         const auto now = std::chrono::steady_clock::now();
-        if (now - last_ < std::chrono::milliseconds(50)) return false;
-        last_ = now;
+        if (now - last_asked < std::chrono::milliseconds(50)) return false;
+        last_asked = now;
         return poll_();
     }
 
 private:
     bool (*poll_)();
-    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
 };
 
 }  // namespace
@@ -66,7 +68,10 @@ int threads() {
 
 void set_threads(int n) { limit.store(n, std::memory_order_relaxed); }
 
-Limit::Limit(int n) : before_(limit_of_call) { limit_of_call = n; }
+Limit::Limit(int n) : before_(limit_of_call) {
+    limit_of_call = n;
+    last_asked = std::chrono::steady_clock::now();
+}
 Limit::~Limit() { limit_of_call = before_; }
 
 void set_poll(bool (*f)()) { poll = f; }

@@ -12,7 +12,7 @@ void set_threads(int n);
 std::string runtime();
 void set_poll(bool (*poll)());
 
-// How many threads the calls of this thread may use while this lives; 0: as many as threads() says.
+// A call: how many threads it may use while this lives; 0: as many as threads() says. The poll is asked from 50 ms after its start on.
 class Limit {
 public:
     explicit Limit(int n);

@@ -111,9 +111,15 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.map_backwards = !p.by_channel && !p.stream;
 }
 
-}  // namespace
+// Sums of rows wake threads several times in a call, all else once.
+bool worth_threads(const Geometry& g, const Traffic& traffic) {
+    const bool rows = g.direction == kernels::nsc && traffic.sums;
+    const int64_t passes = (traffic.sums ? 1 : 0) + (traffic.writes > 0 ? 1 : 0);
+    return g.elements() * (rows ? 3 : passes * 4) >= tune::get(tune::parallel_elements) * 4;
+}
 
-Plan make_plan(const Geometry& g, const Traffic& traffic) {
+// `all`: elements of the whole call, of which g may be a part; whether stores bypass the caches follows from it.
+Plan plan_part(const Geometry& g, const Traffic& traffic, int64_t all, bool parallel) {
     Plan p;
     p.direction = g.direction;
     p.outer = g.outer;
@@ -125,11 +131,8 @@ Plan make_plan(const Geometry& g, const Traffic& traffic) {
         p.row_split = g.inner;
     }
     const int64_t bytes = element_size(g.dtype);
-    const int64_t tensors = traffic.reads + traffic.writes, total = g.elements() * bytes * tensors;
-    // Sums of rows wake threads several times in a call, all else once.
-    const bool rows = g.direction == kernels::nsc && traffic.sums;
-    const int64_t passes = (traffic.sums ? 1 : 0) + (traffic.writes > 0 ? 1 : 0);
-    p.parallel = g.elements() * (rows ? 3 : passes * 4) >= tune::get(tune::parallel_elements) * 4;
+    const int64_t tensors = traffic.reads + traffic.writes, total = all * bytes * tensors;
+    p.parallel = parallel;
     p.ahead = total > tune::get(tune::fetch_bytes) ? kFetchAhead : 0;
     // What an image turns into is all that the call moves, and its lines would be read before they are written: from twice L2 on the caches
     // do not make up for that (1.15 to 1.26, and 1.06 to 1.16 with someone who reads it next).
@@ -141,7 +144,35 @@ Plan make_plan(const Geometry& g, const Traffic& traffic) {
     } else {
         plan_ncs(p, g.count() * bytes * traffic.reads, g.inner * bytes * tensors);
     }
+    p.set_outer = p.outer;
     return p;
+}
+
+// The grid of the sums becomes that of a plan for `rows` rows of outer alone.
+void cut_into_sets(Plan& p, const Geometry& g, const Traffic& traffic, int64_t rows) {
+    if (rows == 0 || rows == g.outer) return;
+    const Plan set = plan_part(g.rows(rows), traffic, g.elements(), p.parallel);
+    p.tile_outer = set.tile_outer;
+    p.tile_inner = set.tile_inner;
+    p.tiles_outer = set.tiles_outer;
+    p.tiles_inner = set.tiles_inner;
+    p.sets = g.outer / rows;
+    p.set_outer = set.outer;
+}
+
+}  // namespace
+
+Plan make_plan(const Geometry& g, const Traffic& traffic) { return plan_part(g, traffic, g.elements(), worth_threads(g, traffic)); }
+
+PartPlans::PartPlans(const Geometry& g, const Parts& parts, const Traffic& traffic, int64_t set_rows) : count_(parts.count) {
+    const Geometry most = g.rows(parts.rows), last = g.rows(parts.size(count_ - 1));
+    const bool parallel = worth_threads(most, traffic);
+    together_ = count_ > 1 && !parallel && worth_threads(g, traffic);
+    last_ = plan_part(last, traffic, g.elements(), parallel);
+    cut_into_sets(last_, last, traffic, set_rows);
+    if (count_ == 1) return;
+    most_ = plan_part(most, traffic, g.elements(), parallel);
+    cut_into_sets(most_, most, traffic, set_rows);
 }
 
 kernels::Where Plan::block_of_channels(int64_t block) const {
@@ -149,11 +180,11 @@ kernels::Where Plan::block_of_channels(int64_t block) const {
     return {{0, outer, first, std::min(first + channel_block, channels), 0, inner}, row_split, fold, ahead};
 }
 
-kernels::Where Plan::tile(int64_t index, int64_t block) const {
+kernels::Where Plan::tile(int64_t set, int64_t index, int64_t block) const {
     kernels::Where w = block_of_channels(block);
     const int64_t o = index / tiles_inner * tile_outer, i = index % tiles_inner * tile_inner;
-    w.box.outer_begin = o;
-    w.box.outer_end = std::min(o + tile_outer, outer);
+    w.box.outer_begin = set * set_outer + o;
+    w.box.outer_end = set * set_outer + std::min(o + tile_outer, set_outer);
     w.box.inner_begin = i;
     w.box.inner_end = std::min(i + tile_inner, inner);
     return w;

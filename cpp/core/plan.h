@@ -9,6 +9,7 @@ namespace batchnorm {
 
 using kernels::kMaxChannelBlock;
 
+// How the work on one part is laid out.
 struct Plan {
     kernels::Direction direction = kernels::ncs;
     std::int64_t outer = 0, channels = 0, inner = 0;  // nsc: outer counts rows, inner is 1
@@ -17,6 +18,9 @@ struct Plan {
     // Sums: a channel's values are cut into tiles_outer x tiles_inner tiles (the last ones may be shorter), each summed by itself, the
     // results added in index order.
     std::int64_t tile_outer = 1, tile_inner = 1, tiles_outer = 1, tiles_inner = 1;
+
+    // Sums are taken apart of each of so many sets of set_outer rows; tiles are those of one set.
+    std::int64_t sets = 1, set_outer = 0;
 
     // Channels of one work item.
     std::int64_t channel_block = 1;
@@ -39,11 +43,9 @@ struct Plan {
 
     std::int64_t tiles() const { return tiles_outer * tiles_inner; }
     std::int64_t blocks() const { return (channels + channel_block - 1) / channel_block; }
-    // Values of a folded row, and length of a per-channel array as the kernels read it: a repeated start and whole blocks.
-    std::int64_t width() const { return channels * fold; }
-    std::int64_t padded_width() const { return (width() + 2 * kernels::kLanes - 1) / kernels::kLanes * kernels::kLanes; }
+    std::int64_t width() const { return channels * fold; }  // values of a folded row
 
-    kernels::Where tile(std::int64_t index, std::int64_t block) const;
+    kernels::Where tile(std::int64_t set, std::int64_t index, std::int64_t block) const;
     kernels::Where block_of_channels(std::int64_t block) const;  // all values of one block's channels
     std::int64_t map_items() const;
     kernels::Where map_item(std::int64_t index) const;
@@ -56,5 +58,20 @@ struct Traffic {
     bool sums;
 };
 Plan make_plan(const Geometry& g, const Traffic& traffic);
+
+// The plans of a call's parts: of all but the last, and of that one if it has another size.
+class PartPlans {
+public:
+    // set_rows: rows of outer of a set of sums, or 0 where a part is one.
+    PartPlans(const Geometry& g, const Parts& parts, const Traffic& traffic, std::int64_t set_rows = 0);
+    const Plan& of(std::int64_t part) const { return part + 1 == count_ ? last_ : most_; }
+    // Whether parts are worth sharing out to threads that none of them is worth waking alone.
+    bool together() const { return together_; }
+
+private:
+    std::int64_t count_;
+    Plan most_, last_;
+    bool together_ = false;
+};
 
 }  // namespace batchnorm

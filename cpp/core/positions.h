@@ -1,15 +1,17 @@
-// Which positions of a call count and how often, from the caller's spans to what the kernels read: bits for runs (ncs), a byte per row
-// (nsc), weights brought to about 1. Used by check.cpp (counts) and the drivers; N*S values once per call, while the tensors have C times
-// as many. Knows no kernel.
+// Which values of a call count and how often: counted for check.cpp, and brought from the caller's form to what the kernels read: bits
+// for runs (ncs), a byte per row (nsc), a bit per element, weights of about 1. N*S values once per call, while the tensors have C times as
+// many. Knows no kernel.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "coeffs.h"
-#include "plan.h"
+#include "columns.h"
+#include "types.h"
 #include "workspace.h"
 
 namespace batchnorm {
@@ -18,151 +20,345 @@ namespace batchnorm {
 template <class T>
 class PerPosition {
 public:
-    PerPosition(std::span<const T> values, std::int64_t count)
-        : data_(values.data()), each_(values.empty() ? 1 : count / static_cast<std::int64_t>(values.size())) {}
-    T operator[](std::int64_t p) const { return each_ == 1 ? data_[p] : data_[p / each_]; }
+    PerPosition(std::span<const T> values, int64_t count)
+        : data_(values.data()), each_(values.empty() ? 1 : count / static_cast<int64_t>(values.size())) {}
+    T operator[](int64_t p) const { return each_ == 1 ? data_[p] : data_[p / each_]; }
     // Consecutive positions with one value.
-    std::int64_t each() const { return each_; }
+    int64_t each() const { return each_; }
 
 private:
     const T* data_;
-    std::int64_t each_;
+    int64_t each_;
 };
 
-struct Counted {
-    std::int64_t positions = 0;
-    double weight = 0, most = 0;  // the weights' sum, and the largest
-    std::int64_t bad = -1;        // a weight that is not finite or negative
-};
-
-inline Counted count_positions(const Positions& p, std::int64_t count) {
-    Counted c;
-    coeffs::Sum sum{0, 0};  // as exact as the sums of x that it divides
-    const auto weight = [&](std::int64_t i, std::int64_t times) {
-        const double w = p.weights[static_cast<std::size_t>(i)];
-        if (!(w >= 0) || std::isinf(w)) c.bad = i;
-        c.positions += w > 0 ? times : 0;
-        sum.add(w * static_cast<double>(times));
-        c.most = std::max(c.most, w);
-    };
-    if (p.weights.empty()) {
-        for (const std::uint8_t kept : p.mask) c.positions += kept != 0;
-        c.positions *= count / static_cast<std::int64_t>(p.mask.size());
-        c.weight = static_cast<double>(c.positions);
-    } else if (p.mask.empty()) {
-        const std::int64_t each = PerPosition(p.weights, count).each();
-        for (std::int64_t i = 0; i < static_cast<std::int64_t>(p.weights.size()); ++i) weight(i, each);
-    } else {
-        const PerPosition mask(p.mask, count);
-        const std::int64_t each = PerPosition(p.weights, count).each();
-        for (std::int64_t i = 0; i < count; ++i) {
-            if (mask[i] != 0) weight(i / each, 1);
-        }
+// A byte per element, by position and channel.
+class PerElement {
+public:
+    explicit PerElement(const ConstTensor& v) : v_(v), data_(static_cast<const std::uint8_t*>(v.data)) {}
+    const std::uint8_t* pointer(int64_t outer, int64_t c, int64_t inner) const {
+        return data_ + outer * v_.outer_stride + c * v_.channel_stride + inner * v_.inner_stride;
     }
-    if (!p.weights.empty()) c.weight = sum.total();
-    return c;
+    std::uint8_t at(int64_t outer, int64_t c, int64_t inner) const { return *pointer(outer, c, inner); }
+    bool runs() const { return v_.inner_stride == 1; }
+
+private:
+    const ConstTensor& v_;
+    const std::uint8_t* data_;
+};
+
+// Eight bytes to as many bits, set unless a byte is 0: each byte to its lowest bit, then the product brings bit 8 i to bit 56 + i.
+inline std::uint8_t bits_of_bytes(const std::uint8_t* from) {
+    std::uint64_t v;
+    std::memcpy(&v, from, sizeof v);
+    v = ((((v & 0x7f7f7f7f7f7f7f7f) + 0x7f7f7f7f7f7f7f7f) | v) >> 7) & 0x0101010101010101;
+    return static_cast<std::uint8_t>(v * 0x0102040810204080 >> 56);
+}
+// n bytes, `step` apart, as bits from number `first` on, which are 0 so far.
+inline void pack(const std::uint8_t* from, int64_t step, int64_t n, std::uint8_t* bits, int64_t first) {
+    int64_t i = 0;
+    const auto one = [&] {
+        bits[(first + i) >> 3] |= static_cast<std::uint8_t>((from[i * step] != 0) << ((first + i) & 7));
+        ++i;
+    };
+    while (i < n && ((first + i) & 7) != 0) one();
+    for (; step == 1 && i + 8 <= n; i += 8) bits[(first + i) >> 3] = bits_of_bytes(from + i);
+    while (i < n) one();
 }
 
-// What the kernels of one call get.
-class Counting {
+// How many values count, and the sum of their weights, of each part and channel.
+class Counts {
 public:
-    Counting(Workspace& ws, const Geometry& g, const Positions& p) : geometry_(g), positions_(p), n_(g.weight) {
-        if (!p.mask.empty()) kept_ = g.direction == kernels::ncs ? bits(ws) : rows(ws);
-        if (p.weights.empty()) return;
-        // By a power of two, which changes no digit: the largest lands in [1, 2), so that nothing under- or overflows, in float either.
-        const double most = count_positions(p, g.count()).most;
-        scale_ = most > 0 ? std::ldexp(1, std::clamp(-std::ilogb(most), -1000, 1000)) : 1;
-        n_ *= scale_;
+    Counts() = default;
+    Counts(const Geometry& g, const Parts& parts) : inner_(g.inner), parts_(parts) {}
+
+    bool same() const { return !per_channel_; }  // in all channels
+    int64_t positions(int64_t p, int64_t c) const { return plain() ? parts_.size(p) * inner_ : positions_[place(p, c)]; }
+    double weight(int64_t p, int64_t c) const { return weights_.empty() ? static_cast<double>(positions(p, c)) : weights_[place(p, c)]; }
+    Column<double> weights(int64_t p, int64_t c, int64_t n) const {
+        Column<double> w;
+        if (per_channel_) {
+            for_entries(n, [&](int64_t i) { w[i] = weight(p, c + i); });
+        } else {
+            const double all = weight(p, 0);
+            for_entries(n, [&](int64_t i) { w[i] = all; });
+        }
+        return w;
+    }
+    // f(positions, weight) for each part and, where they differ, channel.
+    template <class F>
+    void each(const F& f) const {
+        const int64_t channels = per_channel_ ? channels_ : 1;
+        for (int64_t p = 0; p < parts_.count; ++p) {
+            for (int64_t c = 0; c < channels; ++c) f(positions(p, c), weight(p, c));
+        }
+    }
+    int64_t most() const {
+        int64_t n = 0;
+        each([&](int64_t positions, double) { n = std::max(n, positions); });
+        return n;
     }
 
-    // The sum of the weights as the kernels get them.
-    double n() const { return n_; }
-    kernels::Kept kept() const { return kept_; }
-    // For a kernel that reads weights of type C: 0 where a position does not count.
+    // Counts what `p` says. Returns the number of a weight that is not finite or negative, or -1.
+    int64_t count(const Geometry& g, const Positions& p) {
+        channels_ = g.channels;
+        per_channel_ = static_cast<bool>(p.element_mask);
+        const std::size_t n = index(parts_.count * (per_channel_ ? channels_ : 1));
+        positions_.assign(n, 0);
+        if (!p.weights.empty()) weights_.assign(n, 0);
+        if (!per_channel_ && p.weights.empty() && parts_.count == 1) {  // by far the most frequent: a mask alone
+            for (const std::uint8_t kept : p.mask) positions_[0] += kept != 0;
+            positions_[0] *= g.count() / static_cast<int64_t>(p.mask.size());
+            return -1;
+        }
+        if (per_channel_ && p.weights.empty()) {
+            count_elements(g, PerElement(p.element_mask));
+            return -1;
+        }
+        std::vector<coeffs::Sum> sums(weights_.size(), {0, 0});  // as exact as the sums of x that they divide
+        const PerPosition mask(p.mask, g.count());
+        const PerPosition weights(p.weights, g.count());
+        const PerElement elements(p.element_mask);
+        int64_t bad = -1;
+        const auto add = [&](std::size_t to, int64_t position, int64_t times) {
+            if (p.weights.empty()) {
+                positions_[to] += times;
+                return;
+            }
+            const double w = weights[position];
+            if (!(w >= 0) || std::isinf(w)) bad = position / weights.each();
+            positions_[to] += w > 0 ? times : 0;
+            sums[to].add(w * static_cast<double>(times));
+        };
+        for (int64_t part = 0; part < parts_.count; ++part) {
+            const int64_t begin = parts_.begin(part) * inner_, end = begin + parts_.size(part) * inner_;
+            const bool alone = p.mask.empty() && !per_channel_ && begin % weights.each() == 0 && end % weights.each() == 0;
+            const int64_t step = alone ? weights.each() : 1;
+            for (int64_t position = begin; position < end; position += step) {
+                if (!per_channel_) {
+                    if (p.mask.empty() || mask[position] != 0) add(index(part), position, step);
+                    continue;
+                }
+                for (int64_t c = 0; c < channels_; ++c) {
+                    if (elements.at(position / inner_, c, position % inner_) != 0) add(index(part * channels_ + c), position, 1);
+                }
+            }
+        }
+        for (std::size_t i = 0; i < sums.size(); ++i) weights_[i] = sums[i].total();
+        return bad;
+    }
+
+private:
+    void count_elements(const Geometry& g, const PerElement& elements) {
+        const auto counted = [](const std::uint8_t* run, int64_t n) {
+            int64_t kept = 0;
+            for (int64_t i = 0; i < n; ++i) kept += run[i] != 0;
+            return kept;
+        };
+        for (int64_t p = 0; p < parts_.count; ++p) {
+            int64_t* const to = positions_.data() + p * channels_;
+            for (int64_t o = parts_.begin(p); o < parts_.begin(p) + parts_.size(p); ++o) {
+                for (int64_t c = 0; elements.runs() && c < channels_; ++c) to[c] += counted(elements.pointer(o, c, 0), g.inner);
+                for (int64_t i = 0; !elements.runs() && i < g.inner; ++i) {
+                    for (int64_t c = 0; c < channels_; ++c) to[c] += elements.at(o, c, i) != 0;
+                }
+            }
+        }
+    }
+    bool plain() const { return positions_.empty(); }
+    std::size_t place(int64_t p, int64_t c) const { return index(per_channel_ ? p * channels_ + c : p); }
+
+    int64_t inner_ = 0, channels_ = 0;
+    Parts parts_{};
+    bool per_channel_ = false;
+    std::vector<int64_t> positions_;
+    std::vector<double> weights_;
+};
+
+// The elements of a mask as bits, in the layout of the kernels.
+inline void elements_to_bits(const Geometry& g, const Parts& parts, const ConstTensor& elements, std::uint8_t* bits) {
+    const BitLayout layout(g, parts);
+    const PerElement at(elements);
+    std::memset(bits, 0, index(layout.bytes()));
+    for (int64_t p = 0; p < parts.count; ++p) {
+        std::uint8_t* const to = layout.mask(bits, p).bits;
+        for (int64_t o = 0; o < parts.size(p); ++o) {
+            const int64_t row = parts.begin(p) + o;
+            for (int64_t c = 0; g.direction == kernels::ncs && c < g.channels; ++c) {
+                pack(at.pointer(row, c, 0), elements.inner_stride, g.inner, to, o * layout.outer_stride() + c * layout.channel_stride());
+            }
+            for (int64_t i = 0; g.direction == kernels::nsc && i < g.inner; ++i) {
+                pack(at.pointer(row, 0, i), elements.channel_stride, g.channels, to, (o * g.inner + i) * layout.outer_stride());
+            }
+        }
+    }
+}
+
+// What the kernels of one call get. `elements` are bits as elements_to_bits makes them, or null.
+class Counting {
+public:
+    Counting(Workspace& ws, const Geometry& g, const Parts& parts, std::span<const std::uint8_t> mask, std::span<const double> weights,
+             const std::uint8_t* elements)
+        : geometry_(g), parts_(parts), mask_(mask), weights_(weights), elements_(elements) {
+        if (!mask.empty()) kept_ = g.direction == kernels::ncs ? bits(ws) : rows(ws);
+        if (weights.empty()) return;
+        // By a power of two, which changes no digit: the largest lands in [1, 2), so that nothing under- or overflows, in float either.
+        double most = 0;
+        for (int64_t i = 0; i < static_cast<int64_t>(weights.size()); ++i) {
+            if (std::isfinite(weights[index(i)]) && weights[index(i)] > most && is_used(i)) most = weights[index(i)];
+        }
+        scale_ = most > 0 ? std::ldexp(1, std::clamp(-std::ilogb(most), -1000, 1000)) : 1;
+    }
+
+    // By which the weights that the kernels get are multiplied.
+    double scale() const { return scale_; }
+    bool weighted() const { return !weights_.empty(); }
+    bool by_element() const { return elements_ != nullptr; }
+    bool every() const { return kept_.data == nullptr && elements_ == nullptr; }
+
+    // What part p's kernels get.
+    kernels::Kept kept(int64_t p) const {
+        if (elements_ != nullptr) {
+            const BitLayout layout(geometry_, parts_);
+            return {elements_ + layout.begin(p), layout.outer_stride(), layout.channel_stride()};
+        }
+        if (kept_.data == nullptr) return {};
+        const int64_t step = geometry_.direction == kernels::ncs ? kept_.outer_stride / 8 : geometry_.inner;
+        return {kept_.data + parts_.begin(p) * step, kept_.outer_stride};
+    }
     template <class C>
-    kernels::Weights weights(Workspace& ws) const {
-        if (positions_.weights.empty()) return {};
-        const std::int64_t count = geometry_.count(), inner = geometry_.inner;
-        const PerPosition weights(positions_.weights, count);
-        const PerPosition mask(positions_.mask, count);
-        const bool masked = !positions_.mask.empty();
-        const auto value = [&](std::int64_t p) { return masked && mask[p] == 0 ? C{0} : static_cast<C>(weights[p] * scale_); };
+    kernels::Weights weights(const kernels::Weights& all, int64_t p) const {
+        if (all.data == nullptr) return {};
+        const int64_t step = geometry_.direction == kernels::ncs ? all.outer_stride : geometry_.inner;
+        return {static_cast<const C*>(all.data) + parts_.begin(p) * step, all.outer_stride, all.inner_step};
+    }
+    // For kernels that read weights of type C, of all parts: 0 where a position does not count.
+    template <class C>
+    kernels::Weights all_weights(Workspace& ws) const {
+        if (weights_.empty()) return {};
+        const int64_t count = geometry_.count(), inner = geometry_.inner;
+        const PerPosition weights(weights_, count);
+        const PerPosition mask(mask_, count);
+        const bool masked = !mask_.empty();
+        // Of an element mask's positions, those of which no element counts may have any weight.
+        const auto value = [&](int64_t p) {
+            const double w = weights[p] * scale_;
+            return (masked && mask[p] == 0) || !std::isfinite(w) ? C{0} : static_cast<C>(w);
+        };
         if (geometry_.direction == kernels::ncs && !masked && weights.each() % inner == 0) {
             C* const w = ws.take<C>(geometry_.outer * kernels::kLanes);
-            for (std::int64_t o = 0; o < geometry_.outer; ++o) std::fill_n(w + o * kernels::kLanes, kernels::kLanes, value(o * inner));
+            for (int64_t o = 0; o < geometry_.outer; ++o) std::fill_n(w + o * kernels::kLanes, kernels::kLanes, value(o * inner));
             return {w, kernels::kLanes, 0};
         }
         C* const w = ws.take<C>(count + kernels::kLanes);
-        const std::int64_t each = masked ? 1 : weights.each();
-        for (std::int64_t p = 0; p < count; p += each) std::fill_n(w + p, each, value(p));
+        const int64_t each = masked ? 1 : weights.each();
+        for (int64_t p = 0; p < count; p += each) std::fill_n(w + p, each, value(p));
         std::fill_n(w + count, kernels::kLanes, C{0});
         return {w, inner, 1};
     }
-    // The first positions that count, at most `most` of them.
-    std::int64_t first(std::int64_t* positions, std::int64_t most) const {
-        const std::int64_t count = geometry_.count();
-        const PerPosition mask(positions_.mask, count);
-        const PerPosition weights(positions_.weights, count);
-        std::int64_t n = 0;
-        for (std::int64_t p = 0; p < count && n < most; ++p) {
-            const bool counts = (positions_.mask.empty() || mask[p] != 0) && (positions_.weights.empty() || weights[p] > 0);
-            if (counts) positions[n++] = p;
+    // The first positions of part p that count for channel c, at most `most` of them, counted from the part's first.
+    int64_t first(int64_t p, int64_t c, int64_t* positions, int64_t most) const {
+        const int64_t begin = parts_.begin(p) * geometry_.inner, end = begin + parts_.size(p) * geometry_.inner;
+        const PerPosition mask(mask_, geometry_.count());
+        const PerPosition weights(weights_, geometry_.count());
+        int64_t n = 0;
+        for (int64_t i = begin; i < end && n < most; ++i) {
+            const bool counts = (mask_.empty() || mask[i] != 0) && (weights_.empty() || weights[i] > 0);
+            if (counts && (elements_ == nullptr || element(p, i - begin, c))) positions[n++] = i - begin;
         }
         return n;
     }
 
 private:
+    // Whether anything counts where weight number i stands.
+    bool is_used(int64_t i) const {
+        const int64_t each = PerPosition(weights_, geometry_.count()).each();
+        const PerPosition mask(mask_, geometry_.count());
+        for (int64_t position = i * each; position < (i + 1) * each; ++position) {
+            if (elements_ == nullptr && (mask_.empty() || mask[position] != 0)) return true;
+            const int64_t p = std::min(position / geometry_.inner / parts_.rows, parts_.count - 1);
+            for (int64_t c = 0; elements_ != nullptr && c < geometry_.channels; ++c) {
+                if (element(p, position - parts_.begin(p) * geometry_.inner, c)) return true;
+            }
+        }
+        return false;
+    }
+    bool element(int64_t p, int64_t position, int64_t c) const {
+        const kernels::Kept k = kept(p);
+        const int64_t inner = geometry_.inner;
+        const int64_t bit = geometry_.direction == kernels::ncs
+                                ? position / inner * k.outer_stride + c * k.channel_stride + position % inner
+                                : position * k.outer_stride + c;
+        return (k.data[bit >> 3] >> (bit & 7) & 1) != 0;
+    }
     // A bit per position, each run starting with a whole byte.
     kernels::Kept bits(Workspace& ws) const {
-        const std::int64_t inner = geometry_.inner, stride = (inner + 7) / 8;
+        const int64_t inner = geometry_.inner, stride = (inner + 7) / 8;
         auto* const to = ws.take<std::uint8_t>(geometry_.outer * stride + kernels::kMaskSlack);
-        const PerPosition mask(positions_.mask, geometry_.count());
-        for (std::int64_t o = 0; o < geometry_.outer; ++o) {
+        const PerPosition mask(mask_, geometry_.count());
+        for (int64_t o = 0; o < geometry_.outer; ++o) {
             std::uint8_t* const run = to + o * stride;
             if (mask.each() % inner == 0) {
-                std::memset(run, mask[o * inner] != 0 ? 0xff : 0, static_cast<std::size_t>(stride));
+                std::memset(run, mask[o * inner] != 0 ? 0xff : 0, index(stride));
                 continue;
             }
-            for (std::int64_t b = 0; b < stride; ++b) run[b] = byte(mask, o * inner + b * 8, std::min<std::int64_t>(8, inner - b * 8));
+            for (int64_t b = 0; b < stride; ++b) run[b] = byte(mask, o * inner + b * 8, std::min<int64_t>(8, inner - b * 8));
         }
         std::memset(to + geometry_.outer * stride, 0, kernels::kMaskSlack);
         return {to, stride * 8};
     }
-    std::uint8_t byte(const PerPosition<std::uint8_t>& mask, std::int64_t first, std::int64_t n) const {
-        if (n == 8 && mask.each() == 1) {
-            std::uint64_t v;
-            std::memcpy(&v, positions_.mask.data() + first, sizeof v);
-            // Each byte to its lowest bit, set unless it is 0; then the product brings bit 8 i to bit 56 + i.
-            v = ((((v & 0x7f7f7f7f7f7f7f7f) + 0x7f7f7f7f7f7f7f7f) | v) >> 7) & 0x0101010101010101;
-            return static_cast<std::uint8_t>(v * 0x0102040810204080 >> 56);
-        }
+    std::uint8_t byte(const PerPosition<std::uint8_t>& mask, int64_t first, int64_t n) const {
+        if (n == 8 && mask.each() == 1) return bits_of_bytes(mask_.data() + first);
         unsigned bits = 0;
-        for (std::int64_t i = 0; i < n; ++i) bits |= static_cast<unsigned>(mask[first + i] != 0) << i;
+        for (int64_t i = 0; i < n; ++i) bits |= static_cast<unsigned>(mask[first + i] != 0) << i;
         return static_cast<std::uint8_t>(bits);
     }
     // A byte per row: the caller's, if there are so many.
     kernels::Kept rows(Workspace& ws) const {
-        const PerPosition mask(positions_.mask, geometry_.count());
-        if (mask.each() == 1) return {positions_.mask.data(), 0};
+        const PerPosition mask(mask_, geometry_.count());
+        if (mask.each() == 1) return {mask_.data(), 0};
         auto* const to = ws.take<std::uint8_t>(geometry_.count());
-        for (std::int64_t p = 0; p < geometry_.count(); p += mask.each()) std::fill_n(to + p, mask.each(), mask[p]);
+        for (int64_t p = 0; p < geometry_.count(); p += mask.each()) std::fill_n(to + p, mask.each(), mask[p]);
         return {to, 0};
     }
 
     const Geometry& geometry_;
-    const Positions& positions_;
-    double n_;
+    const Parts& parts_;
+    std::span<const std::uint8_t> mask_;
+    std::span<const double> weights_;
+    const std::uint8_t* elements_;
     double scale_ = 1;
     kernels::Kept kept_{};
 };
 
+// Rows n of outer from `first` on.
+inline Tensor rows_of(Tensor v, int64_t first, int64_t n) {
+    v.data = static_cast<std::byte*>(v.data) + first * v.outer_stride * element_size(v.dtype);
+    v.outer = n;
+    return v;
+}
+inline Tensor channel_of(Tensor v, int64_t c) {
+    v.data = static_cast<std::byte*>(v.data) + c * v.channel_stride * element_size(v.dtype);
+    v.channels = 1;
+    return v;
+}
+
 // Zeros in all of a tensor.
 inline void clear(const Tensor& v) {
-    const std::int64_t size = element_size(v.dtype);
-    for (std::int64_t o = 0; o < v.outer; ++o) {
-        for (std::int64_t c = 0; c < v.channels; ++c) {
+    const int64_t size = element_size(v.dtype);
+    for (int64_t o = 0; o < v.outer; ++o) {
+        for (int64_t c = 0; c < v.channels; ++c) {
             auto* const run = static_cast<std::byte*>(v.data) + (o * v.outer_stride + c * v.channel_stride) * size;
-            for (std::int64_t i = 0; i < v.inner; ++i) std::memset(run + i * v.inner_stride * size, 0, static_cast<std::size_t>(size));
+            for (int64_t i = 0; i < v.inner; ++i) std::memset(run + i * v.inner_stride * size, 0, index(size));
+        }
+    }
+}
+
+// Zeros in channel c of part p where empty(p, c).
+template <class Empty>
+void clear_where(const Geometry& g, const Parts& parts, const Tensor& v, const Empty& empty) {
+    for (int64_t p = 0; v && p < parts.count; ++p) {
+        for (int64_t c = 0; c < g.channels; ++c) {
+            if (empty(p, c)) clear(channel_of(rows_of(v, parts.begin(p), parts.size(p)), c));
         }
     }
 }

@@ -1,11 +1,19 @@
-// How a call's plan is carried out: sums over tiles in a fixed order, and the shape of every call with statistics, `sums_then_map`. Used by
-// the drivers in batchnorm.cpp; knows plans and threads, no operation.
+// How a call's plan is carried out: sums over tiles in a fixed order, and the shape of every call with statistics, `for_parts`. Used by
+// the drivers; knows plans and threads, no operation.
+//
+// What a driver does with one part is a pass: an object made for a part and a range of its channels, with
+//     void prepare(c0, c1)              makes what the sums need
+//     void sums(where, again, a, b)     two sums of one box, fold * channels each, rounded up to whole blocks
+//     bool finish(c0, c1, again)        turns sums into what map needs; false if it wants those of these channels once more
+//     void map(where)                   the elementwise pass over one box
+//     bool maps() const                 whether there is one
+//     ChannelSums& channel_sums()       where the sums go
+// Boxes count rows of outer from the part's first.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <type_traits>
 
 #include "check.h"
 #include "coeffs.h"
@@ -17,8 +25,8 @@ namespace batchnorm {
 using kernels::Where;
 
 // Runs items, or throws if the user interrupted.
-inline void for_each(int64_t n, const Plan& plan, parallel::Body body, bool backwards = false) {
-    if (!parallel::for_each(n, {.worth_it = plan.parallel, .backwards = backwards}, body)) check::interrupted();
+inline void for_each(int64_t n, bool worth_it, parallel::Body body, bool backwards = false) {
+    if (!parallel::for_each(n, {.worth_it = worth_it, .backwards = backwards}, body)) check::interrupted();
 }
 
 // Runs f(c0, c1) over stretches of channels, on several threads where that is many; not to be interrupted, so it may write what the
@@ -37,41 +45,44 @@ void for_columns(const Plan& plan, const F& f) {
     for_channels(plan, [&](int64_t c0, int64_t c1) { by_columns(c0, c1, f); });
 }
 
-// The two sums of every channel, as the tiles added so far make them, with the rounding errors carried along (coeffs::Sum), in arrays
-// that a loop over channels takes several at a time.
+// The two sums of channels from c0 to c1 in each of some sets, as the tiles added so far make them, with the rounding errors carried along
+// (coeffs::Sum), in arrays that a loop over channels takes several at a time.
 class ChannelSums {
 public:
-    ChannelSums(Workspace& ws, int64_t channels) {
-        for (auto* s : {&first_, &second_}) *s = {ws.take<double>(channels), ws.take<double>(channels)};
+    ChannelSums(Workspace& ws, int64_t sets, int64_t c0, int64_t c1) : c0_(c0), width_(c1 - c0), sets_(sets) {
+        for (auto* s : {&first_, &second_}) *s = {ws.take<double>(sets * width_), ws.take<double>(sets * width_)};
     }
     void clear(int64_t c0, int64_t c1) {
-        for (const auto* s : {&first_, &second_}) {
-            std::fill(s->value + c0, s->value + c1, 0.0);
-            std::fill(s->error + c0, s->error + c1, 0.0);
+        for (int64_t set = 0; set < sets_; ++set) {
+            for (const auto* s : {&first_, &second_}) {
+                std::fill(s->value + at(set, c0), s->value + at(set, c1), 0.0);
+                std::fill(s->error + at(set, c0), s->error + at(set, c1), 0.0);
+            }
         }
     }
     // Adds a tile's sums of the channels from c on.
-    void add(int64_t c, int64_t channels, const double* a, const double* b) {
-        add(first_, c, channels, a);
-        add(second_, c, channels, b);
+    void add(int64_t set, int64_t c, int64_t channels, const double* a, const double* b) {
+        add(first_, at(set, c), channels, a);
+        add(second_, at(set, c), channels, b);
     }
-    coeffs::Sum first_sum(int64_t c) const { return {first_.value[c], first_.error[c]}; }
-    coeffs::Sum second_sum(int64_t c) const { return {second_.value[c], second_.error[c]}; }
-    Column<double> first(int64_t c, int64_t n) const { return totals(first_, c, n); }
-    Column<double> second(int64_t c, int64_t n) const { return totals(second_, c, n); }
+    coeffs::Sum first_sum(int64_t c) const { return {first_.value[at(0, c)], first_.error[at(0, c)]}; }
+    coeffs::Sum second_sum(int64_t c) const { return {second_.value[at(0, c)], second_.error[at(0, c)]}; }
+    Column<double> first(int64_t set, int64_t c, int64_t n) const { return totals(first_, at(set, c), n); }
+    Column<double> second(int64_t set, int64_t c, int64_t n) const { return totals(second_, at(set, c), n); }
 
 private:
     struct Sums {
         double *value, *error;
     };
-    static Column<double> totals(const Sums& s, int64_t c, int64_t n) {
+    int64_t at(int64_t set, int64_t c) const { return set * width_ + c - c0_; }
+    static Column<double> totals(const Sums& s, int64_t at, int64_t n) {
         Column<double> total;
-        for_entries(n, [&](int64_t i) { total[i] = coeffs::Sum{s.value[c + i], s.error[c + i]}.total(); });
+        for_entries(n, [&](int64_t i) { total[i] = coeffs::Sum{s.value[at + i], s.error[at + i]}.total(); });
         return total;
     }
-    static void add(const Sums& s, int64_t c0, int64_t channels, const double* x) {
-        double* const value = s.value + c0;
-        double* const error = s.error + c0;
+    static void add(const Sums& s, int64_t at, int64_t channels, const double* x) {
+        double* const value = s.value + at;
+        double* const error = s.error + at;
         for (int64_t c = 0; c < channels; ++c) {
             coeffs::Sum sum{value[c], error[c]};
             sum.add(x[c]);
@@ -80,15 +91,15 @@ private:
         }
     }
     Sums first_, second_;
+    int64_t c0_, width_, sets_;
 };
 
-// Two sums of one tile of one block of channels, folded rows added up in order: take(c0, channels, a, b). Kernel: void(const Where&, bool
-// again, double*, double*), writing fold * channels sums, rounded up to whole blocks.
-template <class Kernel, class Take>
-void tile_sums(const Plan& plan, int64_t tile, int64_t block, const Kernel& kernel, bool again, const Take& take) {
+// Two sums of one tile of one block of channels, folded rows added up in order: take(c0, channels, a, b).
+template <class Pass, class Take>
+void tile_sums(const Plan& plan, int64_t set, int64_t tile, int64_t block, Pass& pass, bool again, const Take& take) {
     alignas(64) double a[kMaxChannelBlock], b[kMaxChannelBlock];
-    const Where where = plan.tile(tile, block);
-    kernel(where, again, a, b);
+    const Where where = plan.tile(set, tile, block);
+    pass.sums(where, again, a, b);
     const int64_t c0 = where.box.channel_begin, channels = where.box.channel_end - c0;
     for (int64_t j = 1; j < plan.fold; ++j) {
         for (int64_t c = 0; c < channels; ++c) {
@@ -100,76 +111,104 @@ void tile_sums(const Plan& plan, int64_t tile, int64_t block, const Kernel& kern
 }
 
 // All sums of one block: its tiles one after another.
-template <class Kernel>
-void block_sums(const Plan& plan, int64_t block, const Kernel& kernel, bool again, ChannelSums& sums) {
+template <class Pass>
+void block_sums(const Plan& plan, int64_t block, Pass& pass, bool again) {
+    ChannelSums& sums = pass.channel_sums();
     const Where where = plan.block_of_channels(block);
     sums.clear(where.box.channel_begin, where.box.channel_end);
-    for (int64_t t = 0; t < plan.tiles(); ++t) {
-        tile_sums(plan, t, block, kernel, again,
-                  [&](int64_t c, int64_t channels, const double* a, const double* b) { sums.add(c, channels, a, b); });
+    for (int64_t set = 0; set < plan.sets; ++set) {
+        for (int64_t t = 0; t < plan.tiles(); ++t) {
+            tile_sums(plan, set, t, block, pass, again,
+                      [&](int64_t c, int64_t channels, const double* a, const double* b) { sums.add(set, c, channels, a, b); });
+        }
     }
 }
 
 // All sums of all blocks: every tile is an item, then each channel's tiles are added as block_sums would, and finish(c0, c1, again)
 // takes the result. Whether that was content everywhere.
-template <class Kernel, class Finish>
-bool all_sums(const Plan& plan, const Kernel& kernel, bool again, ChannelSums& sums, const Finish& finish) {
+template <class Pass>
+bool all_sums(const Plan& plan, Pass& pass, bool again) {
     const int64_t tiles = plan.tiles(), channels = plan.channels;
     Workspace partial;
-    double* const first = partial.take<double>(tiles * channels);
-    double* const second = partial.take<double>(tiles * channels);
-    for_each(tiles * plan.blocks(), plan, [&](int64_t item) {
+    double* const first = partial.take<double>(plan.sets * tiles * channels);
+    double* const second = partial.take<double>(plan.sets * tiles * channels);
+    for_each(plan.sets * tiles * plan.blocks(), plan.parallel, [&](int64_t item) {
         const int64_t tile = item / plan.blocks(), block = item % plan.blocks();
-        tile_sums(plan, tile, block, kernel, again, [&](int64_t c, int64_t n, const double* a, const double* b) {
+        tile_sums(plan, tile / tiles, tile % tiles, block, pass, again, [&](int64_t c, int64_t n, const double* a, const double* b) {
             std::copy(a, a + n, first + tile * channels + c);
             std::copy(b, b + n, second + tile * channels + c);
         });
     });
     std::atomic<bool> content{true};
     for_channels(plan, [&](int64_t c0, int64_t c1) {
+        ChannelSums& sums = pass.channel_sums();
         sums.clear(c0, c1);
-        for (int64_t t = 0; t < tiles; ++t) sums.add(c0, c1 - c0, first + t * channels + c0, second + t * channels + c0);
-        if (!finish(c0, c1, again)) content = false;
+        for (int64_t t = 0; t < plan.sets * tiles; ++t) {
+            sums.add(t / tiles, c0, c1 - c0, first + t * channels + c0, second + t * channels + c0);
+        }
+        if (!pass.finish(c0, c1, again)) content = false;
     });
     return content;
 }
 
-struct NothingToPrepare {
-    void operator()(int64_t, int64_t) const {}
-};
+// The elementwise pass by itself, of a part.
+template <class Pass>
+void map_part(const Plan& plan, Pass& pass, bool backwards = false) {
+    const auto item = [&](int64_t i) { pass.map(plan.map_item(i)); };
+    for_each(plan.map_items(), plan.parallel, item, backwards);
+}
 
-// The shape of every call with statistics: `prepare` per channel, sums, then `finish` per channel, then `map` over all elements.
-// prepare(c0, c1) makes what the sums need. finish(c0, c1, again) turns sums into what map needs and returns false if it wants the sums of
-// these channels once more; the second time it must be content. Map is void(const Where&).
-template <class Prepare, class Kernel, class Finish, class Map>
-void sums_then_map(const Plan& plan, const Prepare& prepare, const Kernel& kernel, ChannelSums& sums, const Finish& finish,
-                   const Map* map) {
-    if (plan.by_channel) {
-        for_each(plan.blocks(), plan, [&](int64_t block) {
-            const Where where = plan.block_of_channels(block);
-            const int64_t c0 = where.box.channel_begin, c1 = where.box.channel_end;
-            prepare(c0, c1);
-            block_sums(plan, block, kernel, false, sums);
-            if (!finish(c0, c1, false)) {
-                block_sums(plan, block, kernel, true, sums);
-                finish(c0, c1, true);
-            }
-            if (map == nullptr) return;
-            if (!plan.map_backwards) return (*map)(where);
-            for (int64_t end = plan.outer; end > 0; end -= plan.piece_outer) {
-                Where part = where;
-                part.box.outer_begin = std::max<int64_t>(0, end - plan.piece_outer);
-                part.box.outer_end = end;
-                (*map)(part);
-            }
-        });
-        return;
+// Everything for one block of a part's channels.
+template <class Pass>
+void run_block(const Plan& plan, int64_t block, Pass& pass) {
+    const Where where = plan.block_of_channels(block);
+    const int64_t c0 = where.box.channel_begin, c1 = where.box.channel_end;
+    pass.prepare(c0, c1);
+    block_sums(plan, block, pass, false);
+    if (!pass.finish(c0, c1, false)) {
+        block_sums(plan, block, pass, true);
+        pass.finish(c0, c1, true);
     }
-    if constexpr (!std::is_same_v<Prepare, NothingToPrepare>) for_channels(plan, prepare);
-    if (!all_sums(plan, kernel, false, sums, finish)) all_sums(plan, kernel, true, sums, finish);
-    if (map != nullptr) {
-        const auto item = [&](int64_t i) { (*map)(plan.map_item(i)); };
-        for_each(plan.map_items(), plan, item, plan.map_backwards);
+    if (!pass.maps()) return;
+    if (!plan.map_backwards) return pass.map(where);
+    for (int64_t end = plan.outer; end > 0; end -= plan.piece_outer) {
+        Where piece = where;
+        piece.box.outer_begin = std::max<int64_t>(0, end - plan.piece_outer);
+        piece.box.outer_end = end;
+        pass.map(piece);
+    }
+}
+
+// Everything for one part, all of whose tiles come before its elementwise pass.
+template <class Pass>
+void run_tiles(const Plan& plan, Pass& pass) {
+    for_channels(plan, [&](int64_t c0, int64_t c1) { pass.prepare(c0, c1); });
+    if (!all_sums(plan, pass, false)) all_sums(plan, pass, true);
+    if (pass.maps()) map_part(plan, pass, plan.map_backwards);
+}
+
+// The shape of every call with statistics. make(ws, plan, part, c0, c1) makes a pass. Parts that are small are work items with their
+// blocks of channels; of a part that is large its tiles are.
+template <class Make>
+void for_parts(const PartPlans& plans, int64_t parts, const Make& make) {
+    const Plan &most = plans.of(0), &last = plans.of(parts - 1);
+    const int64_t before_last = most.by_channel ? (parts - 1) * most.blocks() : 0, of_last = last.by_channel ? last.blocks() : 0;
+    for_each(before_last + of_last, last.parallel || plans.together(), [&](int64_t item) {
+        const bool is_last = item >= before_last;
+        const int64_t part = is_last ? parts - 1 : item / most.blocks();
+        const int64_t block = is_last ? item - before_last : item % most.blocks();
+        const Plan& plan = plans.of(part);
+        const Where where = plan.block_of_channels(block);
+        Workspace ws;
+        auto pass = make(ws, plan, part, where.box.channel_begin, where.box.channel_end);
+        run_block(plan, block, pass);
+    });
+    for (int64_t part = 0; part < parts; ++part) {
+        const Plan& plan = plans.of(part);
+        if (plan.by_channel) continue;
+        Workspace ws;
+        auto pass = make(ws, plan, part, 0, plan.channels);
+        run_tiles(plan, pass);
     }
 }
 

@@ -1,4 +1,4 @@
-// Internal vocabulary between check, plan and the drivers: a call's tensors after checking, all in one memory direction.
+// Internal vocabulary between check, plan and the drivers: what the tensors of a call have in common, and how kernels address them.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,8 @@
 #include "kernels/kernels.h"
 
 namespace batchnorm {
+
+using std::int64_t;
 
 static_assert(static_cast<int>(Dtype::float32) == kernels::float32 && static_cast<int>(Dtype::float64) == kernels::float64 &&
               static_cast<int>(Dtype::float16) == kernels::float16 && static_cast<int>(Dtype::bfloat16) == kernels::bfloat16 &&
@@ -18,49 +20,101 @@ static_assert(static_cast<int>(Activation::leaky_relu) - 1 == static_cast<int>(k
 
 inline kernels::Dtype to_kernel(Dtype t) { return static_cast<kernels::Dtype>(t); }
 
-inline std::int64_t element_size(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype::float32 ? 4 : t == Dtype::uint8 ? 1 : 2; }
+inline int64_t element_size(Dtype t) { return t == Dtype::float64 ? 8 : t == Dtype::float32 ? 4 : t == Dtype::uint8 ? 1 : 2; }
+
+inline std::size_t index(int64_t i) { return static_cast<std::size_t>(i); }
 
 // What the tensors of one call have in common. outer and inner are as in the views; a plan flattens them to rows for nsc.
 struct Geometry {
     kernels::Direction direction = kernels::ncs;
-    std::int64_t outer = 0, channels = 0, inner = 0;
+    int64_t outer = 0, channels = 0, inner = 0;
     Dtype dtype = Dtype::float32;
-    std::int64_t counting = 0;  // positions that count
-    double weight = 0;          // the sum of their weights: n
 
-    std::int64_t count() const { return outer * inner; }  // values per channel
-    std::int64_t elements() const { return count() * channels; }
+    int64_t count() const { return outer * inner; }  // values per channel
+    int64_t elements() const { return count() * channels; }
+    Geometry rows(int64_t n) const {  // n rows of outer
+        Geometry g = *this;
+        g.outer = n;
+        return g;
+    }
 };
 
-// A mask as the kernels address it. Threads share no byte of it: runs (ncs) and rows (nsc) start at whole bytes, unless rows are folded,
-// and then 16 bits or a multiple belong together.
-inline kernels::Mask to_mask(const Geometry& g, std::uint8_t* bits) {
-    const auto whole_bytes = [](std::int64_t n) { return (n + 7) / 8 * 8; };
-    if (g.direction == kernels::ncs) return {bits, g.channels * whole_bytes(g.inner), whole_bytes(g.inner)};
-    return {bits, g.channels < kernels::kFoldBelow ? g.channels : whole_bytes(g.channels), 1};
-}
-inline std::int64_t mask_bytes(const Geometry& g) {
-    const std::int64_t n = g.direction == kernels::ncs ? g.outer : g.count();
-    return (n * to_mask(g, nullptr).outer_stride + 7) / 8 + kernels::kMaskSlack;
+// Stretches of outer that are a batch of their own. All have `rows` rows but the last one, which has what is left.
+struct Parts {
+    int64_t outer = 0, rows = 0, count = 1;
+
+    int64_t begin(int64_t p) const { return p * rows; }
+    int64_t size(int64_t p) const { return p + 1 == count ? outer - begin(p) : rows; }
+};
+
+// One bit per element as the kernels address it, part by part. Threads share no byte: runs (ncs), rows (nsc) and parts start at whole
+// bytes, unless rows are folded, and then 16 bits or a multiple belong together.
+class BitLayout {
+public:
+    BitLayout(const Geometry& g, const Parts& parts) : parts_(parts) {
+        const auto whole_bytes = [](int64_t n) { return (n + 7) / 8 * 8; };
+        if (g.direction == kernels::ncs) {
+            channel_stride_ = whole_bytes(g.inner);
+            outer_stride_ = g.channels * channel_stride_;
+            per_outer_ = outer_stride_;
+        } else {
+            outer_stride_ = g.channels < kernels::kFoldBelow ? g.channels : whole_bytes(g.channels);
+            per_outer_ = outer_stride_ * g.inner;
+        }
+    }
+    int64_t bytes() const { return begin(parts_.count - 1) + part_bytes(parts_.size(parts_.count - 1)) + kernels::kMaskSlack; }
+    int64_t begin(int64_t p) const { return p * part_bytes(parts_.rows); }
+    int64_t outer_stride() const { return outer_stride_; }
+    int64_t channel_stride() const { return channel_stride_; }
+    kernels::Mask mask(std::uint8_t* bits, int64_t p) const {
+        if (bits == nullptr) return {};
+        return {bits + begin(p), outer_stride_, channel_stride_};
+    }
+
+private:
+    int64_t part_bytes(int64_t rows) const { return (rows * per_outer_ + 7) / 8; }
+
+    Parts parts_;
+    int64_t outer_stride_ = 0, channel_stride_ = 1, per_outer_ = 0;  // per_outer_: bits of one index of outer, all of its rows
+};
+
+// A checked view as the kernels address it, from row `outer` of it on. For nsc with inner > 1, a row's address is outer_stride and
+// inner_stride apart.
+inline kernels::Operand to_operand(const ConstTensor& v, int64_t outer = 0) {
+    if (!v) return {};
+    auto* const data = static_cast<const std::byte*>(v.data) + outer * v.outer_stride * element_size(v.dtype);
+    return {const_cast<std::byte*>(data), v.outer_stride, v.channel_stride, v.inner_stride};
 }
 
-// A checked view as the kernels address it. For nsc with inner > 1, a row's address is outer_stride and inner_stride apart.
-inline kernels::Operand to_operand(const ConstTensor& v) {
-    return {const_cast<void*>(v.data), v.outer_stride, v.channel_stride, v.inner_stride};
-}
-inline kernels::Operand to_operand(const Tensor& v) { return {v.data, v.outer_stride, v.channel_stride, v.inner_stride}; }
-
-inline double at(const ConstChannels& v, std::int64_t c) {
+template <bool writable>
+double at(const AnyChannels<writable>& v, int64_t c) {
     return v.is_double ? static_cast<const double*>(v.data)[c * v.stride] : static_cast<const float*>(v.data)[c * v.stride];
 }
-inline double at(const Channels& v, std::int64_t c) {
-    return v.is_double ? static_cast<const double*>(v.data)[c * v.stride] : static_cast<const float*>(v.data)[c * v.stride];
-}
-inline void set(const Channels& v, std::int64_t c, double value) {
+inline void set(const Channels& v, int64_t c, double value) {
     if (v.is_double) {
         static_cast<double*>(v.data)[c * v.stride] = value;
     } else {
         static_cast<float*>(v.data)[c * v.stride] = static_cast<float>(value);
+    }
+}
+
+// Row r of rows per sample, or the one row there is.
+template <bool writable>
+AnyChannels<writable> row_of(const AnyRows<writable>& v, int64_t r) {
+    AnyChannels<writable> row = v.values;
+    if (!v || v.rows == 0) return row;
+    using Byte = std::conditional_t<writable, std::byte, const std::byte>;
+    row.data = static_cast<Byte*>(row.data) + r * v.row_stride * (row.is_double ? 8 : 4);
+    return row;
+}
+
+// Lets a driver be written once and run with C = float or double, the type the elementwise kernels compute in.
+template <class F>
+void with_compute(Dtype dtype, F f) {
+    if (dtype == Dtype::float64) {
+        f.template operator()<double>();
+    } else {
+        f.template operator()<float>();
     }
 }
 

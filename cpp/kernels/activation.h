@@ -207,6 +207,16 @@ BATCHNORM_INLINE V slope_of(const Curve& c) {
     return Ops<V>::broadcast((typename Ops<V>::scalar)c.slope);
 }
 
+// leaky_relu's v of its y.
+template <class V>
+BATCHNORM_INLINE V unbent(V y, double slope) {
+    return y > 0 ? y : y / (typename Leaf<V>::scalar)slope;
+}
+template <class V>
+BATCHNORM_INLINE Pair<V> unbent(Pair<V> y, double slope) {
+    return {unbent(y.lo, slope), unbent(y.hi, slope)};
+}
+
 // y = act(v). Out of line, as are those below: a call per block costs little, and copies in every loop would add half to the library's
 // size.
 template <class V>

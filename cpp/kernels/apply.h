@@ -76,7 +76,7 @@ BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a) {
             apply_run<gate, with_z, with_stream>(
                 ApplyPointers<T>{x.at(n, c), add_z ? z.at(n, c) : nullptr, y.at(n, c), a.mask.bits, bit, a.stream, a.where.ahead}, run,
                 kNoPeriod, PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c), a.curve,
-                KeptRun(a.kept, b, n));
+                KeptRun(a.kept, b, n, c));
         }
     }
 }
@@ -100,7 +100,8 @@ BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
             a.where.fold * channels, center, scale, offset, a.curve, KeptRow());
     };
     const Compute<T>* const no_weights = nullptr;
-    for_stretches(a.where, dense, a.kept.data, no_weights, rows, [&](int64_t r) { clear(y.at(r), channels); });
+    for_stretches(a.where, dense, kept_rows(a.kept), no_weights, rows, [&](int64_t r) { clear(y.at(r), channels); });
+    clear_excluded(a.kept, a.where, y);
 }
 
 // Runs `as` with gate, residual or not, streamed or not as constants.

@@ -52,7 +52,7 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
         prefetch_ahead(p.dy + e, p.ahead);
         if constexpr (read_x) prefetch_ahead(p.x + e, p.ahead);
         if (add_z) prefetch_ahead(p.z + e, p.ahead);
-        const Block<T> v = read_x ? load(p.x + e) : Block<T>{};
+        const Block<T> v = read_x ? input<gate>(load(p.x + e), curve) : Block<T>{};
         const Block<T> g = through(load(p.dy + e), v, add_z ? load(p.z + e) : Block<T>{}, e, k);
         const uint32_t bits = keep.at(e);
         if (put_z) stream_dz ? store_stream(p.dz + e, where_kept(bits, g)) : store(p.dz + e, where_kept(bits, g));
@@ -60,7 +60,7 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
         stream ? store_stream(p.dx + e, dx) : store(p.dx + e, dx);
     };
     const auto part = [&](int64_t e, int64_t k, int64_t m) {
-        const Block<T> v = read_x ? load_part(p.x + e, m) : Block<T>{};
+        const Block<T> v = read_x ? input<gate>(load_part(p.x + e, m), curve) : Block<T>{};
         const Block<T> g = through(load_part(p.dy + e, m), v, add_z ? load_part(p.z + e, m) : Block<T>{}, e, k);
         const uint32_t bits = keep.at(e);
         if (put_z) store_part(p.dz + e, m, where_kept(bits, g));
@@ -90,7 +90,7 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
             const GradPointers<T> p{
                 dy.at(n, c), x.at(n, c), dx.at(n, c),  put_z ? dz.at(n, c) : nullptr, a.mask.bits, bit, add_z ? z.at(n, c) : nullptr,
                 a.fixed,     a.stream,   a.where.ahead};
-            grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k, a.curve, KeptRun(a.kept, b, n),
+            grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k, a.curve, KeptRun(a.kept, b, n, c),
                                                               RunWeights<Compute<T>>(a.weights, b, n));
         }
     }
@@ -116,10 +116,12 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
         grad_apply_run<gate, fixed, with_dz, with_stream>(p, n_rows * channels, a.where.fold * channels, k, a.curve, KeptRow(),
                                                           RowWeight<Compute<T>>(a.weights, r));
     };
-    for_stretches(a.where, dense, a.kept.data, (const Compute<T>*)a.weights.data, rows, [&](int64_t r) {
+    for_stretches(a.where, dense, kept_rows(a.kept), (const Compute<T>*)a.weights.data, rows, [&](int64_t r) {
         clear(dx.at(r), channels);
         if (put_z) clear(dz.at(r), channels);
     });
+    clear_excluded(a.kept, a.where, dx);
+    if (put_z) clear_excluded(a.kept, a.where, dz);
 }
 
 // Runs `as` with the four choices as constants. dz exists with a mask or a curve alone.

@@ -33,6 +33,15 @@ struct GradSums {
     }
 };
 
+// The normalisation's input, of what may be its output behind leaky_relu.
+template <Gate gate, class V>
+BATCHNORM_INLINE V input(V x, const Curve& curve) {
+    if constexpr (asks<gate>) {
+        if (curve.of_y) return unbent(x, curve.slope);
+    }
+    return x;
+}
+
 // dy as it reaches the normalisation. center, scale and offset are read only with gates relu and curve, the mask's bit number `bit` and
 // those behind it only with gate masked or, if there is a mask, curve; z (zeros: none) only with gate curve.
 template <Gate gate, class V, class PerChannel>
@@ -44,6 +53,7 @@ BATCHNORM_INLINE V through_gate(V dy, V x, V z, const PerChannel& center, const 
         return where_bits(mask_bits(mask, bit), dy);
     } else if constexpr (gate == kernels::curve) {
         if (mask != nullptr) return by_bit(mask_bits(mask, bit), dy, dy * slope_of<V>(curve));
+        if (curve.of_y) return by_sign(x, dy, dy * slope_of<V>(curve));
         return curved_gradient(dy, affine(x, center.at(k), scale.at(k), offset.at(k)) + z, curve);
     } else {
         return dy;
@@ -75,7 +85,7 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                 const T* const x_run = x.at(n, c0 + c);
                 const T* const z_run = z.at(n, c0 + c);
                 T* const left_run = left.at(n, c0 + c);
-                const KeptRun keep(a.kept, b, n);
+                const KeptRun keep(a.kept, b, n, c0 + c);
                 const auto fetch = [&](int64_t e) {
                     prefetch_ahead(dy_run + e, ahead);
                     prefetch_ahead(x_run + e, ahead);
@@ -92,13 +102,13 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                         run,
                         [&](int64_t e) {
                             fetch(e);
-                            const Block<T> v = load(x_run + e);
+                            const Block<T> v = input<gate>(load(x_run + e), a.curve);
                             const Block<T> g = gated(load(dy_run + e), v, add_z ? load(z_run + e) : Block<T>{}, e);
                             if (leave) store(left_run + e, g);
                             sums.add(to_double(g), to_double(where_kept(keep.at(e), v)), shift);
                         },
                         [&](int64_t e, int64_t m) {
-                            const Block<T> v = load_part(x_run + e, m);
+                            const Block<T> v = input<gate>(load_part(x_run + e, m), a.curve);
                             const Block<T> residual = add_z ? load_part(z_run + e, m) : Block<T>{};
                             const Block<T> g = gated(load_part(dy_run + e, m), v, residual, e);
                             if (leave) store_part(left_run + e, m, g);
@@ -143,7 +153,7 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
             prefetch_ahead(x[j] + e, ahead);
             if (add_z) prefetch_ahead(z[j] + e, ahead);
             if constexpr (gate != kernels::open) {
-                const Block<T> v = load_at(x[j] + e);
+                const Block<T> v = input<gate>(load_at(x[j] + e), a.curve);
                 const Block<T> residual = add_z ? load_at(z[j] + e) : Block<T>{};
                 const Block<T> g =
                     through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e, a.mask.bits, bit[j] + e, a.curve);
@@ -173,14 +183,14 @@ template <Gate gate, bool shifted, class T>
 BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
     const bool add_z = asks<gate> && a.z.data != nullptr;
-    const uint8_t* const kept = a.kept.data;
-    const FoldedRows<T> dy(a.dy, a.where, kept), x(a.x, a.where, kept), z(add_z ? a.z : a.x, a.where, kept);
+    const uint8_t* const kept = kept_rows(a.kept);
+    const FoldedRows<T> dy(a.dy, a.where, a.kept), x(a.x, a.where, a.kept), z(add_z ? a.z : a.x, a.where, a.kept);
     const bool leave = may_leave<gate, T> && a.g.data != nullptr;
     const Rows<T> left(leave ? a.g : a.x, a.where);
     const int64_t fold = a.where.fold, width = fold * x.channels;
     memset(a.sum_dy, 0, (size_t)round_up(width) * sizeof(double));
     memset(a.sum_dy_x, 0, (size_t)round_up(width) * sizeof(double));
-    T dy_buffer[kMaxFoldedWidth], x_buffer[kMaxFoldedWidth], z_buffer[asks<gate> ? kMaxFoldedWidth : 1];
+    T dy_buffer[kMaxRow], x_buffer[kMaxRow], z_buffer[asks<gate> ? kMaxRow : 1];
     const auto bit = [&](int64_t row) { return row * a.mask.outer_stride + b.channel_begin; };
     // Several rows at a time, their sums in registers: not where the gate's call would spill them, which code of that size is not worth.
     const bool four = !asks<gate> && !dy.gather && !x.gather;

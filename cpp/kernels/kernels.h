@@ -67,9 +67,11 @@ enum Gate : int { open, relu, masked, curve };
 //   tanh        (1 - exp(-2v)) / (1 + exp(-2v))    g = dy (1 - y^2)
 //   silu        v sigmoid(v)                       g = dy (s + v s (1 - s)), s = sigmoid(v)
 enum class CurveKind : int { relu, leaky_relu, relu6, sigmoid, tanh, silu };
+// In backward leaky_relu's tensor may be its output (`of_y`, slope > 0): x is then taken for y > 0 ? y : y / slope, and g by y's sign.
 struct Curve {
     CurveKind kind = CurveKind::relu;
     double slope = 0;
+    bool of_y = false;
 };
 
 // One bit per element of a tensor, set where the activation's slope is 1 (v > 0, for relu6 also v < 6): bit (outer, channel, inner) is
@@ -81,12 +83,14 @@ struct Mask {
 };
 inline constexpr int64_t kMaskSlack = 4;
 
-// Which positions (outer, inner) count; elements at the others are as if they were not there: they add nothing to a sum, whatever they
-// hold, and 0 is written for them. Direction ncs: a bit each, number outer * outer_stride + inner, with a Mask's slack behind the last.
-// Direction nsc: a byte per row, 0 for a row that does not count. Without data all count.
+// What counts; the other elements are as if they were not there: they add nothing to a sum, whatever they hold, and 0 is written for
+// them. With channel_stride 0 positions (outer, inner) count or do not. Direction ncs: a bit each, number outer * outer_stride + inner,
+// with a Mask's slack behind the last. Direction nsc: a byte per row, 0 for a row that does not count. With another channel_stride
+// elements do, in the layout of a Mask, in both directions. Without data all count.
 struct Kept {
     const uint8_t* data;
     int64_t outer_stride;
+    int64_t channel_stride = 0;
 };
 
 // How often each position counts: finite numbers >= 0, double for moments and Compute for grad_apply. Direction ncs: number outer *
@@ -100,9 +104,9 @@ struct Weights {
 // Per-channel arrays below start at box.channel_begin. `Compute` is double for float64 storage and float otherwise.
 
 // sum[c] = sum of (x - shift[c]), sum_sq[c] = sum of (x - shift[c])^2 over the box, in double; overwritten. No shift (null) means 0, which
-// is faster; float64 storage always has one, integers never, whose sums are exact below 2^53: of up to 2^21 values. With weights, which
-// integers have none of, nor a mask, there always is one, and each sum's term is multiplied by its own weight; where that is 0 x is not
-// looked at. Weights and kept are not given together.
+// is faster; float64 storage always has one, and so has whatever has weights or single elements that count. Integers have none
+// otherwise: their sums are exact below 2^53, which is of up to 2^21 values. With weights each sum's term is multiplied by its own; where
+// that is 0 x is not looked at. Weights and kept positions are not given together.
 struct MomentsArgs {
     Where where;
     Operand x;

@@ -3,7 +3,7 @@
 // A shift near the channel's data keeps the squares from cancelling later. Without one the squares of float data are exact, so the loop
 // needs 6 vector instructions per 16 elements instead of 10; the driver asks for a shift where the sums turn out to need it. For double
 // data squares are not exact, and multiply and add round separately: SSE2 has no fma, and the bits must not depend on the ISA. Integers
-// need no shift: all their sums are exact.
+// without weights need no shift: all their sums are exact.
 #pragma once
 
 #include "walk.h"
@@ -73,15 +73,15 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
                 Moments<shifted> m{Ops<F64>::load(lanes[c][0]), Ops<F64>::load(lanes[c][1])};
                 const F64 shift = Ops<F64>::broadcast(shifted ? a.shift[c0 + c] : 0);
                 const T* const x_run = x.at(n, c0 + c);
-                const KeptRun keep(a.kept, b, n);
+                const KeptRun keep(a.kept, b, n, c0 + c);
                 const RunWeights<double> w(a.weights, b, n);
                 for_run(
                     run,
                     [&](int64_t e) {
                         prefetch_ahead(x_run + e, ahead);
-                        const uint32_t bits = count == kept ? keep.at(e) : kAllKept;
+                        const uint32_t bits = count == every ? kAllKept : keep.at(e);
                         if constexpr (count == weighted) {
-                            m.add_weighted(load_double(x_run + e), shift, w.at(e));
+                            m.add_weighted(load_double(x_run + e), shift, where_kept(bits, w.at(e)));
                         } else if (bits == kAllKept) {
                             m.add(load_double(x_run + e), shift);
                         } else {
@@ -95,7 +95,7 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
                         } else if constexpr (count == kept) {
                             m.add_kept(v, shift, keep.at(e) & ((1u << k) - 1));
                         } else {
-                            m.add_weighted_first(v, shift, w.at(e), k);
+                            m.add_weighted_first(v, shift, where_kept(keep.at(e), w.at(e)), k);
                         }
                     });
                 Ops<F64>::store(lanes[c][0], m.sum);
@@ -136,7 +136,7 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R],
     for_run(
         width,
         [&](int64_t e) {
-            rows(e, [e, ahead](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
+            rows(e, [=](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
                 prefetch_ahead(p, ahead);
                 if constexpr (Weight::given) {
                     m.add_weighted(load_double(p), shift, weight.at(e));
@@ -146,7 +146,7 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R],
             });
         },
         [&](int64_t e, int64_t n) {
-            rows(e, [e, n](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
+            rows(e, [=](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
                 const F64 v = to_double(load_part(p, n));
                 if constexpr (Weight::given) {
                     m.add_weighted_first(v, shift, weight.at(e), n);
@@ -222,6 +222,23 @@ BATCHNORM_INLINE void moments_some_folded_rows(const FoldedRows<T>& x, const Mom
     if (n > 0) sum();
 }
 
+// Where single elements count, each has a weight of its own: its row's, or 0.
+template <class T>
+__attribute__((noinline)) void moments_elements(const FoldedRows<T>& x, const MomentsArgs& a) {
+    const Box& b = a.where.box;
+    const KeptElements kept(a.kept, b);
+    const double* const row_weights = (const double*)a.weights.data;
+    T buffer[kMaxRow];
+    double weights[kMaxRow];
+    for (int64_t r = b.outer_begin; r < b.outer_end; r += a.where.fold) {
+        const int64_t n_rows = b.outer_end - r < a.where.fold ? b.outer_end - r : a.where.fold, width = n_rows * x.channels;
+        for (int64_t e = 0; e < width; ++e) {
+            weights[e] = !kept.at(r, e) ? 0 : row_weights == nullptr ? 1 : row_weights[r + e / x.channels];
+        }
+        moments_rows<true, 1, T, FoldedWeights>({x.at(r, n_rows, buffer)}, {{weights}}, width, a);
+    }
+}
+
 template <bool shifted, Count count, class T>
 BATCHNORM_INLINE void moments_nsc_as(const MomentsArgs& a) {
     const FoldedRows<T> x(a.x, a.where);
@@ -254,16 +271,14 @@ struct CountIs {
 // Runs `as` with the two choices as constants.
 template <class T, class As>
 BATCHNORM_INLINE void moments_flags(const MomentsArgs& a, As as) {
-    if constexpr (is_integer<T>) {
-        as(Flag<false>{}, CountIs<every>{});
+    if (a.weights.data != nullptr) return as(Flag<true>{}, CountIs<weighted>{});
+    const auto counted = [&](auto shifted) { a.kept.data == nullptr ? as(shifted, CountIs<every>{}) : as(shifted, CountIs<kept>{}); };
+    if constexpr (is_double<T>) {
+        counted(Flag<true>{});
+    } else if constexpr (is_integer<T>) {
+        counted(Flag<false>{});
     } else {
-        if (a.weights.data != nullptr) return as(Flag<true>{}, CountIs<weighted>{});
-        const auto counted = [&](auto shifted) { a.kept.data == nullptr ? as(shifted, CountIs<every>{}) : as(shifted, CountIs<kept>{}); };
-        if constexpr (is_double<T>) {
-            counted(Flag<true>{});
-        } else {
-            with_flag(a.shift != nullptr, counted);
-        }
+        with_flag(a.shift != nullptr, counted);
     }
 }
 
@@ -274,6 +289,12 @@ void moments_ncs(const MomentsArgs& a) noexcept {
 
 template <class T>
 void moments_nsc(const MomentsArgs& a) noexcept {
+    if (a.kept.channel_stride != 0) {
+        const FoldedRows<T> x(a.x, a.where);
+        memset(a.sum, 0, (size_t)round_up(a.where.fold * x.channels) * sizeof(double));
+        memset(a.sum_sq, 0, (size_t)round_up(a.where.fold * x.channels) * sizeof(double));
+        return moments_elements(x, a);
+    }
     moments_flags<T>(a, [&](auto shifted, auto count) { moments_nsc_as<decltype(shifted)::value, decltype(count)::value, T>(a); });
 }
 

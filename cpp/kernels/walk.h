@@ -49,20 +49,41 @@ BATCHNORM_INLINE void clear(T* p, int64_t n) {
     memset((void*)p, 0, (size_t)n * sizeof(T));
 }
 
-// Direction nsc, for reading: `fold` rows as one. Rows that do not lie side by side are gathered into a buffer first, so that
-// the lanes, and with them the bits of every sum, are those of a dense array. There rows that do not count are 0.
+// Direction nsc: which rows count, a byte each, and which elements do, bits of a row that starts at bit r * stride. One of them, or none.
+BATCHNORM_INLINE const uint8_t* kept_rows(const kernels::Kept& k) { return k.channel_stride == 0 ? k.data : nullptr; }
+struct KeptElements {
+    const uint8_t* bits;  // null: all count
+    int64_t stride, channel_begin;
+
+    BATCHNORM_INLINE KeptElements(const kernels::Kept& k, const Box& b)
+        : bits(k.channel_stride == 0 ? nullptr : k.data), stride(k.outer_stride), channel_begin(b.channel_begin) {}
+    BATCHNORM_INLINE bool at(int64_t row, int64_t e) const {
+        const int64_t bit = row * stride + channel_begin + e;
+        return (bits[bit >> 3] >> (bit & 7) & 1) != 0;
+    }
+};
+
+// The most values of a (folded) row.
+inline constexpr int64_t kMaxRow = kernels::kMaxChannelBlock;
+static_assert(kMaxRow >= kMaxFoldedWidth);
+
+// Direction nsc, for reading: `fold` rows as one. Rows that do not lie side by side, or of which single elements count, are gathered into a
+// buffer of kMaxRow values first, so that the lanes, and with them the bits of every sum, are those of a dense array. There what does not
+// count is 0.
 template <class T>
 struct FoldedRows {
     Rows<const T> rows;
     int64_t channels;
     const uint8_t* kept;
+    KeptElements elements;
     bool gather;
 
-    BATCHNORM_INLINE FoldedRows(const Operand& o, const Where& w, const uint8_t* kept_rows = nullptr)
+    BATCHNORM_INLINE FoldedRows(const Operand& o, const Where& w, const kernels::Kept& k = {})
         : rows(o, w),
           channels(w.box.channel_end - w.box.channel_begin),
-          kept(kept_rows),
-          gather(w.fold > 1 && (kept != nullptr || !rows.dense(channels))) {}
+          kept(kept_rows(k)),
+          elements(k, w.box),
+          gather(elements.bits != nullptr || (w.fold > 1 && (kept != nullptr || !rows.dense(channels)))) {}
     BATCHNORM_INLINE const T* at(int64_t first_row, int64_t n_rows, T* buffer) const {
         if (!gather) return rows.at(first_row);
         for (int64_t j = 0; j < n_rows; ++j) {
@@ -71,7 +92,12 @@ struct FoldedRows {
         }
         return buffer;
     }
-    BATCHNORM_INLINE void copy(int64_t row, T* to) const { memcpy(to, rows.at(row), (size_t)channels * sizeof(T)); }
+    __attribute__((noinline)) void copy(int64_t row, T* to) const {
+        memcpy(to, rows.at(row), (size_t)channels * sizeof(T));
+        for (int64_t c = 0; elements.bits != nullptr && c < channels; ++c) {
+            if (!elements.at(row, c)) to[c] = T{};
+        }
+    }
 };
 
 // Direction nsc: the rows of a box that count, 4 at a time as long as there are so many (and `four`), then 1; in the end 0. Of folded rows
@@ -164,18 +190,32 @@ template <class V>
 BATCHNORM_INLINE V where_kept(uint32_t bits, V v) {
     return bits == kAllKept ? v : where_bits(bits, v);
 }
-// Direction ncs: those from element e of the run at outer index n on.
+// Direction ncs: those from element e of the run at outer index n, channel c of the box, on.
 struct KeptRun {
     const uint8_t* bits;
     int64_t first;
 
-    BATCHNORM_INLINE KeptRun(const kernels::Kept& k, const Box& b, int64_t n) : bits(k.data), first(n * k.outer_stride + b.inner_begin) {}
+    BATCHNORM_INLINE KeptRun(const kernels::Kept& k, const Box& b, int64_t n, int64_t c)
+        : bits(k.data), first(n * k.outer_stride + (b.channel_begin + c) * k.channel_stride + b.inner_begin) {}
     BATCHNORM_INLINE uint32_t at(int64_t e) const { return bits == nullptr ? kAllKept : mask_bits(bits, first + e) & kAllKept; }
 };
 // Direction nsc: rows that do not count are passed over.
 struct KeptRow {
     BATCHNORM_INLINE uint32_t at(int64_t) const { return kAllKept; }
 };
+
+// Of a box's rows the elements that do not count become 0.
+template <class T>
+__attribute__((noinline)) void clear_excluded(const kernels::Kept& kept, const Where& w, const Rows<T>& rows) {
+    const KeptElements k(kept, w.box);
+    const int64_t channels = w.box.channel_end - w.box.channel_begin;
+    for (int64_t r = w.box.outer_begin; k.bits != nullptr && r < w.box.outer_end; ++r) {
+        T* const row = rows.at(r);
+        for (int64_t c = 0; c < channels; ++c) {
+            if (!k.at(r, c)) row[c] = T{};
+        }
+    }
+}
 
 // Direction ncs: 16 weights from element e of the run at outer index n on.
 template <class C>

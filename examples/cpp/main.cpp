@@ -7,7 +7,6 @@
 #include <cstdio>
 #include <exception>
 #include <random>
-#include <stdexcept>
 #include <vector>
 
 using batchnorm::View;
@@ -88,9 +87,9 @@ template <class MakeView, class InLayout>
 void train_and_infer(MakeView view, InLayout in_layout) {
     // Parameters and running statistics: one value per channel, float or double.
     std::vector<float> gamma{1.0f, 0.5f, 2.0f}, beta{0.0f, 1.0f, -1.0f}, running_mean(C, 0.0f), running_var(C, 1.0f);
-    // What the forward pass keeps for backward is double, so that nothing is lost.
-    std::vector<double> mean(C), inv_std(C);
     std::vector<float> x, y(kElements);
+    // What the forward pass keeps for backward. Its memory is used again in the next step.
+    batchnorm::Saved saved;
 
     // Training: each batch is normalised with its own statistics, of which a running average is kept.
     for (unsigned step = 0; step < 50; ++step) {
@@ -99,20 +98,17 @@ void train_and_infer(MakeView view, InLayout in_layout) {
                                      .y = view(y),
                                      .gamma = gamma,
                                      .beta = beta,
-                                     .running_mean = running_mean,
-                                     .running_var = running_var,
-                                     .decay = 0.9,
                                      .eps = kEps,
-                                     .mean = mean,
-                                     .inv_std = inv_std});
+                                     .running = {.mean = running_mean, .var = running_var, .decay = 0.9},
+                                     .saved = &saved});
     }
     std::printf("  running mean %5.2f %5.2f %5.2f, of data with mean 0 10 20\n", running_mean[0], running_mean[1], running_mean[2]);
     std::printf("  running var  %5.2f %5.2f %5.2f, of data with var  1  4  9\n", running_var[0], running_var[1], running_var[2]);
 
-    // Backward: gradients of x, gamma and beta from the gradient of y.
+    // Backward: gradients of x, gamma and beta from the gradient of y. The options are the forward's, out of `saved`.
     std::vector<float> dy = in_layout(random_images(1000)), dx(kElements), dgamma(C), dbeta(C);
-    batchnorm::batch_norm_backward(
-        {.dy = view(dy), .x = view(x), .mean = mean, .inv_std = inv_std, .gamma = gamma, .dx = view(dx), .dgamma = dgamma, .dbeta = dbeta});
+    batchnorm::batch_norm_backward({.dy = view(dy), .kept = view(x), .saved = &saved, .dx = view(dx), .dgamma = dgamma, .dbeta = dbeta});
+    const std::vector<double> mean(saved.mean().begin(), saved.mean().end());
 
     // Inference: the running statistics; here in place, and with ReLU in the same pass.
     batchnorm::batch_norm({.x = view(x),
@@ -140,9 +136,9 @@ void make_a_mistake() {
     try {
         batchnorm::batch_norm({.x = view, .y = view, .mean = mean, .var = var, .gamma = gamma});
         all_good = false;
-    } catch (const std::invalid_argument& e) {
-        std::printf("std::invalid_argument: %s\n", e.what());
-        all_good = all_good && x == random_images(0);
+    } catch (const batchnorm::Error& e) {  // a std::invalid_argument
+        std::printf("batchnorm::Error: %s\n", e.what());
+        all_good = all_good && e.argument == "gamma" && x == random_images(0);
     }
 }
 

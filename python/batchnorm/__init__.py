@@ -1,23 +1,26 @@
 """Batch normalization for NumPy: functions on arrays, and a layer that holds their state.
 
 - ``BatchNorm``: the layer; parameters, running statistics, train and eval, backward, save and load
-- ``batch_norm_train``: normalise with the batch's own statistics, update running ones
+- ``batch_norm_train``: normalise with the batch's own statistics, update running ones: ``y, saved``
+- ``batch_norm_backward``, ``batch_norm_double_backward``: gradients, from ``saved``
 - ``batch_norm``: normalise with given statistics (inference)
-- ``batch_norm_backward``: gradients of either
-- ``batch_renorm_train``, ``batch_renorm_backward``: batch renormalisation
-- ``batch_norm_train_saving``, ``batch_norm_backward_from_output``: training that keeps y and not x
-- ``ghost_batch_norm_train``, ``ghost_batch_norm_backward``: statistics of parts of the batch
+- ``moments``, ``Moments``, ``dataset_moments``: mean and variance, also of more data than fits memory
 - ``normalize_images``: image preprocessing, uint8 pixels to float planes in one pass
-- ``moments``, ``update_running``: the parts
-- ``Moments``, ``dataset_moments``: mean and variance of more data than fits memory
+- ``update_running``, ``effective_decay``: moving averages by themselves
+- ``fold``: a normalisation into the weights before it
+- ``diagnose``, ``recalibrate``, ``no_update``, ``freeze``: for all layers of a network at once
 - ``show_config``, ``set_num_threads``, ``set_isa``: this build, threads, instruction set
 - ``cache_info``, ``set_cache_limit``, ``empty_cache``: the memory kept warm for results
 - ``get_cmake_dir``, ``get_include``: the C++ library inside this package
+- ``batchnorm.typing``: names for annotations
 
 >>> import numpy as np, batchnorm
+>>> x = np.random.default_rng(0).normal(size=(8, 64, 32, 32)).astype(np.float32)
+>>> y, saved = batchnorm.batch_norm_train(x)
+>>> dx = batchnorm.batch_norm_backward(np.ones_like(y), saved).dx
 >>> bn = batchnorm.BatchNorm(64)
->>> bn(np.ones((8, 64, 32, 32), np.float32)).shape
-(8, 64, 32, 32)
+>>> bn(x).shape, dx.shape
+((8, 64, 32, 32), (8, 64, 32, 32))
 """
 
 import os as _os
@@ -27,49 +30,40 @@ import threading as _threading
 from ._openmp import _core  # first: it decides how OpenMP waits
 
 # isort: on
-from ._diagnosis import Diagnosis, Finding
-from ._double_backward import DoubleGradients, batch_norm_double_backward
-from ._forward import ColdStatisticsWarning
-from ._from_output import (
-    SavedForBackward,
-    SavingTrainResult,
-    batch_norm_backward_from_output,
-    batch_norm_train_saving,
-)
-from ._functional import (
+from ._version import __version__
+from .dataset import DatasetMoments, dataset_moments
+from .diagnose import Diagnosis, Finding, History, diagnose, freeze, no_update, recalibrate
+from .fold import fold
+from .functional import (
+    DoubleGradients,
     Gradients,
-    MeanVar,
-    ResidualGradients,
-    ResidualTrainResult,
+    Saved,
     TrainResult,
-    activation_mask_bytes,
     batch_norm,
     batch_norm_backward,
+    batch_norm_double_backward,
     batch_norm_train,
-    moments,
 )
-from ._ghost import ghost_batch_norm_backward, ghost_batch_norm_train
-from ._history import History
-from ._images import normalize_images
-from ._info import (
+from .images import normalize_images
+from .layer import BatchNorm
+from .moments import MeanVar, Moments, moments
+from .parameter import Parameter, weight_decay_groups
+from .running import ColdStatisticsWarning, effective_decay, update_running
+from .runtime import (
+    CacheInfo,
+    cache_info,
     config,
+    empty_cache,
     get_cmake_dir,
     get_include,
     get_isa,
     get_num_threads,
     isa_levels,
+    set_cache_limit,
     set_isa,
     set_num_threads,
     show_config,
 )
-from ._layer import BatchNorm
-from ._memory import CacheInfo, cache_info, empty_cache, set_cache_limit
-from ._moments import DatasetMoments, Moments, dataset_moments
-from ._parameter import Parameter, weight_decay_groups
-from ._recalibrate import recalibrate
-from ._renorm import RenormTrainResult, batch_renorm_backward, batch_renorm_train
-from ._running import effective_decay, update_running
-from ._version import __version__
 
 __all__ = [
     "BatchNorm",
@@ -84,35 +78,28 @@ __all__ = [
     "MeanVar",
     "Moments",
     "Parameter",
-    "RenormTrainResult",
-    "ResidualGradients",
-    "ResidualTrainResult",
-    "SavedForBackward",
-    "SavingTrainResult",
+    "Saved",
     "TrainResult",
     "__version__",
-    "activation_mask_bytes",
     "batch_norm",
     "batch_norm_backward",
-    "batch_norm_backward_from_output",
     "batch_norm_double_backward",
     "batch_norm_train",
-    "batch_norm_train_saving",
-    "batch_renorm_backward",
-    "batch_renorm_train",
     "cache_info",
     "config",
     "dataset_moments",
+    "diagnose",
     "effective_decay",
     "empty_cache",
+    "fold",
+    "freeze",
     "get_cmake_dir",
     "get_include",
     "get_isa",
     "get_num_threads",
-    "ghost_batch_norm_backward",
-    "ghost_batch_norm_train",
     "isa_levels",
     "moments",
+    "no_update",
     "normalize_images",
     "recalibrate",
     "set_cache_limit",

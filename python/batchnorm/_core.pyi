@@ -1,154 +1,135 @@
-"""The extension module. See cpp/bind/module.cpp: `prepared=False` gives None where arguments need `_args`."""
+"""The extension module: see cpp/bind."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-def batch_norm(
-    x: Any,
-    mean: Any,
-    var: Any,
-    gamma: Any,
-    beta: Any,
-    eps: Any,
-    axis: Any,
-    activation: Any,
-    slope: Any,
-    residual: Any,
-    activation_mask: Any,
-    num_threads: Any,
-    out: Any,
-    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
-    disjoint: bool,
-    prepared: bool,
-    /,
-) -> NDArray[Any] | None: ...
-def batch_norm_integers(
-    x: Any,
-    mean: Any,
-    var: Any,
-    gamma: Any,
-    beta: Any,
-    eps: Any,
-    axis: Any,
-    out_axis: Any,
-    dtype: Any,
-    num_threads: Any,
-    out: Any,
-    disjoint: bool,
-    prepared: bool,
-    /,
-) -> NDArray[Any] | None: ...
-def batch_norm_train(
-    x: Any,
-    gamma: Any,
-    beta: Any,
-    running_mean: Any,
-    running_var: Any,
-    decay: Any,
-    running_ddof: Any,
-    eps: Any,
-    axis: Any,
-    activation: Any,
-    slope: Any,
-    residual: Any,
-    num_threads: Any,
-    out: Any,
-    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
-    renorm: tuple[NDArray[Any], NDArray[Any], float, float, float] | None,
-    disjoint: bool,
-    prepared: bool,
-    /,
-) -> tuple[Any, ...] | None: ...
-def batch_norm_backward(
-    dy: Any,
-    x: Any,
-    mean: Any,
-    inv_std: Any,
-    gamma: Any,
-    beta: Any,
-    axis: Any,
-    fixed: bool,
-    activation: Any,
-    slope: Any,
-    activation_mask: Any,
-    residual: Any,
-    need_dx: bool,
-    need_dgamma: bool,
-    need_dbeta: bool,
-    need_dresidual: bool,
-    num_threads: Any,
-    out: Any,
-    out_residual: Any,
-    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
-    disjoint: bool,
-    prepared: bool,
-    /,
-) -> tuple[NDArray[Any] | None, ...] | None: ...
+from .typing import ActivationName, Array, ChannelAxis, DataFormatName, Mask, Vector
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+@final
+class Operation:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __get__(self, instance: Any, owner: Any = ..., /) -> Any: ...
+    def __reduce__(self) -> str: ...
+    @property
+    def keywords(self) -> tuple[str, ...]: ...
+
+@final
+class Saved:
+    _owner: Any
+    _serial: int
+    @property
+    def mean(self) -> Vector: ...
+    @property
+    def var(self) -> Vector: ...
+    @property
+    def inv_std(self) -> Vector: ...
+    @property
+    def count(self) -> Vector: ...
+    @property
+    def r(self) -> Vector | None: ...
+    @property
+    def d(self) -> Vector | None: ...
+    @property
+    def gamma(self) -> Array | None: ...
+    @property
+    def beta(self) -> Array | None: ...
+    @property
+    def eps(self) -> float | None: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+    @property
+    def channel_axis(self) -> ChannelAxis: ...
+    @property
+    def activation(self) -> ActivationName | None: ...
+    @property
+    def slope(self) -> float | None: ...
+    @property
+    def keeps(self) -> Literal["x", "y"] | None: ...
+    @property
+    def kept_channels(self) -> NDArray[np.int64]: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
+    @property
+    def updated(self) -> bool: ...
+    @property
+    def has_residual(self) -> bool: ...
+    @staticmethod
+    def of(
+        x: Array,
+        mean: Array,
+        inv_std: Array,
+        gamma: Array | None = None,
+        beta: Array | None = None,
+        *,
+        stats: Literal["batch", "fixed"] = "batch",
+        channel_axis: ChannelAxis = 1,
+        data_format: DataFormatName | None = None,
+        activation: ActivationName | None = None,
+        slope: float | None = None,
+        residual: Array | None = None,
+        mask: Mask | None = None,
+        lengths: Array | None = None,
+        lengths_axis: int | None = None,
+        weights: Array | None = None,
+    ) -> Saved: ...
+    def __copy__(self) -> Saved: ...
+    def __deepcopy__(self, memo: Any, /) -> Saved: ...
+    def __reduce__(self) -> NoReturn: ...
+    def __reduce_ex__(self, protocol: Any, /) -> NoReturn: ...
+
+def operation(stub: _F) -> _F: ...
+def use_hints(explain: Callable[[str, str, object, tuple[str, ...]], str]) -> None: ...
+def use_results(train: type[Any], backward: type[Any], double_backward: type[Any]) -> None: ...
 def moments(
     x: Any,
-    axis: Any,
-    ddof: Any,
-    num_threads: Any,
-    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
-    prepared: bool,
-    /,
-) -> tuple[NDArray[Any], NDArray[Any]] | None: ...
+    *,
+    channel_axis: Any = 1,
+    data_format: Any = None,
+    ddof: Any = 0,
+    mask: Any = None,
+    lengths: Any = None,
+    lengths_axis: Any = None,
+    weights: Any = None,
+    num_threads: Any = None,
+) -> tuple[Vector, Vector]: ...
 def moment_sums(
     x: Any,
-    axis: Any,
-    num_threads: Any,
-    positions: tuple[NDArray[Any] | None, NDArray[Any] | None] | None,
-    prepared: bool,
-    /,
-) -> NDArray[np.float64] | None: ...
-def merged_moment_sums(a: NDArray[np.float64], b: NDArray[np.float64], /) -> NDArray[np.float64]: ...
-def moments_from_sums(sums: NDArray[np.float64], /) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
-def update_running(
-    running_mean: NDArray[Any],
-    running_var: NDArray[Any],
-    mean: NDArray[Any],
-    var: NDArray[Any],
-    decay: float,
-    count: int,
-    ddof: int,
-    /,
-) -> None: ...
-def channel_sums(
-    a: NDArray[Any], b: NDArray[Any], axis: int, shift: NDArray[Any] | None, num_threads: int | None, /
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
-def combine(
-    a: NDArray[Any],
-    b: NDArray[Any],
-    k_a: NDArray[Any] | None,
-    center: NDArray[Any] | None,
-    k_b: NDArray[Any] | None,
-    k_0: NDArray[Any] | None,
-    axis: int,
-    gate: tuple[Any, ...] | None,
-    num_threads: int | None,
-    out: NDArray[Any] | None,
-    /,
-) -> NDArray[Any]: ...
-def new_like(x: NDArray[Any], /) -> NDArray[Any]: ...
-def has_view(arrays: list[NDArray[Any]], axis: int, /) -> bool: ...
-def activation_mask_bytes(x: NDArray[Any], axis: int, /) -> int: ...
+    *,
+    channel_axis: Any = 1,
+    data_format: Any = None,
+    mask: Any = None,
+    lengths: Any = None,
+    lengths_axis: Any = None,
+    weights: Any = None,
+    num_threads: Any = None,
+) -> Vector: ...
+def channel_shape(x: Any, channel_axis: Any = 1, data_format: Any = None) -> tuple[int, ...]: ...
+def merged_moment_sums(a: Vector, b: Vector) -> Vector: ...
+def moments_from_sums(sums: Vector) -> tuple[Vector, Vector, Vector]: ...
 def tuning() -> str: ...
-def set_tuning(settings: str, /) -> None: ...
-def set_main_thread(ident: int, /) -> None: ...
-def set_bfloat16_type_num(n: int, /) -> None: ...
+def set_tuning(settings: str) -> None: ...
+def set_main_thread(ident: int) -> None: ...
+def set_bfloat16_type_num(n: int) -> None: ...
 def num_threads() -> int: ...
-def set_num_threads(n: int, /) -> None: ...
+def set_num_threads(n: int) -> None: ...
 def isa() -> str: ...
-def set_isa(name: str, /) -> None: ...
+def set_isa(name: str) -> None: ...
 def isa_levels() -> list[str]: ...
 def isa_built() -> list[str]: ...
 def isa_reason() -> str: ...
 def cache_info() -> tuple[int, int, int, int, int, int]: ...
-def set_cache_limit(limit: int, /) -> None: ...
+def set_cache_limit(limit: int) -> None: ...
 def empty_cache() -> int: ...
-def container_limits(root: str, groups: str, /) -> tuple[int, int]: ...
+def container_limits(root: str, groups: str) -> tuple[int, int]: ...
 def openmp_runtime() -> str: ...
 def compiler() -> str: ...
 def version() -> str: ...

@@ -7,12 +7,21 @@
 //     y = act((x - mean) / sqrt(var + eps) * gamma + beta)
 //
 // Statistics are computed and returned in double. Results depend on the inputs only: same bits for any number of threads,
-// instruction set or alignment. Bad arguments throw std::invalid_argument, whose message names the argument, before anything is
-// written. All functions may be called from several threads at once.
+// instruction set or alignment. Bad arguments throw Error, whose message names the argument, before anything is written. All
+// functions may be called from several threads at once.
+//
+// A call is described by one struct, Forward or Backward. Each member is an independent choice, and all of them combine; what is left
+// out means the plain thing.
 #pragma once
+
+#if __cplusplus < 202002L
+#error "batchnorm.hpp needs C++20: compile with -std=c++20"
+#endif
 
 #include <cstdint>
 #include <limits>
+#include <memory>
+#include <memory_resource>
 #include <new>
 #include <span>
 #include <stdexcept>
@@ -28,6 +37,20 @@
 #endif
 
 namespace batchnorm {
+// A program compiled with the header of another minor version does not link: the structs below go by reference, and grow.
+inline namespace v0_2 {
+
+// A bad argument. `kind` is type for what is of the wrong sort, value for a wrong size, number or combination.
+struct BATCHNORM_API Error : std::invalid_argument {
+    enum Kind { type, value };
+    Kind kind;
+    std::string argument;
+    Error(Kind k, std::string name, const std::string& message) : std::invalid_argument(message), kind(k), argument(std::move(name)) {}
+};
+// A call in the wrong state: a Saved that is empty.
+struct BATCHNORM_API Misuse : std::logic_error {
+    using std::logic_error::logic_error;
+};
 
 // Storage formats without arithmetic of their own: IEEE binary16, and the upper half of a binary32.
 struct float16 {
@@ -141,158 +164,211 @@ struct AnyChannels {
 using ConstChannels = AnyChannels<false>;
 using Channels = AnyChannels<true>;
 
+// gamma, beta and their gradients: one value per channel, or a row of them for each sample, `rows` samples of equally many rows of
+// x's outer; rows 0 is one row for all. Row r starts at element r * row_stride.
+template <bool writable>
+struct AnyRows {
+    AnyChannels<writable> values{};  // of one row
+    std::int64_t rows = 0, row_stride = 0;
+
+    AnyRows() = default;
+    AnyRows(AnyChannels<writable> row, std::int64_t n, std::int64_t stride) : values(row), rows(n), row_stride(stride) {}
+    template <class V>
+        requires std::is_constructible_v<AnyChannels<writable>, V&&>
+    AnyRows(V&& row) : values(std::forward<V>(row)) {}  // NOLINT: implicit on purpose
+    explicit operator bool() const { return static_cast<bool>(values); }
+};
+using ConstRows = AnyRows<false>;
+using Rows = AnyRows<true>;
+
 // relu max(v, 0); leaky_relu v > 0 ? v : slope v (Maas, Hannun and Ng 2013); relu6 min(max(v, 0), 6) (Krizhevsky 2010); sigmoid 1 / (1 +
 // exp(-v)); tanh; silu v sigmoid(v) (Elfwing, Uchibe and Doya 2017, arXiv:1702.03118). Where the derivative jumps, at 0 and for relu6 at
 // 6, backward takes the one of the flat side (leaky_relu: slope). NaN stays NaN.
 enum class Activation { none, relu, leaky_relu, relu6, sigmoid, tanh, silu };
 
-// How the statistics of the forward pass came about: from the batch itself (gradients flow through them) or given.
-enum class Stats { batch, fixed };
-
-// Which positions count, and how often. A position is one (outer, inner) of x's view, number outer * inner_size + inner. Each span has one
-// value per position, or fewer: then each value stands for as many consecutive positions. Empty means that all count, once.
-//     mask     0 excludes: what tensors hold there is not used, outputs get 0 there, and the others are the whole batch
-//     weights  finite, >= 0: the statistics are those of a batch in which each position occurs that often (k is as good as k copies). All
-//              positions are normalised and all gradients come in, unless all weights are 0, which is as if all were excluded
-// n, the number of values per channel, becomes the sum of the weights of the positions that count.
+// Which values count, and how often. A position is one (outer, inner) of x's view, number outer * inner_size + inner. Each span has one
+// value per position, or fewer: then each value stands for as many consecutive positions. Absent means that all count, once.
+//     mask          0 excludes: what tensors hold there is not used, outputs get 0 there, and the others are the whole batch
+//     element_mask  the same for single elements: uint8, x's sizes, any strides (0 repeats a value). Each channel then has its own n
+//     weights       finite, >= 0: the statistics are those of a batch in which each position occurs that often (k is as good as k
+//                   copies). All positions are normalised and all gradients come in. Where the mask excludes, they may be anything
+// n, the number of values of a part and channel, is the sum of the weights of those that count. Without any, mean and var are NaN; of a
+// single one, x_hat is 0. Neither enters running statistics.
 struct Positions {
     std::span<const std::uint8_t> mask{};
     std::span<const double> weights{};
+    ConstTensor element_mask{};  // not together with mask
+    explicit operator bool() const { return !mask.empty() || !weights.empty() || element_mask; }
 };
-
-// Where relu, leaky_relu or relu6 let values through unchanged, one bit per element: written by the forward functions, read by
-// batch_norm_backward, which without it finds out from x. After a residual it cannot, unless it is given the residual, as the smooth
-// activations need it. activation_mask_bytes(x) is its size, a function of shape and memory order.
-BATCHNORM_API std::int64_t activation_mask_bytes(const ConstTensor& x);
-
-// Normalise with given statistics. y may be x or the residual itself (in place); no other overlap.
-//
-// Integer x, an image, gives y of any floating type: what float64 x of these values would give, rounded to float, and from there to 16
-// bits. There is no residual and no activation then, and y may have its channels first where x has them last: x as {data, n, channels, hw,
-// channels * hw, 1, channels} of n images with hw pixels each, y as View::ncs(data, n, channels, hw).
-struct BatchNormArgs {
-    ConstTensor x{};
-    Tensor y{};                     // x's shape and dtype (of integer x: see above)
-    ConstTensor residual{};         // added before the activation; x's shape and dtype, or absent
-    ConstChannels mean{}, var{};    // finite; var >= 0
-    ConstChannels gamma{}, beta{};  // absent: 1 and 0
-    double eps = 1e-5;              // finite, >= 0
-    Activation activation = Activation::none;
-    double slope = 0.01;  // of leaky_relu, for v <= 0; finite, within float's range unless x is double; may be 0 or negative
-    std::span<std::uint8_t> activation_mask{};  // out, activation_mask_bytes(x) bytes, with relu, leaky_relu or relu6 only; empty: none.
-                                                // Bits between runs stay; those of positions that do not count may be anything.
-    int num_threads = 0;                        // for this call; 0: num_threads()
-    bool disjoint = false;  // the caller has checked that no output shares an element with another argument; address ranges may overlap
-    Positions positions{};  // a mask alone
-};
-BATCHNORM_API void batch_norm(const BatchNormArgs& args);
 
 // Batch renormalisation (Ioffe 2017, arXiv:1702.03275, algorithm 1): y = act(x_hat * r * gamma + (beta + gamma * d)) with
 //     r = clip(std / reference std, rmin, rmax),  d = clip((mean - reference mean) / reference std, -dmax, dmax)
-// and std = sqrt(var + eps). Backward takes r and d for constants: batch_norm_backward with gamma * r for gamma and beta + gamma * d for
-// beta gives dx, dbeta, and dgamma = r * its dgamma + d * dbeta.
+// and std = sqrt(var + eps). Backward takes r and d for constants.
 struct Renorm {
-    ConstChannels mean{}, std{};  // the reference, both or neither (no renormalisation); finite, std > 0
+    bool enabled = false;
+    Channels mean{}, std{};  // the reference, finite, std > 0; absent: the running pair, sqrt(running var + eps)
     double rmin = 0, rmax = std::numeric_limits<double>::infinity();  // 0 <= rmin <= 1 <= rmax
     double dmax = std::numeric_limits<double>::infinity();            // >= 0
-    std::span<double> r{}, d{};                                       // out, C each
+    double decay = -1;  // of mean and std, which are then written as running statistics are; < 0: they are only read
 };
 
-// Normalise with the batch's own statistics, which are returned, and update running statistics in place:
-//     running = decay * running + (1 - decay) * batch,  with var * n / (n - running_ddof) for the variance.
-// One value per channel is an error. An empty batch (n = 0, also if no position counts) gives NaN statistics and updates nothing.
-struct BatchNormTrainArgs {
+// What happens when NaN or Inf would enter the running statistics: they take it (it stays in its channel); the call throws before
+// anything is written; or the batch is left out of them.
+enum class OnNonfinite { propagate, raise, skip };
+
+// Running statistics, updated in place once the call cannot fail any more:
+//     running = decay * running + (1 - decay) * batch,  with var * n / (n - ddof) for the variance.
+// Of several parts the batch is their average, weighted by n. A channel without two values stays as it is.
+struct Running {
+    Channels mean{}, var{};  // both or neither
+    double decay = 0.9;      // weight of the old value, in [0, 1]
+    ConstChannels decays{};  // the same for each channel, instead of decay
+    ConstChannels seen{};    // values that each channel's statistics hold: decay = seen / (seen + n), the cumulative average
+    int ddof = 1;            // 0 or 1
+    OnNonfinite on_nonfinite = OnNonfinite::propagate;
+};
+
+// Other processes that hold parts of the same batch. Not served yet: Execution::group must be null.
+class BATCHNORM_API Group {
+public:
+    virtual ~Group();
+    virtual int size() const = 0;
+    virtual void allgather(std::span<const double> mine, std::span<double> all) = 0;  // all: size() times mine, in rank order
+};
+
+struct Execution {
+    int num_threads = 0;       // for this call; 0: num_threads()
+    bool disjoint = false;     // the caller vouches that outputs overlap nothing they may not
+    bool check_values = true;  // whether NaN, Inf and negative variances in per-channel arguments are refused
+    Group* group = nullptr;
+};
+
+// What backward needs of x. With y it recovers x from the output, (y - offset) / slope per channel, and x itself is stored of channels
+// where that would lose more than a third of the digits (|gamma| small against |beta|): with leaky_relu (slope from 2^-60 to 2^60) or
+// no activation, and without a residual.
+enum class Keep { x, y };
+
+// What a forward pass leaves for backward besides x (or y): statistics, copies of gamma, beta and positions, a bit per element where a
+// piecewise linear activation after a residual was on. It refers to nothing of the caller's. A second forward of the same sizes
+// allocates nothing. A failed check leaves it as it was; Interrupted, std::bad_alloc and
+// OnNonfinite::raise empty it. Reading it is safe from any thread.
+class BATCHNORM_API Saved {
+public:
+    Saved();
+    explicit Saved(std::pmr::memory_resource* memory);
+    ~Saved();
+    Saved(Saved&&) noexcept;
+    Saved& operator=(Saved&&) noexcept;
+
+    bool empty() const noexcept;
+    void clear() noexcept;               // memory is kept
+    std::size_t bytes() const noexcept;  // held
+    std::int64_t parts() const noexcept;
+    std::int64_t channels() const noexcept;
+    // parts * channels values each. r and d are empty without renormalisation.
+    std::span<const double> mean() const noexcept, var() const noexcept, inv_std() const noexcept, count() const noexcept;
+    std::span<const double> r() const noexcept, d() const noexcept;
+    std::span<const std::int64_t> kept_channels() const noexcept;  // those whose x is stored (Keep::y)
+    bool updated() const noexcept;                                 // whether running statistics took this batch
+    bool reads_residual() const noexcept;                          // whether backward wants the forward's residual
+
+    struct Impl;
+    Impl* get() const noexcept { return impl_.get(); }
+
+private:
+    std::unique_ptr<Impl> impl_;
+    std::pmr::memory_resource* memory_;
+    friend Impl& prepared(Saved& saved);  // for the drivers
+};
+
+// One forward call.
+struct Forward {
     ConstTensor x{};
-    Tensor y{};
-    ConstTensor residual{};
-    ConstChannels gamma{}, beta{};
-    Channels running_mean{}, running_var{};  // both or neither
-    double decay = 0.9;                      // weight of the old value, in [0, 1]
-    int running_ddof = 1;                    // 0 or 1
-    double eps = 1e-5;
+    Tensor y{};                   // x's shape and dtype; may be x or the residual itself (in place), no other overlap
+    ConstTensor residual{};       // added before the activation; x's shape and dtype
+    ConstChannels mean{}, var{};  // given statistics: finite, var >= 0. Both or neither
+    ConstRows gamma{}, beta{};    // absent: 1 and 0
+    double eps = 1e-5;            // finite, >= 0
     Activation activation = Activation::none;
-    double slope = 0.01;
-    Renorm renorm{};
-    std::span<double> mean{}, inv_std{};        // out, C each: what backward needs, unrounded
-    std::span<std::uint8_t> activation_mask{};  // out
-    int num_threads = 0;
-    bool disjoint = false;
+    double slope = 0.01;  // of leaky_relu, for v <= 0; finite, within float's range unless x is double
     Positions positions{};
+    std::int64_t part_outer = 0;  // rows of outer that are a batch of their own (ghost batches); 0: all. A last part may be shorter; with
+                                  // a single value per channel it joins the one before
+    Renorm renorm{};
+    Running running{};
+    Keep keep = Keep::x;
+    Saved* saved = nullptr;  // receives what backward needs
+    Execution execution{};
 };
-BATCHNORM_API void batch_norm_train(const BatchNormTrainArgs& args);
 
-// Gradients. With x_hat = (x - mean) * inv_std and dy multiplied by the activation's derivative first:
-//     dbeta = sum dy, dgamma = sum dy * x_hat,
-//     Stats::batch  dx = gamma * inv_std * (dy - w * dbeta / n - w * x_hat * dgamma / n), w the position's weight, 1 without
-//     Stats::fixed  dx = gamma * inv_std * dy
-// The residual's gradient is that dy. Outputs that are absent are not computed. dx or dresidual may be dy or the residual itself.
-struct BatchNormBackwardArgs {
-    ConstTensor dy{}, x{};
-    ConstChannels mean{}, inv_std{};  // as the forward returned them; NaN is passed on
-    ConstChannels gamma{}, beta{};    // beta is read only with an activation
-    Stats stats = Stats::batch;
-    Activation activation = Activation::none;
-    double slope = 0.01;
-    std::span<const std::uint8_t> activation_mask{};  // the forward's; empty: the activation's input is recomputed from x and the residual
-    ConstTensor residual{};                           // the forward's, with an activation and instead of its mask, or absent
+// Normalise with given statistics; mean and var are required.
+//
+// Integer x, an image, gives y of any floating type: what float64 x of these values would give, rounded to float, and from there to 16
+// bits. y may have its channels first where x has them last: x as {data, n, channels, hw, channels * hw, 1, channels} of n images with hw
+// pixels each, y as View::ncs(data, n, channels, hw). A residual has y's type. There is no `saved` then.
+BATCHNORM_API void batch_norm(const Forward& call);
+
+// Normalise with the batch's own statistics, part by part, or with mean and var if they are given, and update running statistics by
+// the batch's. It is an error if no part and channel has two values, unless nothing counts at all, which gives NaN statistics, y = 0
+// and no update. `seen` of running and parts that are ragged: see there.
+BATCHNORM_API void batch_norm_train(const Forward& call);
+
+// One backward call. With x_hat = (x - mean) * inv_std and g = dy times the activation's derivative (0 where nothing counts):
+//     dbeta = sum g, dgamma = sum g * (r x_hat + d),
+//     batch statistics  dx = gamma r inv_std (g - w * sum g / n - w * x_hat * sum (g x_hat) / n), w the position's weight, 1 without
+//     given statistics  dx = gamma r inv_std g
+// The residual's gradient is g. Outputs that are absent are not computed. Of dx and dresidual one may be dy or the residual itself, and
+// dx the kept tensor.
+struct Backward {
+    ConstTensor dy{}, kept{};  // kept: the forward's x, or its y with Keep::y
+    const Saved* saved = nullptr;
+    ConstTensor residual{};  // the forward's, if saved->reads_residual()
     Tensor dx{}, dresidual{};
-    Channels dgamma{}, dbeta{};
-    int num_threads = 0;
-    bool disjoint = false;
-    Positions positions{};  // the forward's; with fixed statistics a mask alone
+    Rows dgamma{}, dbeta{};  // with as many rows as the forward's gamma and beta had, or none if those were absent
+    Execution execution{};
 };
-BATCHNORM_API void batch_norm_backward(const BatchNormBackwardArgs& args);
+BATCHNORM_API void batch_norm_backward(const Backward& call);
 
-// Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n = 0 gives NaN; 0 < n <= ddof is an error. Of
-// integer x both are the correctly rounded ones.
+// Makes the Saved of a forward that was not ours, from its arguments (of which y, var, eps, renorm, running, part_outer and keep are not
+// read) and inv_std = 1 / sqrt(var + eps). batch_statistics: whether mean and inv_std are the batch's own. With a residual and an
+// activation backward wants the residual.
+BATCHNORM_API void save(const Forward& call, const ConstChannels& inv_std, bool batch_statistics);
+
+// Gradients of <ddx, dx> + <ddgamma, dgamma> + <ddbeta, dbeta> + <ddresidual, dresidual> with respect to dy, x, gamma, beta and the
+// residual, r and d being constants. Computed in double throughout, whatever the storage. Outputs overlap nothing.
+struct DoubleBackward {
+    ConstTensor dy{}, kept{};  // as for backward
+    const Saved* saved = nullptr;
+    ConstTensor residual{};           // the forward's, if saved->reads_residual()
+    ConstTensor ddx{}, ddresidual{};  // absent: 0
+    ConstRows ddgamma{}, ddbeta{};    // absent: 0
+    Tensor ddy{}, dx{}, dresidual{};  // outputs; absent: not computed
+    Rows dgamma{}, dbeta{};
+    Execution execution{};
+};
+BATCHNORM_API void batch_norm_double_backward(const DoubleBackward& call);
+
+// Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n <= ddof gives NaN, and is an error if no channel
+// has more, unless all have none. Of integer x without weights both are the correctly rounded ones.
 BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0, int num_threads = 0,
                            const Positions& positions = {});
 
-// The two passes of backward by themselves, of which other gradients can be made (second-order ones, say). a and b have one shape and
-// storage type.
-//
-// sum_a = sum a and sum_ab = sum a * (b - shift) per channel, in double. No values (n = 0) give 0.
-struct ChannelSumsArgs {
-    ConstTensor a{}, b{};
-    ConstChannels shift{};                // absent: 0
-    std::span<double> sum_a{}, sum_ab{};  // out, C each
-    int num_threads = 0;
-};
-BATCHNORM_API void channel_sums(const ChannelSumsArgs& args);
-
-// out = a * k_a + (b - center) * k_b + k_0 with numbers per channel, four roundings in double for double data and in float for the rest
-// (the part of center that a float cannot hold goes into k_0), then one to storage. With an activation, a counts only where the forward
-// pass let values through, and there as its slope says: a * act'((b - center) * inv_std * gamma + beta). out may be a or b itself.
-struct CombineArgs {
-    ConstTensor a{}, b{};
-    Tensor out{};
-    ConstChannels k_a{}, center{}, k_b{}, k_0{};  // absent: 1, 0, 0, 0; of a alone without k_b and k_0, b is not read
-    Activation activation = Activation::none;
-    double slope = 0.01;                       // of leaky_relu
-    ConstChannels inv_std{}, gamma{}, beta{};  // read only with an activation; absent: 1, 1, 0
-    int num_threads = 0;
-    bool disjoint = false;  // as in BatchNormArgs
-};
-BATCHNORM_API void combine(const CombineArgs& args);
-
-// Moments of more data than one call sees. moment_sums makes of a batch its count, and of each channel sum x and sum x^2, in
+// Moments of more data than one call sees. moment_sums makes of a batch, for each channel, its count, sum x and sum x^2, in
 // moment_sums_size(C) doubles; merge_moment_sums adds `others` to `sums`, in any order and grouping; moments_from_sums makes of the result
-// mean and m2, the sum of squared deviations: divide by moment_count(sums), or that less 1. Every sum is three doubles, so that merging
+// count, mean and m2, the sum of squared deviations: divide by count, or that less 1. Every sum is three doubles, so that merging
 // rounds by 2^-159 of the largest sum alone, and m2 keeps its digits for |mean| / std far beyond 1e6. For |x| below 1e150. Batches without
 // values add nothing; of nothing, mean and m2 are NaN.
-constexpr std::int64_t moment_sums_size(std::int64_t channels) { return 3 + 6 * channels; }
+constexpr std::int64_t moment_sums_size(std::int64_t channels) { return 9 * channels; }
 BATCHNORM_API void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads = 0, const Positions& positions = {});
 BATCHNORM_API void merge_moment_sums(std::span<double> sums, std::span<const double> others);  // others may be sums itself
-BATCHNORM_API void moments_from_sums(std::span<const double> sums, std::span<double> mean, std::span<double> m2);
-BATCHNORM_API double moment_count(std::span<const double> sums);
+BATCHNORM_API void moments_from_sums(std::span<const double> sums, std::span<double> count, std::span<double> mean, std::span<double> m2);
 
-// The running-statistics step of batch_norm_train by itself; `var` is the population variance of `count` values.
+// The running-statistics step of batch_norm_train by itself; `var` is the population variance of `count` values of each channel. Channels
+// of fewer than two values, or not more than ddof, stay as they are.
 struct UpdateRunningArgs {
-    Channels running_mean{}, running_var{};
+    Running running{};
     ConstChannels mean{}, var{};
-    double decay = 0.9;
-    std::int64_t count = 0;
-    int ddof = 1;
+    ConstChannels count{};
 };
 BATCHNORM_API void update_running(const UpdateRunningArgs& args);
 
@@ -323,4 +399,5 @@ struct BATCHNORM_API Interrupted : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+}  // namespace v0_2
 }  // namespace batchnorm

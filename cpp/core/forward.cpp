@@ -1,0 +1,436 @@
+// The forward driver: check -> plan -> sums -> numbers per channel -> elementwise pass -> running statistics -> Saved. What runs on every
+// element is in kernels/, what runs once per channel in coeffs.h, how work is cut in plan.cpp and carried out in reduce.h.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "coefficient_rows.h"
+#include "gate.h"
+#include "image.h"
+#include "running.h"
+#include "saved.h"
+#include "statistics.h"
+
+namespace batchnorm {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// A call on its way: its arguments, what check made of them, and where its numbers go.
+struct Work {
+    const Forward& f;
+    const Call& call;
+    const kernels::KernelTable& table;
+    const Counting& counting;
+    Saved::Impl& s;
+    int64_t channels() const { return call.geometry.channels; }
+    // What n channels from c on are normalised by.
+    Column<double> mean(int64_t part, int64_t c, int64_t n) const {
+        return f.mean ? Column<double>(f.mean, c, n) : Column<double>(s.mean + part * channels() + c, n);
+    }
+    Column<double> var(int64_t part, int64_t c, int64_t n) const {
+        return f.var ? Column<double>(f.var, c, n) : Column<double>(s.var + part * channels() + c, n);
+    }
+};
+
+// Places in `cut` for what a forward makes; with `keep` also for what backward needs besides.
+void lay_out(Cutter& cut, const Forward& f, const Call& call, bool keep, Saved::Impl& s) {
+    const Geometry& g = call.geometry;
+    // Inference looks at nothing but the arguments.
+    const int64_t n = keep || !f.mean || f.renorm.enabled ? call.parts.count * g.channels : 0;
+    for (double** p : {&s.mean, &s.var, &s.inv_std, &s.count}) *p = cut.take<double>(n);
+    s.values = f.positions.weights.empty() ? s.count : cut.take<double>(n);
+    s.r = s.d = nullptr;
+    if (f.renorm.enabled) {
+        s.r = cut.take<double>(n);
+        s.d = cut.take<double>(n);
+    }
+    const BitLayout bits(g, call.parts);
+    s.element_bits = f.positions.element_mask ? cut.take<std::uint8_t>(bits.bytes()) : nullptr;
+    s.bits = nullptr;
+    s.mask = f.positions.mask;
+    s.weights = f.positions.weights;
+    s.gamma = s.beta = {};
+    if (!keep) return;
+    if (f.residual && piecewise_linear(f.activation)) s.bits = cut.take<std::uint8_t>(bits.bytes());
+    for (const auto& [from, to] : {std::pair{&f.gamma, &s.gamma}, {&f.beta, &s.beta}}) {
+        if (*from) *to = {cut.take<double>(std::max<int64_t>(from->rows, 1) * g.channels), from->rows};
+    }
+    s.mask = {cut.take<std::uint8_t>(static_cast<int64_t>(s.mask.size())), s.mask.size()};
+    s.weights = {cut.take<double>(static_cast<int64_t>(s.weights.size())), s.weights.size()};
+}
+
+// Copies of the arguments that backward will ask for.
+void copy_arguments(const Forward& f, const Call& call, Saved::Impl& s) {
+    const auto copy = [&](const ConstRows& from, const SavedRows& to) {
+        for (int64_t r = 0; to && r < std::max<int64_t>(from.rows, 1); ++r) {
+            by_columns(0, call.geometry.channels, [&](int64_t c, int64_t n) {
+                Column<double>(row_of(from, r), c, n).put(to.data + r * call.geometry.channels + c, n);
+            });
+        }
+    };
+    copy(f.gamma, s.gamma);
+    copy(f.beta, s.beta);
+    std::copy(f.positions.mask.begin(), f.positions.mask.end(), const_cast<std::uint8_t*>(s.mask.data()));
+    std::copy(f.positions.weights.begin(), f.positions.weights.end(), const_cast<double*>(s.weights.data()));
+}
+
+// The Impl that a call fills: that of its Saved, or `local`, whose arrays are in `ws`.
+Saved::Impl& open(const Forward& f, const Call& call, Workspace& ws, Saved::Impl& local) {
+    Saved::Impl& s = f.saved != nullptr ? prepared(*f.saved) : local;
+    Cutter size(nullptr);
+    lay_out(size, f, call, f.saved != nullptr, s);
+    std::byte* place;
+    if (f.saved != nullptr) {
+        place = s.block.take(size.used());
+    } else {
+        place = ws.take<std::byte>(static_cast<int64_t>(size.used()));
+    }
+    Cutter cut(place);
+    lay_out(cut, f, call, f.saved != nullptr, s);
+    if (f.saved != nullptr) copy_arguments(f, call, s);
+    if (s.element_bits != nullptr) elements_to_bits(call.geometry, call.parts, f.positions.element_mask, s.element_bits);
+    s.geometry = call.geometry;
+    s.parts = call.parts;
+    s.group_outer = call.group_outer;
+    s.batch = !f.mean;
+    s.keep = f.keep;
+    s.eps = f.eps;
+    s.slope = f.slope;
+    s.activation = f.activation;
+    s.has_residual = static_cast<bool>(f.residual);
+    s.updated = false;
+    s.lost = {};
+    return s;
+}
+
+void count(const Call& call, Saved::Impl& s) {
+    const int64_t channels = call.geometry.channels;
+    for (int64_t p = 0; p < call.parts.count; ++p) {
+        by_columns(0, channels, [&](int64_t c, int64_t n) { call.counts.weights(p, c, n).put(s.count + (p * channels + c), n); });
+        if (s.values == s.count) continue;
+        for (int64_t c = 0; c < channels; ++c) s.values[p * channels + c] = static_cast<double>(call.counts.positions(p, c));
+    }
+}
+
+// The reference of batch renormalisation, and r and d of n channels from c on.
+struct RenormColumns {
+    Column<double> r, d;
+    RenormColumns(const Forward& f, int64_t c, int64_t n, const Column<double>& mean, const Column<double>& inv_std) {
+        Column<double> reference_mean, reference_std;
+        if (f.renorm.mean) {
+            reference_mean = {f.renorm.mean, c, n};
+            reference_std = {f.renorm.std, c, n};
+        } else {
+            reference_mean = {f.running.mean, c, n};
+            reference_std = {f.running.var, c, n};
+            for_entries(n, [&](int64_t i) { reference_std[i] = std::sqrt(reference_std[i] + f.eps); });
+        }
+        for_entries(n, [&](int64_t i) {
+            const coeffs::Renorm k =
+                coeffs::renorm(mean[i], inv_std[i], reference_mean[i], reference_std[i], f.renorm.rmin, f.renorm.rmax, f.renorm.dmax);
+            r[i] = k.r;
+            d[i] = k.d;
+        });
+    }
+};
+
+// From mean and var to y, of some channels of one part.
+template <class C>
+class Normalisation {
+public:
+    Normalisation(Workspace& ws, const Plan& plan, const Work& w, int64_t part, int64_t c0, int64_t c1)
+        : w_(w), part_(part), row_split_(plan.row_split), affine_(ws, w.call.groups(part), plan, c0, c1) {
+        const Forward& f = w.f;
+        const int64_t begin = w.call.parts.begin(part);
+        const Act act = act_of(f.activation, f.slope, w.call.geometry.dtype, w.s.bits != nullptr);
+        args_ = {{},
+                 to_operand(f.x, begin),
+                 to_operand(f.residual, begin),
+                 to_operand(f.y, begin),
+                 {},
+                 act.gate,
+                 BitLayout(w.call.geometry, w.call.parts).mask(w.s.bits, part),
+                 plan.stream && !w.counting.by_element(),
+                 act.curve,
+                 w.counting.kept(part)};
+        kernel_ = w.table.apply[plan.direction][to_kernel(w.call.geometry.dtype)];
+    }
+    // What n channels from c on are multiplied by and moved by.
+    void numbers(int64_t c, int64_t n) {
+        Saved::Impl& s = w_.s;
+        const int64_t at = part_ * w_.channels() + c;
+        const bool given = static_cast<bool>(w_.f.mean);
+        const Column<double> mean = w_.mean(part_, c, n), var = w_.var(part_, c, n);
+        Column<double> inv_std = inv_std_of(var, n, w_.f.eps);
+        if (w_.f.saved != nullptr) {
+            inv_std.put(s.inv_std + at, n);
+            if (given) {
+                mean.put(s.mean + at, n);
+                var.put(s.var + at, n);
+            }
+        }
+        Column<double> r, d;
+        if (s.r != nullptr) {
+            const RenormColumns k(w_.f, c, n, mean, inv_std);
+            (r = k.r).put(s.r + at, n);
+            (d = k.d).put(s.d + at, n);
+        }
+        // Of a single value x_hat is 0, and of those with weight 0 beside it, whatever eps is.
+        const Counts& counts = w_.call.counts;
+        const bool some = counts.same() ? counts.positions(part_, 0) < 2 : true;
+        for (int64_t i = 0; !given && some && i < n; ++i) {
+            if (counts.positions(part_, c + i) < 2) inv_std[i] = 0;
+        }
+        for (int64_t q = 0; q < w_.call.groups(part_); ++q) {
+            const int64_t sample = w_.call.sample(part_, q);
+            Column<double> gamma(row_of(w_.f.gamma, sample), c, n, 1), beta(row_of(w_.f.beta, sample), c, n, 0);
+            if (s.r != nullptr) {
+                for_entries(n, [&](int64_t i) {
+                    beta[i] += gamma[i] * d[i];
+                    gamma[i] *= r[i];
+                });
+            }
+            affine_[q].put(c, n, mean, inv_std, gamma, beta);
+        }
+    }
+    void map(const Where& where) {
+        by_groups(w_.call, part_, row_split_, where, [&](int64_t q, const Where& box) {
+            kernels::ApplyArgs a = args_;
+            a.where = box;
+            a.affine = affine_[q].from(box.box.channel_begin);
+            kernel_(a);
+        });
+    }
+
+private:
+    const Work& w_;
+    int64_t part_, row_split_;
+    Groups<AffineRows<C>> affine_;
+    kernels::ApplyArgs args_;
+    kernels::ApplyFn kernel_;
+};
+
+// Statistics and, while the data is in cache, y: a pass of reduce.h.
+template <class C>
+class StatisticsThenY : public Statistics {
+public:
+    StatisticsThenY(Workspace& ws, const Plan& plan, const Work& w, const StatisticsOf& of, int64_t part, int64_t c0, int64_t c1)
+        : Statistics(ws, plan, of, part, c0, c1), y_(ws, plan, w, part, c0, c1) {}
+    bool finish(int64_t c0, int64_t c1, bool again) {
+        if (!Statistics::finish(c0, c1, again)) return false;
+        by_columns(c0, c1, [&](int64_t c, int64_t n) { y_.numbers(c, n); });
+        return true;
+    }
+    bool maps() const { return true; }
+    void map(const Where& where) { y_.map(where); }
+
+private:
+    Normalisation<C> y_;
+};
+
+// y of statistics that are in place.
+template <class C>
+void normalise(const Work& w) {
+    const PartPlans plans(w.call.geometry, w.call.parts, {.reads = w.f.residual ? 2 : 1, .writes = 1, .sums = false});
+    if (plans.together()) {
+        return for_each(w.call.parts.count, true, [&](int64_t part) {
+            const Plan& plan = plans.of(part);
+            Workspace ws;
+            Normalisation<C> y(ws, plan, w, part, 0, plan.channels);
+            by_columns(0, plan.channels, [&](int64_t c, int64_t n) { y.numbers(c, n); });
+            for (int64_t i = 0; i < plan.map_items(); ++i) y.map(plan.map_item(i));
+        });
+    }
+    for (int64_t part = 0; part < w.call.parts.count; ++part) {
+        const Plan& plan = plans.of(part);
+        Workspace ws;
+        Normalisation<C> y(ws, plan, w, part, 0, plan.channels);
+        for_columns(plan, [&](int64_t c, int64_t n) { y.numbers(c, n); });
+        map_part(plan, y);
+    }
+}
+
+// Largest numbers and roundoffs of the storage types.
+struct Format {
+    double roundoff, smallest, largest;
+};
+Format format_of(Dtype t) {
+    switch (t) {
+        case Dtype::float64:
+            return {0x1p-53, 0x1p-1074, std::numeric_limits<double>::max()};
+        case Dtype::float16:
+            return {0x1p-11, 0x1p-24, 65504};
+        case Dtype::bfloat16:
+            return {0x1p-8, 0x1p-133, 0x1.fep127};
+        default:
+            return {0x1p-24, 0x1p-149, std::numeric_limits<float>::max()};
+    }
+}
+
+// Whether y does not tell x of some channel: x_hat = (y - offset) / slope is off by u |x_hat| + (u |offset| + t / 2) / |slope| with u the
+// roundoff and t the smallest number of y's type (behind leaky_relu up to 1 / factor times that), which must leave two thirds of the
+// digits; and y must not overflow, |x_hat| being below sqrt(n).
+bool is_lost(const Work& w, int64_t c) {
+    const Format t = format_of(w.call.geometry.dtype);
+    const double factor = w.f.activation == Activation::leaky_relu ? w.f.slope : 1;
+    const double coarse = t.smallest / 2 / std::min(factor, 1.0), enough = std::pow(t.roundoff, 2.0 / 3);
+    for (int64_t p = 0; p < w.call.parts.count; ++p) {
+        const int64_t at = p * w.channels() + c;
+        for (int64_t q = 0; q < w.call.groups(p); ++q) {
+            const int64_t sample = w.call.sample(p, q);
+            const double gamma = w.f.gamma ? batchnorm::at(row_of(w.f.gamma, sample), c) : 1;
+            const double beta = w.f.beta ? batchnorm::at(row_of(w.f.beta, sample), c) : 0;
+            const double slope = std::abs(w.s.r == nullptr ? gamma : gamma * w.s.r[at]);
+            const double offset = std::abs(w.s.d == nullptr ? beta : beta + gamma * w.s.d[at]);
+            const double reach = (offset + slope * std::sqrt(w.call.counts.weight(p, c))) * std::max(factor, 1.0);
+            if (!(t.roundoff * (offset + slope) + coarse <= enough * slope) || !(reach < t.largest)) return true;
+        }
+    }
+    return false;
+}
+
+// With Keep::y: x of the channels that y will not tell, before y takes its place.
+void keep_lost(const Work& w) {
+    const Geometry& g = w.call.geometry;
+    std::vector<int64_t> lost;
+    for (int64_t c = 0; c < g.channels; ++c) {
+        if (is_lost(w, c)) lost.push_back(c);
+    }
+    const auto n = static_cast<int64_t>(lost.size());
+    const int64_t size = element_size(g.dtype);
+    const auto lay = [&](Cutter& cut) { return std::pair{cut.take<int64_t>(n), cut.take<std::byte>(n * g.count() * size)}; };
+    Cutter needed(nullptr);
+    lay(needed);
+    Cutter cut(w.s.lost_block.take(needed.used()));
+    const auto [channels, x] = lay(cut);
+    std::copy(lost.begin(), lost.end(), channels);
+    w.s.lost = {channels, lost.size()};
+    w.s.lost_x = x;
+    if (n != 0) copy_channels(w.f.x, w.s.lost, compact<Tensor>(g, n, x));
+}
+
+// Statistics, then y, then running statistics, whose new values are `batch`'s if the statistics are given.
+template <class C>
+void run(const Work& w, Workspace& ws) {
+    const Forward& f = w.f;
+    const Parts& parts = w.call.parts;
+    const bool given = static_cast<bool>(f.mean), learns = static_cast<bool>(f.running.mean) || f.renorm.decay >= 0;
+    const int64_t n = parts.count * w.channels();
+    double* const mean = given && learns ? ws.take<double>(n) : w.s.mean;
+    double* const var = given && learns ? ws.take<double>(n) : w.s.var;
+    const bool keeps_y = f.saved != nullptr && f.keep == Keep::y;
+    const bool y_later = given || f.running.on_nonfinite == OnNonfinite::raise || (keeps_y && f.renorm.enabled);
+    if (keeps_y && !f.renorm.enabled) keep_lost(w);
+    if (!given || learns) {
+        const StatisticsOf of{w.call, w.table, f.x, w.counting, w.counting.all_weights<double>(ws), mean, var};
+        const Traffic traffic{.reads = f.residual && !y_later ? 2 : 1, .writes = y_later ? 0 : 1, .sums = true};
+        const PartPlans plans(w.call.geometry, parts, traffic);
+        if (y_later) {
+            for_parts(plans, parts.count, [&](Workspace& own, const Plan& plan, int64_t part, int64_t c0, int64_t c1) {
+                return Statistics(own, plan, of, part, c0, c1);
+            });
+        } else {
+            for_parts(plans, parts.count, [&](Workspace& own, const Plan& plan, int64_t part, int64_t c0, int64_t c1) {
+                return StatisticsThenY<C>(own, plan, w, of, part, c0, c1);
+            });
+        }
+    }
+    RunningStep step(f, w.call, mean, var);
+    if (f.running.on_nonfinite == OnNonfinite::raise && step.not_finite()) check::not_finite(step.channel());
+    if (y_later) {
+        if (keeps_y && f.renorm.enabled) {
+            for (int64_t part = 0; part < parts.count; ++part) {  // r and d, which tell what is lost
+                by_columns(0, w.channels(), [&](int64_t c, int64_t m) {
+                    const int64_t at = part * w.channels() + c;
+                    const RenormColumns k(f, c, m, w.mean(part, c, m), inv_std_of(w.var(part, c, m), m, f.eps));
+                    k.r.put(w.s.r + at, m);
+                    k.d.put(w.s.d + at, m);
+                });
+            }
+            keep_lost(w);
+        }
+        normalise<C>(w);
+    }
+    if (w.counting.weighted() && !given) {
+        clear_where(w.call.geometry, parts, f.y, [&](int64_t p, int64_t c) { return w.call.counts.positions(p, c) == 0; });
+    }
+    w.s.updated = step.take();
+}
+
+void fill(double* to, int64_t n, double value) {
+    if (to != nullptr) std::fill_n(to, n, value);
+}
+
+// mean and var as they were given, for each part.
+void take_given(const Forward& f, const Call& call, Saved::Impl& s) {
+    for (int64_t p = 0; p < call.parts.count; ++p) {
+        by_columns(0, call.geometry.channels, [&](int64_t c, int64_t n) {
+            const int64_t at = p * call.geometry.channels + c;
+            Column<double>(f.mean, c, n).put(s.mean + at, n);
+            Column<double>(f.var, c, n).put(s.var + at, n);
+            inv_std_of({s.var + at, n}, n, f.eps).put(s.inv_std + at, n);
+        });
+    }
+}
+
+void forward(const Forward& f, const Call& call) {
+    const parallel::Limit limit(f.execution.num_threads);
+    const kernels::KernelTable& table = check::active_level();
+    Workspace ws;
+    Saved::Impl local(std::pmr::null_memory_resource());
+    Saved::Impl& s = open(f, call, ws, local);
+    if (f.saved != nullptr) count(call, s);
+    const int64_t n = call.parts.count * call.geometry.channels;
+    if (call.geometry.count() == 0 || (!f.mean && call.counts.most() == 0)) {
+        if (f.mean) {
+            if (f.saved != nullptr) take_given(f, call, s);
+        } else {
+            for (double* v : {s.mean, s.var, s.inv_std}) fill(v, n, kNaN);
+        }
+        fill(s.r, n, kNaN);
+        fill(s.d, n, kNaN);
+        clear(f.y);
+    } else {
+        const Counting counting(ws, call.geometry, call.parts, f.positions.mask, f.positions.weights, s.element_bits);
+        const Work w{f, call, table, counting, s};
+        with_compute(call.geometry.dtype, [&]<class C>() { run<C>(w, ws); });
+    }
+    s.full = f.saved != nullptr;
+}
+
+}  // namespace
+
+inline namespace v0_2 {
+
+void batch_norm(const Forward& f) {
+    const Call call = check::inference(f);
+    if (is_integer(call.geometry.dtype)) return integer_batch_norm(f, call);
+    forward(f, call);
+}
+
+void batch_norm_train(const Forward& f) { forward(f, check::training(f)); }
+
+void save(const Forward& f, const ConstChannels& inv_std, bool batch_statistics) {
+    const Call call = check::saving(f, inv_std);
+    Workspace ws;
+    Saved::Impl local(std::pmr::null_memory_resource());
+    Saved::Impl& s = open(f, call, ws, local);
+    count(call, s);
+    s.bits = nullptr;
+    s.batch = batch_statistics;
+    by_columns(0, call.geometry.channels, [&](int64_t c, int64_t n) {
+        Column<double>(f.mean, c, n).put(s.mean + c, n);
+        const Column<double> k(inv_std, c, n);
+        k.put(s.inv_std + c, n);
+        Column<double> var;
+        for_entries(n, [&](int64_t i) { var[i] = 1 / (k[i] * k[i]); });
+        var.put(s.var + c, n);
+    });
+    s.full = true;
+}
+
+}  // namespace v0_2
+
+}  // namespace batchnorm

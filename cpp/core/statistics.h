@@ -1,0 +1,160 @@
+// Mean and population variance of one part of x: sums about 0, of double data about a value near each channel's, and once more about the
+// mean where that lay too far off. A pass of reduce.h without a map; the drivers of forward and moments build on it.
+#pragma once
+
+#include <bit>
+#include <cmath>
+
+#include "call.h"
+#include "coeffs.h"
+#include "kernels/dispatch.h"
+#include "moment_sums.h"
+#include "reduce.h"
+
+namespace batchnorm {
+
+// What all parts of a call share.
+struct StatisticsOf {
+    const Call& call;
+    const kernels::KernelTable& table;
+    const ConstTensor& x;
+    const Counting& counting;
+    kernels::Weights weights;  // counting.all_weights<double>
+    double *mean, *var;        // out, parts * channels
+};
+
+class Statistics {
+public:
+    Statistics(Workspace& ws, const Plan& plan, const StatisticsOf& of, int64_t part, int64_t c0, int64_t c1)
+        : of_(of),
+          part_(part),
+          is_double_(of.x.dtype == Dtype::float64),
+          // A sum of squares errs by 1e-13 at worst (1024 additions per lane), 4e-15 as a rule. Of double data that must stay below 1e-14;
+          // of float data, where half an ulp is 3e-8 or more, it may grow: up to |mean| / std = 128 one pass is enough.
+          most_amplification_(is_double_ ? 4 : 16384),
+          args_{{},
+                to_operand(of.x, of.call.parts.begin(part)),
+                nullptr,
+                nullptr,
+                nullptr,
+                of.counting.weighted() && !of.counting.by_element() ? kernels::Kept{} : of.counting.kept(part),
+                of.counting.weights<double>(of.weights, part)},
+          kernel_(of.table.moments[plan.direction][to_kernel(of.x.dtype)]),
+          shift_(ws, plan, c0, c1),
+          sums_(ws, 1, c0, c1),
+          mean_(of.mean + part * plan.channels),
+          var_(of.var + part * plan.channels) {
+        if (!is_double_) shift_.fill(0);
+    }
+
+    void prepare(int64_t c0, int64_t c1) {
+        if (!is_double_) return;
+        by_columns(c0, c1, [&](int64_t c, int64_t n) {
+            FirstPositions first(of_, part_, c);
+            Column<double> shift;
+            for_entries(n, [&](int64_t i) {
+                if (of_.counting.by_element()) first = FirstPositions(of_, part_, c + i);
+                shift[i] = shift_of(c + i, first);
+            });
+            shift_.put(c, n, shift);
+        });
+    }
+    void sums(const Where& where, bool again, double* sum, double* sum_sq) {
+        kernels::MomentsArgs a = args_;
+        a.where = where;
+        const bool shifted = is_double_ || again || of_.counting.weighted() || of_.counting.by_element();
+        a.shift = shifted ? shift_.from(where.box.channel_begin) : nullptr;
+        a.sum = sum;
+        a.sum_sq = sum_sq;
+        kernel_(a);
+    }
+    // Summed a second time for another channel's sake, a trusted channel gives the same numbers: its shift stayed.
+    bool finish(int64_t c0, int64_t c1, bool again) {
+        bool content = true;
+        by_columns(c0, c1, [&](int64_t c, int64_t n) { content &= from_sums(c, n, again); });
+        return content;
+    }
+    bool maps() const { return false; }
+    void map(const Where&) {}
+    ChannelSums& channel_sums() { return sums_; }
+
+    // After finish: sums of x and x^2 about 0, of n values.
+    BatchSum sum(int64_t c, double n) const { return sum_about_0(sums_.first_sum(c), shift_[c], n); }
+    double scale() const { return of_.counting.scale(); }
+    coeffs::IntegerMoments integer_moments(int64_t c, int64_t n, int64_t ddof) const {
+        return coeffs::from_integer_sums(sums_.first_sum(c), sums_.second_sum(c), n, ddof);
+    }
+    BatchSum sum_sq(int64_t c, double n) const { return sum_sq_about_0(sums_.first_sum(c), sums_.second_sum(c), shift_[c], n); }
+
+private:
+    // The first positions that count, up to 16: as many as a power of two.
+    struct FirstPositions {
+        int64_t n, position[16];
+        FirstPositions(const StatisticsOf& of, int64_t part, int64_t c) {
+            n = static_cast<int64_t>(std::bit_floor(static_cast<std::uint64_t>(of.counting.first(part, c, position, 16))));
+        }
+    };
+    // The value about which a channel of double data is summed: the mean of its first 16 values, or 8, 4, 2, which lies within a fraction
+    // of the standard deviation. Sums of equal values halve exactly, so a constant stays exact.
+    double shift_of(int64_t channel, const FirstPositions& first) const {
+        if (first.n == 0) return 0;
+        const ConstTensor& x = of_.x;
+        const auto* const data = static_cast<const double*>(args_.x.data);
+        double values[16];
+        for (int64_t i = 0; i < first.n; ++i) {
+            const int64_t p = first.position[i];
+            values[i] = data[p / x.inner * x.outer_stride + channel * x.channel_stride + p % x.inner * x.inner_stride];
+        }
+        for (int64_t half = first.n / 2; half > 0; half /= 2) {
+            for (int64_t i = 0; i < half; ++i) values[i] = (values[i] + values[i + half]) * 0.5;
+        }
+        return values[0];
+    }
+    // Mean and var of a column; false if sums about a better shift, which is then in place, are wanted for any of its channels. `again`:
+    // these are such sums. Sums of integers are exact as they are, unless they are weighted.
+    bool from_sums(int64_t c, int64_t n, bool again) {
+        const Column<double> sum = sums_.first(0, c, n), sum_sq = sums_.second(0, c, n), shift = shift_.column(c, n);
+        const Counts& counts = of_.call.counts;
+        const double scale = of_.counting.scale(), most = most_amplification_;
+        Column<double> mean, var, better;
+        int64_t distrusted = 0;
+        const auto take = [&](const auto& values) {
+            for_entries(n, [&](int64_t i) {
+                const coeffs::Moments m = coeffs::from_sums(sum[i], sum_sq[i], shift[i], values(i), most);
+                mean[i] = m.mean;
+                var[i] = m.var;
+                better[i] = m.trusted ? shift[i] : m.better_shift;
+                distrusted += m.trusted ? 0 : 1;
+            });
+        };
+        if (counts.same()) {
+            take([all = counts.weight(part_, 0) * scale](int64_t) { return all; });
+        } else {
+            take([&](int64_t i) { return counts.weight(part_, c + i) * scale; });
+        }
+        for (int64_t i = 0; i < n && !(counts.same() && counts.positions(part_, 0) != 0); ++i) {
+            if (std::isnan(mean[i])) var[i] = mean[i];  // of no values: 0 / 0, whose variance would be taken for a rounding below 0
+        }
+        mean.put(mean_ + c, n);
+        var.put(var_ + c, n);
+        if (distrusted == 0 || again || (is_integer(of_.x.dtype) && !of_.counting.weighted())) return true;
+        for_entries(n, [&](int64_t i) {
+            // A float for float data: then a constant differs from it by exactly 0.
+            if (!is_double_) better[i] = static_cast<float>(better[i]);
+        });
+        shift_.put(c, n, better);
+        return false;
+    }
+
+    const StatisticsOf& of_;
+    int64_t part_;
+    bool is_double_;
+    double most_amplification_;
+    kernels::MomentsArgs args_;
+    kernels::MomentsFn kernel_;
+    Row<double> shift_;
+    ChannelSums sums_;
+    double *mean_, *var_;
+};
+
+}  // namespace batchnorm

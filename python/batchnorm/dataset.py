@@ -1,0 +1,304 @@
+"""Mean and variance of a data set that need not fit memory: arrays, files, batches, read piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+from .moments import (
+    FIRST_AXIS,
+    POSITIVE,
+    MeanVar,
+    Moments,
+    common_count,
+    reduced_axes,
+    refuse_group,
+    refuse_keywords,
+)
+from .settings import flag, integer, kind, real
+from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
+
+__all__ = ["DatasetMoments", "dataset_moments"]
+
+_CHUNK_BYTES = 64 << 20
+
+
+class DatasetMoments(MeanVar):
+    """What :func:`dataset_moments` returns: ``mean`` and ``var`` to unpack, and more.
+
+    Attributes
+    ----------
+    mean, var, std : array of float64, shape (C,)
+        In units of ``max_value``, if it was given. ``std`` is the square root of ``var``.
+    counts : array of float64, shape (C,)
+        Number of values per channel.
+    count : int or float
+        What ``counts`` is in every channel; a ValueError where channels differ.
+    moments : Moments
+        The accumulator, in the data's own units, to merge or to go on with.
+    """
+
+    counts: Vector
+    moments: Moments
+
+    @property
+    def std(self) -> Vector:
+        return np.sqrt(self.var)
+
+    @property
+    def count(self) -> int | float:  # type: ignore[override]  # of a tuple's methods nobody misses this one
+        return common_count(self.counts)
+
+
+def dataset_moments(
+    batches: object, *, channel_axis: ChannelAxis = FIRST_AXIS, data_format: DataFormatName | None = None,
+    ddof: int = 0, read: Callable[[Any], Any] | None = None, transform: Callable[[Any], Array] | None = None,
+    mask: Callable[[Array], Mask] | None = None, nodata: float | Sequence[float] | Array | None = None,
+    max_value: float | None = None, chunk_bytes: int = _CHUNK_BYTES, moments: Moments | None = None,
+    group: Group | None = None, progress: bool | None = None, num_threads: int | None = None,
+    **unknown: NoReturn,
+) -> DatasetMoments:  # fmt: skip
+    """Mean and variance of each channel of a data set, read once, piece by piece.
+
+    Parameters
+    ----------
+    batches : array, path of an .npy file, or iterable of these
+        An array may be larger than memory: ``numpy.memmap``, or anything with ``shape``, ``dtype`` and
+        slices, such as a dataset of h5py or zarr or an array of dask. Files are memory-mapped, never
+        unpickled. An iterable, a generator for example, is gone through once. With ``read`` or ``transform``
+        it may hold anything.
+    channel_axis, data_format
+        The axis that holds the channels of the arrays, as in :func:`batch_norm`.
+    ddof : int
+        The variance divides by ``count - ddof``.
+    read : callable, optional
+        Makes an array of a path, or of another element of ``batches`` that is no array: ``read=imread`` with
+        paths of pictures. Masked arrays (``numpy.ma``) are welcome. A large array is cut into pieces.
+    transform : callable, optional
+        Applied to each piece before it is taken in; returns an array that :meth:`Moments.update` takes.
+        Elements that are neither arrays nor paths go to it as they are, so ``lambda b: b[0]`` picks the
+        images from pairs.
+    mask : callable, optional
+        Called with each piece as it is taken in; returns a ``mask`` for it as in :func:`moments`, True where
+        a value counts.
+    nodata : float, or one per channel, optional
+        Values equal to it do not count, as in :func:`moments`.
+    max_value : float, optional
+        Gives the statistics of the data over ``max_value``: with 255 those of pixels scaled to [0, 1], as
+        :func:`normalize_images` wants them. The accumulator keeps the data's own units.
+    chunk_bytes : int
+        Arrays larger than this are read in pieces of at most so many bytes, cut along the axis outermost in
+        memory that is not the channels'. One row of it may be more and is then cut further.
+    moments : Moments, optional
+        An accumulator to go on with, changed in place; ``channel_axis`` and ``nodata`` are then its own.
+        After Ctrl-C or an error it holds the pieces finished so far.
+    group : None
+        Statistics over processes: see :meth:`Moments.to_array`.
+    progress : None or bool
+        Show a progress bar on stderr; needs the package rich. None: if that is there and stderr is a
+        terminal.
+    num_threads : int, optional
+        As in :func:`batch_norm`.
+
+    Returns
+    -------
+    DatasetMoments
+        ``mean`` and ``var``, float64 of shape (C,), to unpack; also ``std``, ``counts``, ``count`` and
+        ``moments``, the accumulator, to merge or to go on with.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`moments`; also elements of other kinds, arrays with different numbers of channels, files
+        that are no .npy without ``read``, no values at all.
+    OSError
+        A file cannot be opened.
+    ImportError
+        ``progress=True`` without rich.
+
+    Notes
+    -----
+    See :class:`Moments`: neither the order of the batches nor how they are shared among workers matters.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> x = np.arange(960, dtype=np.float32).reshape(80, 3, 4)
+    >>> mean, var = batchnorm.dataset_moments(x, chunk_bytes=512)
+    >>> mean.shape, mean.tolist()
+    ((3,), [475.5, 479.5, 483.5])
+
+    Pictures as a generator of uint8 arrays, channels last, in units of [0, 1]:
+
+    >>> images = (np.full((4, 32, 32, 3), 51 * i, np.uint8) for i in range(6))
+    >>> result = batchnorm.dataset_moments(images, data_format="NHWC", max_value=255)
+    >>> result.mean.shape, result.mean.tolist(), result.count
+    ((3,), [0.5, 0.5, 0.5], 24576)
+    """
+    if unknown:
+        refuse_keywords("dataset_moments", unknown, dataset_moments.__kwdefaults__)
+    refuse_group(group)
+    total = Moments(channel_axis=channel_axis, data_format=data_format, nodata=nodata)
+    if moments is not None:
+        if not isinstance(moments, Moments):
+            raise TypeError(f"moments is {kind(moments)}, expected a Moments to go on with, or None")
+        axis = None if channel_axis is FIRST_AXIS else channel_axis
+        given = {"channel_axis": axis, "data_format": data_format, "nodata": nodata}
+        for name in (name for name, value in given.items() if value is not None):
+            raise TypeError(f"{name} and moments are given, and {moments!r} has its own; drop {name}")
+        total = moments
+    delta = integer("ddof", ddof, 0, 2**53, "an int >= 0")
+    chunk = integer("chunk_bytes", chunk_bytes, 1, 2**63 - 1, "an int >= 1")
+    for name, function in (("read", read), ("transform", transform), ("mask", mask)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} is {kind(function)}, expected a function, or None")
+    unit = 1.0 if max_value is None else real("max_value", max_value, *POSITIVE)
+    show = None if progress is None else flag("progress", progress)
+    elements = _elements(batches)
+    with _bar(show, None if read is not None else _bytes_of(batches)) as advance:
+        for element in elements:
+            for piece in _pieces_of(element, total.channel_axis, chunk, read, transform):
+                x = piece if transform is None else transform(piece)
+                total.update(x, mask=None if mask is None else mask(x), num_threads=num_threads)
+                advance(getattr(piece, "nbytes", 0))
+    if total.channels is None:
+        hint = "a generator that was gone through before is empty"
+        raise ValueError(f"batches holds no values that count, expected at least one; {hint}")
+    result = DatasetMoments(total.mean / unit, total.variance(delta) / unit**2)
+    result.counts, result.moments = total.counts, total
+    return result
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------
+
+
+def _is_array(value: object) -> bool:
+    """Something to take slices of; not a NumPy scalar."""
+    there = all(hasattr(value, name) for name in ("shape", "dtype", "ndim", "__getitem__"))
+    return there and not isinstance(value, np.generic)
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str | os.PathLike)
+
+
+def _elements(batches: object) -> Iterable[object]:
+    if _is_array(batches) or _is_path(batches):
+        return (batches,)
+    if not isinstance(batches, Iterable) or isinstance(batches, Mapping | bytes | bytearray):
+        mapping = ", a mapping; pass its values()" * isinstance(batches, Mapping)
+        expected = "an array, a path of an .npy file, or an iterable of these"
+        raise TypeError(f"batches is {kind(batches)}{mapping}, expected {expected}")
+    return batches
+
+
+def _pieces_of(
+    element: Any, axis: ChannelAxis, chunk: int, read: Callable[[Any], Any] | None, transform: object
+) -> Iterator[Any]:
+    """What an element of the data set is taken in as."""
+    if read is not None and not _is_array(element):
+        element = read(element)
+    elif _is_path(element):
+        element = _open_npy(element)
+    if _is_array(element):
+        yield from map(np.asanyarray, _pieces(element, axis, chunk))
+    elif transform is not None:
+        yield element
+    elif read is not None:
+        raise TypeError(f"read returned {kind(element)}, expected an array")
+    else:
+        expected = "arrays or paths of .npy files; pass read= or transform= to make arrays of other things"
+        raise TypeError(f"batches contains {kind(element)}, expected {expected}")
+
+
+def _nbytes(array: Any) -> int:
+    return int(math.prod(array.shape) * array.dtype.itemsize)
+
+
+def _bytes_of(batches: object) -> int | None:
+    """How much there is to read, where that can be told beforehand."""
+    if _is_array(batches):
+        return _nbytes(batches)
+    if _is_path(batches):
+        return os.path.getsize(batches) if os.path.isfile(batches) else None  # type: ignore[arg-type]
+    sizes = [_bytes_of(b) for b in batches] if isinstance(batches, list | tuple) else [None]
+    return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
+
+
+def _pieces(x: Any, axis: ChannelAxis, chunk: int) -> Iterator[Any]:
+    """Views of x, at most `chunk` bytes each, cut along the axis that is outermost in memory."""
+    size = _nbytes(x)
+    axes = [a for a in reduced_axes(x.ndim, axis) if x.shape[a] > 1] if x.ndim else []
+    if size <= chunk or not axes:
+        yield x
+        return
+    cut = max(axes, key=lambda a: (abs(x.strides[a]), -a)) if isinstance(x, np.ndarray) else axes[0]
+    row = size // x.shape[cut]
+    step = max(1, chunk // max(row, 1))
+    for start in range(0, x.shape[cut], step):
+        piece = x[(slice(None),) * cut + (slice(start, start + step),)]
+        if row > chunk:
+            yield from _pieces(piece, axis, chunk)
+        else:
+            yield piece
+
+
+def _open_npy(path: str | os.PathLike[str]) -> Array:
+    """The array of an .npy file, memory-mapped for reading."""
+    name = os.fspath(path)
+    if not isinstance(name, str):
+        raise TypeError(f"batches contains the path {name!r}, expected str or os.PathLike of str")
+    mode = os.stat(name).st_mode
+    if stat.S_ISDIR(mode):
+        remedy = f"pass sorted(pathlib.Path({name!r}).glob('*.npy'))"
+        raise IsADirectoryError(errno.EISDIR, f"expected an .npy file, this is a folder; {remedy}", name)
+    if not stat.S_ISREG(mode):  # opening a pipe would wait for ever
+        raise ValueError(f"{name!r} is not a regular file, expected an .npy file")
+    try:
+        return np.lib.format.open_memmap(name, mode="r")
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        what = f"cannot read {name!r} as an .npy file: {str(error) or type(error).__name__}"
+        raise ValueError(f"{what}; pass read=, a function that makes an array of a path") from error
+
+
+# ---- progress ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _bar(show: bool | None, total: int | None) -> Iterator[Callable[[int], object]]:
+    """A function that is told the bytes read, and shows them."""
+    progress = _make_bar(show) if show or (show is None and sys.stderr.isatty()) else None
+    if progress is None:
+        yield lambda n: None
+        return
+    with progress:
+        task = progress.add_task("moments", total=total)
+        yield lambda n: progress.advance(task, n)
+        done = progress.tasks[0].completed
+        progress.update(task, total=done, completed=done)  # known at last
+
+
+def _make_bar(show: bool | None) -> Any:
+    try:
+        from rich import progress
+        from rich.console import Console
+    except ImportError:
+        if show:
+            raise ImportError(
+                "progress=True needs the package rich: pip install 'batchnorm[progress]', or pass "
+                "progress=False"
+            ) from None
+        return None
+    columns = progress.BarColumn, progress.DownloadColumn, progress.TransferSpeedColumn
+    made = [column() for column in (*columns, progress.TimeRemainingColumn)]
+    return progress.Progress("{task.description}", *made, console=Console(stderr=True))

@@ -1,0 +1,599 @@
+"""Mean and variance per channel: of one array, and of batches that are added up and merged.
+
+A `Moments` holds count, sum x and sum x^2 of each channel, each as three float64 that add up to it. The core
+makes these sums and merges them. Here is what surrounds that: which values count, results, state.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from numpy.ma import MaskedArray
+
+from . import _core, _hints
+from .functional import batch_norm
+from .settings import Settings, UnsaidAxis, flag, integer, kind
+from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
+
+__all__ = ["MeanVar", "Moments", "moments"]
+
+FIRST_AXIS = UnsaidAxis(1)
+POSITIVE = (5e-324, sys.float_info.max, "a finite number > 0, the value that becomes 1")  # of max_value
+_PARTS = 3  # float64 per sum
+_filled = tuple.__new__  # makes a MeanVar of a pair without the detour of its own constructor
+_VERSION = 1  # of `Moments.to_array`
+
+
+class MeanVar(NamedTuple):
+    """Mean and variance, what :func:`moments` returns."""
+
+    mean: Vector
+    var: Vector
+
+
+def moments(
+    x: Array, *, channel_axis: ChannelAxis = FIRST_AXIS, data_format: DataFormatName | None = None,
+    ddof: int = 0, keepdims: bool = False, mask: Mask | None = None, lengths: Array | None = None,
+    lengths_axis: int | None = None, weights: Array | None = None,
+    nodata: float | Sequence[float] | Array | None = None, group: Group | None = None,
+    num_threads: int | None = None, **unknown: NoReturn,
+) -> MeanVar:  # fmt: skip
+    """Mean and variance of each channel of ``x``.
+
+    Parameters
+    ----------
+    x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
+        Any strides. Or an image of uint8, int16 or uint16. Or a masked array of these (``numpy.ma``): what it
+        masks does not count.
+    channel_axis, data_format
+        The axis that holds the channels, as in :func:`batch_norm`. All other axes are reduced.
+    ddof : int
+        The variance divides by ``n - ddof``.
+    keepdims : bool
+        Keep the reduced axes with length 1, so that the results broadcast against ``x``.
+    mask, lengths, lengths_axis, weights
+        Which values count, and how often, as in :func:`batch_norm_train`. ``mask`` is True where a value
+        counts; those of ``numpy.ma`` are the other way round. ``n`` is the sum of weights, of each channel
+        its own if ``mask`` has x's shape.
+    nodata : float, or one per channel, optional
+        Values equal to it do not count. It is rounded to x's dtype before it is compared. NaN matches NaN.
+    group : None
+        Statistics over processes: see :meth:`Moments.to_array`.
+    num_threads : int, optional
+        As in :func:`batch_norm`.
+
+    Returns
+    -------
+    MeanVar
+        ``mean`` and ``var``, float64 of shape (C,), of the channel axes' lengths if there are several, or of
+        x's rank with ``keepdims``. A channel with ``n <= ddof`` has NaN.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`batch_norm`. Also ``ddof`` that no channel has more values than, or ``nodata`` that x's
+        dtype cannot hold.
+
+    Warns
+    -----
+    UserWarning
+        ``nodata`` matched nothing in a channel that holds the least value of the dtype.
+
+    Notes
+    -----
+    ``mean = K + sum(x - K) / n`` and ``var = (sum((x - K)^2) - sum(x - K)^2 / n) / (n - ddof)`` in float64,
+    where the squares of float32 are exact. K is 0, or for float64 the mean of the channel's first 16 values;
+    if the mean turns out so far from it that digits were lost (128 standard deviations, 2 for float64), once
+    more with K the mean [1]_. The sums of integers are exact, and their mean and variance the correctly
+    rounded ones.
+
+    .. [1] T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", The American
+       Statistician 37 (1983).
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    >>> mean, var = batchnorm.moments(x)
+    >>> mean.shape, mean.tolist()
+    ((3,), [7.5, 11.5, 15.5])
+
+    Two bands of a raster, in which -9999 stands for no data:
+
+    >>> bands = np.array([[1, 3, -9999], [5, 5, 8]], np.float32)
+    >>> batchnorm.moments(bands, channel_axis=0, nodata=-9999).mean.tolist()
+    [2.0, 6.0]
+    """
+    if unknown:
+        refuse_keywords("moments", unknown, moments.__kwdefaults__)
+    if group is not None:
+        refuse_group(group)
+    if type(x) is np.ndarray and keepdims is False and nodata is None and data_format is None:
+        pair = _core.moments(
+            x, channel_axis=channel_axis, ddof=ddof, mask=mask, lengths=lengths, lengths_axis=lengths_axis,
+            weights=weights, num_threads=num_threads,
+        )  # fmt: skip
+        return _filled(MeanVar, pair)
+    keep = flag("keepdims", keepdims)
+    where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
+    where |= {} if data_format is None else {"data_format": data_format}
+    positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
+    x, positions = _counting(x, where, _nodata(nodata), positions)
+    pair = _core.moments(x, **where, **positions, ddof=ddof, weights=weights, num_threads=num_threads)
+    others = reduced_axes(x.ndim, Settings(**where).channel_axis) if keep else ()
+    return MeanVar(*(np.expand_dims(values, others) for values in pair))
+
+
+class Moments:
+    """Mean and variance per channel of any number of batches, in any order, mergeable.
+
+    Parameters
+    ----------
+    channel_axis : int or tuple of int
+        The channel axis of the batches. Their other axes are reduced and may differ in number and size.
+    data_format : str, optional
+        Alias of ``channel_axis``, as in :func:`batch_norm`.
+    nodata : float, or one per channel, optional
+        Values of the batches that do not count, as in :func:`moments`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a ``channel_axis``, ``data_format`` or ``nodata`` that is none; both of the first two together.
+
+    Notes
+    -----
+    Every batch has its own sums taken as :func:`moments` takes them, in float64, about 0 or about a value K
+    near the batch's mean. They are made sums about 0 without rounding, ``sum x^2 = sum (x - K)^2 + 2 K sum (x
+    - K) + n K^2`` with Dekker's exact products [2]_, and added up in three float64 each by Knuth's TwoSum
+    [3]_, 159 bits, where merging by the formula of Chan, Golub and LeVeque [1]_ would round at every step. So
+    the order and the grouping in which batches are merged do not matter: the result is the same to the last
+    bit as long as a channel's sums fit 159 bits, and they do but for values many orders of magnitude apart;
+    beyond that, within one unit in the last place. What matters is how the data was cut into batches, as each
+    batch's own sums round, no worse than those of :func:`moments`. Values up to 1e150 in magnitude.
+
+    NaN and infinite values stay in their channel. One accumulator serves one thread at a time; for several,
+    use one each and merge them.
+
+    .. [1] T. Chan, G. Golub, R. LeVeque, "Algorithms for computing the sample variance", The American
+       Statistician 37 (1983).
+    .. [2] T. Dekker, "A floating-point technique for extending the available precision", Numerische
+       Mathematik 18 (1971).
+    .. [3] D. Knuth, "The Art of Computer Programming", vol. 2, 4.2.2, theorem B.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> x = np.arange(96, dtype=np.float32).reshape(8, 3, 4)
+    >>> first, rest = batchnorm.Moments().update(x[:5]), batchnorm.Moments().update(x[5:])
+    >>> total = first + rest
+    >>> total
+    Moments(channel_axis=1, channels=3, count=32)
+    >>> total.mean.shape, total.mean.tolist(), bool((total.var == x.var(axis=(0, 2))).all())
+    ((3,), [43.5, 47.5, 51.5], True)
+    """
+
+    __slots__ = ("_channel_axis", "_nodata", "_shape", "_sums", "_where")
+
+    def __init__(
+        self, *, channel_axis: ChannelAxis = FIRST_AXIS, data_format: DataFormatName | None = None,
+        nodata: float | Sequence[float] | Array | None = None, **unknown: NoReturn,
+    ) -> None:  # fmt: skip
+        if unknown:
+            refuse_keywords("Moments", unknown, Moments.__init__.__kwdefaults__)
+        self._channel_axis = Settings(channel_axis=channel_axis, data_format=data_format).channel_axis
+        # The keyword of the core that says where the channels are.
+        self._where: dict[str, Any] = (
+            {"data_format": data_format} if data_format else {"channel_axis": self._channel_axis}
+        )
+        self._nodata = _nodata(nodata)
+        # Of moment_sums, and the channels' shape. Neither is ever written, so that copies may share them.
+        self._sums: Vector | None = None
+        self._shape: tuple[int, ...] = ()
+
+    # ---- filling -------------------------------------------------------------------------------------------
+
+    def update(
+        self, x: Array, *, mask: Mask | None = None, lengths: Array | None = None,
+        lengths_axis: int | None = None, weights: Array | None = None, num_threads: int | None = None,
+    ) -> Moments:  # fmt: skip
+        """Take in a batch.
+
+        Parameters
+        ----------
+        x : array, at least 2 dimensions
+            As :func:`moments` takes it. Sums of integers are exact: however such data is cut into batches,
+            the result is the same. A batch without values changes nothing.
+        mask, lengths, lengths_axis, weights
+            Which values count, and how often, as in :func:`moments`. ``counts`` grow by the sum of weights.
+        num_threads : int, optional
+            As in :func:`batch_norm`.
+
+        Returns
+        -------
+        Moments
+            This accumulator.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :func:`moments`; also other channels than before. Nothing is changed then, nor by Ctrl-C.
+        """
+        positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
+        x, positions = _counting(x, self._where, self._nodata, positions)
+        sums = _core.moment_sums(x, **self._where, **positions, weights=weights, num_threads=num_threads)
+        return self._add("x", sums, _core.channel_shape(x, **self._where))
+
+    def merge(self, other: Moments) -> Moments:
+        """Take in what another accumulator has seen, which stays as it is.
+
+        Parameters
+        ----------
+        other : Moments
+            Of as many channels; on which axis of its batches they were does not matter.
+
+        Returns
+        -------
+        Moments
+            This accumulator.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``other`` is no Moments, or has other channels. Nothing is changed then.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other is {kind(other)}, expected a Moments")
+        return self if other._sums is None else self._add("other", other._sums, other._shape)
+
+    def __add__(self, other: Moments) -> Moments:
+        return self.copy().merge(other) if isinstance(other, Moments) else NotImplemented
+
+    @staticmethod
+    def merged(accumulators: Iterable[Moments]) -> Moments:
+        """A new accumulator of everything that some others have seen.
+
+        Parameters
+        ----------
+        accumulators : iterable of Moments
+            At least one; they stay as they are.
+
+        Returns
+        -------
+        Moments
+            With the first one's axis and ``nodata``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :meth:`merge`; also if there are none.
+        """
+        total: Moments | None = None
+        for one in accumulators:
+            first = total is None and isinstance(one, Moments)
+            total = one.copy() if first else (total or Moments()).merge(one)
+        if total is None:
+            raise ValueError("accumulators is empty, expected at least one Moments")
+        return total
+
+    def copy(self) -> Moments:
+        """An accumulator of the same state that goes its own way."""
+        return copy.copy(self)
+
+    def _add(self, name: str, sums: Vector, shape: tuple[int, ...]) -> Moments:
+        if self._sums is not None and shape != self._shape:
+            raise ValueError(f"{name} has channels of shape {shape}, expected {self._shape} as before")
+        if sums[: math.prod(shape)].any():  # the counts; a batch without values brings no channels either
+            self._sums = sums if self._sums is None else _core.merged_moment_sums(self._sums, sums)
+            self._shape = shape
+        return self
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    @property
+    def channel_axis(self) -> ChannelAxis:
+        """The channel axis of the batches; -1 with a ``data_format`` whose channels are last."""
+        return self._channel_axis
+
+    @property
+    def channels(self) -> int | None:
+        """Number of channels, of all channel axes together; None before the first batch with values."""
+        return None if self._sums is None else math.prod(self._shape)
+
+    @property
+    def counts(self) -> Vector:
+        """Number of values of each channel seen so far, or their sum of weights, float64 of shape (C,).
+
+        Shape (0,) before the first batch with values.
+        """
+        return np.zeros(0) if self._sums is None else self._moments()[0]
+
+    @property
+    def count(self) -> int | float:
+        """What :attr:`counts` is in every channel: an int, or a float if weights made it fractional.
+
+        Raises
+        ------
+        ValueError
+            The channels have seen different numbers of values.
+        """
+        return common_count(self.counts)
+
+    @property
+    def mean(self) -> Vector:
+        """Mean per channel, float64 of shape (C,). NaN without values; before any a ValueError, as below."""
+        return self._moments()[1]
+
+    @property
+    def var(self) -> Vector:
+        """Population variance per channel, ``m2 / counts``, float64 of shape (C,)."""
+        return self.variance()
+
+    @property
+    def std(self) -> Vector:
+        """Square root of ``var``."""
+        return np.sqrt(self.var)
+
+    @property
+    def m2(self) -> Vector:
+        """Sum of squared deviations from the mean per channel, float64 of shape (C,)."""
+        return self._moments()[2]
+
+    def variance(self, ddof: int = 0) -> Vector:
+        """Variance per channel, ``m2 / (counts - ddof)``.
+
+        Parameters
+        ----------
+        ddof : int
+            0 for the population's variance, 1 for the unbiased estimate from a sample.
+
+        Returns
+        -------
+        array of float64, shape (C,)
+            NaN for channels with ``counts <= ddof``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``ddof`` is no int, negative, or not less than any of ``counts``.
+        """
+        delta = integer("ddof", ddof, 0, 2**53, "an int >= 0")
+        counts, _, m2 = self._moments()
+        if not (counts > delta).any():
+            raise ValueError(f"ddof is {delta}, expected less than {counts.max():.16g}, the number of values")
+        return np.divide(m2, counts - delta, out=np.full_like(m2, np.nan), where=counts > delta)
+
+    def _moments(self) -> tuple[Vector, ...]:
+        if self._sums is None:
+            raise ValueError("this Moments has seen no values, so it has no moments; call update first")
+        return tuple(v.reshape(self._shape) for v in _core.moments_from_sums(self._sums))
+
+    def __repr__(self) -> str:
+        options = self._where | ({} if self._nodata is None else {"nodata": self._nodata.tolist()})
+        counts = np.unique(self.counts)
+        count = f"counts={counts[0]:.16g} to {counts[-1]:.16g}" if counts.size > 1 else f"count={self.count}"
+        shown = [f"{name}={value!r}" for name, value in options.items()]
+        return f"Moments({', '.join(shown)}, channels={self.channels}, {count})"
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    def to_array(self) -> Vector:
+        """The sums as one flat array, to send to another process.
+
+        Returns
+        -------
+        array of float64, shape (3 + 2 k + 9 C,)
+            The version, 1; C, 0 before the first value; the number k of channel axes; these axes and their
+            lengths; count, sum x and sum x^2, each as three times C values that add up to it. ``data_format``
+            is kept as its axis; ``nodata`` is not in it.
+
+        Examples
+        --------
+        Of batches on several processes, with mpi4py:
+        ``Moments.merged(map(Moments.from_array, comm.allgather(mine.to_array())))``.
+
+        >>> import numpy as np, batchnorm
+        >>> mine = batchnorm.Moments().update(np.ones((8, 64, 4, 4), np.float32))
+        >>> mine.to_array().shape
+        (581,)
+        >>> batchnorm.Moments.from_array(mine.to_array())
+        Moments(channel_axis=1, channels=64, count=128)
+        """
+        axes = np.atleast_1d(self._channel_axis)
+        header = [_VERSION, self.channels or 0, axes.size, *axes, *(self._shape or [0] * axes.size)]
+        return np.concatenate([header, np.zeros(0) if self._sums is None else self._sums])
+
+    @classmethod
+    def from_array(cls, array: Vector) -> Moments:
+        """The accumulator whose :meth:`to_array` this is; going on with it gives the same bits.
+
+        Parameters
+        ----------
+        array : array of float64, 1 dimension
+            Copied.
+
+        Returns
+        -------
+        Moments
+
+        Raises
+        ------
+        TypeError, ValueError
+            No such array: its kind, dtype, version or length is wrong, or no accumulator has such values.
+        """
+        if not isinstance(array, np.ndarray) or array.dtype != np.float64:
+            raise TypeError(f"array is {getattr(array, 'dtype', kind(array))}, expected an array of float64")
+        try:
+            version, channels, k = map(int, array[:3])
+            axes, shape = array[3 : 3 + 2 * k].astype(int).reshape(2, k).tolist()
+            sums = array[3 + 2 * k :].copy()
+            count, _, squares = sums.reshape(3, _PARTS, channels)
+            good = version == _VERSION and min(shape) >= 0 and channels == math.prod(shape)
+            good = good and bool(np.isfinite(count).all()) and count.any() == (channels > 0)
+            good = good and not ((count[0] < 0) | (squares[0] < 0)).any()
+            new = cls(channel_axis=tuple(axes))
+        except (TypeError, ValueError, OverflowError):
+            good = False
+        if not good:
+            first = array.ravel()[:5].tolist()
+            raise ValueError(f"array begins with {first}, expected what Moments.to_array() gives")
+        if channels:
+            new._sums, new._shape = sums, tuple(shape)
+        return new
+
+    def state_dict(self) -> dict[str, Array]:
+        """The state as plain arrays, for ``numpy.savez`` and :meth:`from_state`.
+
+        Returns
+        -------
+        dict
+            ``moments`` (:meth:`to_array`), ``data_format`` (str, empty if there is none), ``nodata``
+            (float64, of shape (0,) if there is none). New arrays.
+
+        Examples
+        --------
+        >>> import numpy as np, batchnorm
+        >>> state = batchnorm.Moments(nodata=0).update(np.ones((8, 64, 4, 4), np.float32)).state_dict()
+        >>> state["moments"].shape, state["nodata"].tolist()
+        ((581,), 0.0)
+        >>> batchnorm.Moments.from_state(state)
+        Moments(channel_axis=1, nodata=0.0, channels=64, count=128)
+        """
+        return {
+            "moments": self.to_array(),
+            "data_format": np.array(self._where.get("data_format", "")),
+            "nodata": np.zeros(0) if self._nodata is None else self._nodata.copy(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Array]) -> Moments:
+        """The accumulator whose :meth:`state_dict` this is; going on with it gives the same bits.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            As :meth:`state_dict` returns it, also that of version 0.1. What ``numpy.load`` makes of an .npz
+            of it will do. Copied.
+
+        Returns
+        -------
+        Moments
+
+        Raises
+        ------
+        TypeError, ValueError
+            Missing or unexpected names, wrong kinds, dtypes or shapes, values that no accumulator can have.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is {kind(state)}, expected a mapping, as Moments.state_dict() gives it")
+        names = _FORMAT_1 if "axis" in state else _FORMAT_2
+        if set(state) != set(names):
+            raise ValueError(f"state has {', '.join(map(str, state))}, expected {', '.join(names)}")
+        found = cls.from_array(_flat(state) if names is _FORMAT_1 else state["moments"])
+        nodata = np.asarray(state.get("nodata", []))
+        data_format: Any = str(state["data_format"]) or None
+        axis: Any = FIRST_AXIS if data_format else found._channel_axis
+        new = cls(channel_axis=axis, data_format=data_format, nodata=nodata if nodata.size else None)
+        new._sums, new._shape = found._sums, found._shape
+        return new
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def refuse_keywords(function: str, unknown: Mapping[str, object], known: Iterable[str] | None) -> NoReturn:
+    """Raise the TypeError for a keyword that `function`, whose keywords are `known`, does not have."""
+    name, value = next(iter(unknown.items()))
+    raise TypeError(_hints.explain(function, name, value, tuple(known or ())))
+
+
+def refuse_group(group: object) -> None:
+    """Statistics are shared by exchanging accumulators, which no function does yet by itself."""
+    if group is not None:
+        how = "Moments.merged(map(Moments.from_array, group.allgather(mine.to_array())))"
+        remedy = f"take a Moments on each process and merge them: {how}"
+        raise ValueError(f"group is {kind(group)}, expected None; {remedy}")
+
+
+def common_count(counts: Vector) -> int | float:
+    """The number that all counts are, 0 of none; an error if they differ."""
+    least, most = float(counts.min(initial=np.inf)), float(counts.max(initial=0))
+    if least < most:
+        got = f"the channels have seen different numbers of values, {least:.16g} to {most:.16g}"
+        raise ValueError(f"{got}; use counts, one per channel")
+    return int(most) if most.is_integer() else most
+
+
+def reduced_axes(ndim: int, axis: ChannelAxis) -> tuple[int, ...]:
+    """The axes that are not the channels', in increasing order, of an array that has those."""
+    channels = {a % ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
+    return tuple(a for a in range(ndim) if a not in channels)
+
+
+def _nodata(nodata: object) -> Vector | None:
+    """A number, or one per channel, as float64."""
+    if nodata is None:
+        return None
+    values = np.asarray(nodata)
+    if values.dtype.kind not in "iuf" or not values.size:
+        raise TypeError(f"nodata is {kind(nodata)}, expected a number, or one per channel")
+    return values.astype(np.float64)
+
+
+def _counting(
+    x: Any, where: dict[str, Any], nodata: Vector | None, positions: dict[str, Any]
+) -> tuple[Array, dict[str, Any]]:
+    """x without a mask of its own, and the positions that count of it."""
+    if nodata is None and not isinstance(x, MaskedArray):
+        return x, positions
+    counted: Any = ~np.ma.getmaskarray(x)
+    x = np.ma.getdata(x) if isinstance(x, MaskedArray) else x
+    shape = _core.channel_shape(x, **where)
+    if nodata is not None:
+        counted = counted & ~_matches(x, nodata, reduced_axes(x.ndim, Settings(**where).channel_axis), shape)
+    if counted.all():
+        return x, positions
+    if any(value is not None for value in positions.values()):
+        ones = np.ones(x.shape, np.float32)  # the identity gives 0 where nothing counts
+        counted &= batch_norm(ones, np.zeros(shape), np.ones(shape), eps=0, **where, **positions) != 0
+    return x, {"mask": counted}
+
+
+def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int, ...]) -> Mask:
+    """Where x holds what stands for no data; `others` are the axes that are not the channels'."""
+    if nodata.ndim and nodata.shape != shape:
+        raise ValueError(f"nodata has shape {nodata.shape}, expected a number, or {shape}, one per channel")
+    value = np.expand_dims(nodata, others) if nodata.ndim else nodata
+    if x.dtype.kind not in "iu":
+        with np.errstate(over="ignore"):
+            value = value.astype(x.dtype)
+    match: Mask = x == value
+    if np.isnan(value).any():
+        match |= np.isnan(x) & np.isnan(value)
+    found = match.any(axis=others)
+    if x.dtype.kind in "if" and not found.all():
+        least = np.iinfo(x.dtype).min if x.dtype.kind == "i" else np.finfo(np.float32).min
+        suspect = (x <= least).any(axis=others) & ~found
+        if suspect.any():
+            got = f"nodata={nodata.tolist()} matched nothing in {suspect.sum()} of {found.size} channels"
+            hint = f"which hold {x.min():.9g}, the end of a range: is that what stands for no data?"
+            warnings.warn(f"{got}, {hint}", stacklevel=4)
+    return match
+
+
+_FORMAT_1 = ("axis", "data_format", "count", "sum", "sum_sq")
+_FORMAT_2 = ("moments", "data_format", "nodata")
+
+
+def _flat(state: Mapping[str, Array]) -> Vector:
+    """What version 0.1 stored, one count for all channels, as `Moments.to_array` gives it."""
+    axis, count, total, squares = (np.asarray(state[n]) for n in _FORMAT_1 if n != "data_format")
+    channels = total.size // _PARTS
+    header = [_VERSION, channels, 1, axis.item(), channels]
+    return np.concatenate([header, np.repeat(count, channels), total.ravel(), squares.ravel()])

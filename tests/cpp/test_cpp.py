@@ -1,0 +1,207 @@
+"""The C++ library by itself: it builds without Python, its own tests pass, and a small consumer project finds
+it installed statically, as a shared library, and inside the wheel."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import batchnorm
+import pytest
+
+pytestmark = pytest.mark.slow
+
+SOURCE = Path(__file__).resolve().parents[2]
+
+CPP_INCLUDE = SOURCE / "cpp" / "include"
+
+# Several processes and threads at once: who waits must not spin.
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+
+
+@functools.cache
+def find_program(name):
+    """The program beside this Python (where pip puts it), or else on PATH, if it works."""
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    found = shutil.which(name, path=path)
+    works = found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0
+    return found if works else None
+
+
+def program(name):
+    found = find_program(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run(*command, **environment):
+    """Run a command that must succeed; its output."""
+    done = subprocess.run(
+        [str(c) for c in command],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        env=ENVIRONMENT | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}"
+    return done.stdout
+
+
+def configure(source, build, *options):
+    generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}")
+    run(program("cmake"), *generator, "-S", source, "-B", build, *options)
+
+
+def built(build, prefix, shared):
+    """Build and install the library with its tests. Both kinds come from one build tree: the second reuses
+    the kernels' objects."""
+    configure(
+        SOURCE, build, "-DBATCHNORM_TESTS=ON", "-DBATCHNORM_WERROR=ON",
+        f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}",
+        f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DCMAKE_INSTALL_LIBDIR=lib",
+    )  # fmt: skip
+    run(program("cmake"), "--build", build)
+    run(program("cmake"), "--install", build)
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    if not (SOURCE / "CMakeLists.txt").exists():
+        pytest.skip("the source tree (CMakeLists.txt) is not here")
+    return tmp_path_factory.mktemp("cpp")
+
+
+@pytest.fixture(scope="module")
+def static_install(tree):
+    prefix = built(tree / "build", tree / "static", shared=False)
+    for name in ("test_batchnorm", "train_and_serve"):
+        shutil.copy(tree / "build" / name, prefix)  # the shared build replaces it
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def shared_install(tree, static_install):
+    return built(tree / "build", tree / "shared", shared=True)
+
+
+@pytest.fixture(params=["static", "shared", "wheel"])
+def cmake_dir(request):
+    """Where find_package finds each kind of installation."""
+    if request.param == "wheel":
+        return Path(batchnorm.get_cmake_dir())
+    return request.getfixturevalue(f"{request.param}_install") / "lib" / "cmake" / "batchnorm"
+
+
+@pytest.fixture
+def quickstart(cmake_dir, tmp_path):
+    """examples/cpp, built against that installation with all warnings as errors."""
+    example = SOURCE / "examples" / "cpp"
+    if not example.exists():
+        pytest.skip("examples/cpp is not here")
+    flags = "-Wall -Wextra -Werror"
+    configure(example, tmp_path, f"-Dbatchnorm_DIR={cmake_dir}", f"-DCMAKE_CXX_FLAGS={flags}")
+    run(program("cmake"), "--build", tmp_path)
+    return tmp_path / "quickstart"
+
+
+def test_static_library_passes_its_tests(static_install):
+    assert run(static_install / "test_batchnorm").endswith(" passed, 0 failed\n")
+    run(static_install / "train_and_serve")
+
+
+def test_shared_library_passes_its_quick_tests(tree, shared_install):
+    # Its objects are the static library's; what differs is what it exports.
+    done = run(program("ctest"), "--test-dir", tree / "build", "-R", "quick|serve", "--output-on-failure")
+    assert "100% tests passed" in done
+
+
+def test_consumer(quickstart):
+    output = run(quickstart)
+    assert output.startswith(f"batchnorm {batchnorm.__version__}, ")
+    assert output.count(" ok\n") == 12
+    assert "batchnorm::Error: gamma has 2 values, expected 3" in output
+
+
+def test_the_header_says_which_standard_it_needs(tmp_path):
+    source = tmp_path / "old.cpp"
+    source.write_text("#include <batchnorm/batchnorm.hpp>\n")
+    done = subprocess.run(
+        [program(os.environ.get("CXX", "c++")), "-std=c++17", "-fsyntax-only", "-I", CPP_INCLUDE, source],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    first = next(line for line in done.stderr.splitlines() if "error" in line)
+    assert done.returncode != 0 and "-std=c++20" in first
+
+
+def test_symbols_carry_the_version(shared_install):
+    """A program compiled with the header of another minor version does not link."""
+    library = next((shared_install / "lib").glob("libbatchnorm.so"))
+    names = [line.split()[-1] for line in run(program("nm"), "-D", "--defined-only", library).splitlines()]
+    ours = [name for name in names if "9batchnorm" in name]
+    major, minor, _ = batchnorm.__version__.split(".")
+    version = f"v{major}_{minor}"
+    assert ours and all(f"9batchnorm{len(version)}{version}" in name for name in ours)
+
+
+def test_installed_files(static_install, shared_install):
+    for prefix in (static_install, shared_install):
+        assert (prefix / "include" / "batchnorm" / "batchnorm.hpp").exists()
+        for file in (prefix / "lib" / "cmake" / "batchnorm").iterdir():
+            assert str(SOURCE) not in file.read_text(), f"{file.name} names the source tree"
+            assert str(prefix) not in file.read_text(), f"{file.name} cannot be moved"
+
+
+def test_unusable_isa_in_environment(static_install):
+    done = subprocess.run(
+        [static_install / "test_batchnorm", "--hash"],
+        env=ENVIRONMENT | {"BATCHNORM_ISA": "sse9"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    message = "environment variable BATCHNORM_ISA: isa is 'sse9', expected one of 'baseline'"
+    assert done.stderr.startswith(message)
+
+
+def test_same_bits_in_every_process(static_install, tree, shared_install):
+    static = static_install / "test_batchnorm"
+    hashes = {run(tree / "build" / "test_batchnorm", "--hash")}
+    for isa in batchnorm.isa_levels():
+        for threads in ("1", "3"):
+            hashes.add(run(static, "--hash", BATCHNORM_ISA=isa, OMP_NUM_THREADS=threads))
+    assert len(hashes) == 1
+
+
+# Prints the level in use and a hash of what every function returns for small arrays.
+RESULTS = """
+import hashlib
+import batchnorm
+import numpy as np
+
+digest = hashlib.sha256()
+for dtype in (np.float32, np.float64, np.float16):
+    for axis in (1, -1):
+        x = np.arange(-300, 300).astype(dtype).reshape(2, 3, 20, 5) / 16
+        mean, var = (np.zeros(x.shape[axis], np.float32) for _ in range(2))
+        options = {"channel_axis": axis, "activation": "relu"}
+        y, saved = batchnorm.batch_norm_train(x, running_mean=mean, running_var=var, **options)
+        z = batchnorm.batch_norm(x, mean, var, channel_axis=axis)
+        needs = ("dx", "dgamma", "dbeta")
+        gradients = batchnorm.batch_norm_backward(z, saved, needs=needs)
+        for a in (y, saved.mean, saved.inv_std, mean, var, z, *gradients):
+            digest.update(np.ascontiguousarray(a).tobytes())
+print(batchnorm.get_isa(), digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="this machine is not x86-64")
+def test_wheel_on_an_old_cpu():
+    # A CPU of 2011, with AVX but without AVX2: nothing on the way to the baseline level may need more.
+    emulated = run(program("qemu-x86_64"), "-cpu", "SandyBridge", sys.executable, "-c", RESULTS).splitlines()
+    isa, digest = emulated[-1].split()  # before it, qemu's warnings
+    assert isa == "baseline"
+    assert digest == run(sys.executable, "-c", RESULTS).split()[1]

@@ -1,0 +1,385 @@
+"""`dataset_moments`: pieces, files, readers, units, accumulators to go on with, progress."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import signal
+import sys
+
+import batchnorm
+import numpy as np
+import pytest
+from batchnorm import DatasetMoments, Moments, dataset_moments
+
+from support import processes
+from support.checks import same_bits
+from support.problem import rng
+
+
+class Slices:
+    """Something like an array that is no ndarray and keeps account of what is read of it."""
+
+    def __init__(self, x, read):
+        self.x, self.read = x, read
+        self.shape, self.dtype, self.ndim = x.shape, x.dtype, x.ndim
+
+    def __getitem__(self, key):
+        return Slices(self.x[key], self.read)
+
+    def __array__(self, dtype=None, copy=None):
+        self.read.append(self.x.shape)
+        return self.x
+
+
+def data_set(seed=0, shape=(50, 3, 7, 5)):
+    return rng("data set", seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_whole(result, x, axis=1):
+    rest = tuple(a for a in range(x.ndim) if a not in np.atleast_1d(axis) % x.ndim)
+    count, wide = np.prod([x.shape[a] for a in rest]), x.astype(np.longdouble)
+    assert type(result) is DatasetMoments and result._fields == ("mean", "var") and len(result) == 2
+    assert result.moments.count == result.count == count and (result.counts == count).all()
+    np.testing.assert_allclose(result.mean, wide.mean(rest).astype(float), rtol=1e-12)
+    np.testing.assert_allclose(result.var, wide.var(rest).astype(float), rtol=1e-12)
+    assert same_bits(result.std, np.sqrt(result.var)) and result.counts.shape == result.mean.shape
+
+
+def same(a, b):
+    return all(same_bits(getattr(a, name), getattr(b, name)) for name in ("counts", "mean", "m2"))
+
+
+def merged(parts):
+    return Moments.merged(Moments().update(part) for part in parts)
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.quick
+def test_an_array_larger_than_chunk_bytes(tmp_path):
+    x = data_set()
+    for chunk in (1, 100, 420, 4000, 1 << 20):
+        assert_whole(dataset_moments(x, chunk_bytes=chunk), x)
+        assert_whole(dataset_moments(x, chunk_bytes=chunk, channel_axis=(1, 3)), x, (1, 3))
+    mapped = np.memmap(tmp_path / "x.bin", np.float32, "w+", shape=x.shape)
+    mapped[...] = x
+    assert_whole(dataset_moments(mapped, chunk_bytes=2000), x)
+
+
+PIECES = [
+    ((50, 3, 7, 5), 1, 4200, [(10, 3, 7, 5)] * 5),
+    ((50, 3, 7, 5), 1, 4199, [(9, 3, 7, 5)] * 5 + [(5, 3, 7, 5)]),
+    ((3, 50, 35), 0, 4200, [(3, 10, 35)] * 5),
+    ((1, 3, 50, 35), 1, 4200, [(1, 3, 10, 35)] * 5),
+    ((2, 3, 7, 5), -1, 60, [(1, 1, 3, 5)] * 2 * 3 * 2 + [(1, 1, 1, 5)] * 6),
+    ((4, 3, 2, 5), (1, -1), 60, [(1, 3, 1, 5)] * 8),
+    ((2, 3), 1, 1, [(1, 3)] * 2),
+    ((0, 3), 1, 1, [(0, 3)]),
+]
+
+
+@pytest.mark.parametrize(("shape", "axis", "chunk", "pieces"), PIECES)
+def test_pieces(shape, axis, chunk, pieces):
+    x, read = data_set(shape=shape), []
+    if x.size:
+        assert_whole(dataset_moments(Slices(x, read), channel_axis=axis, chunk_bytes=chunk), x, axis)
+    else:
+        assert dataset_moments([np.ones((1, 3)), Slices(x, read)]).count == 1
+    assert sorted(read) == sorted(pieces)
+
+
+@pytest.mark.parametrize("order", "CF")
+def test_pieces_are_views_cut_along_the_outermost_axis_in_memory(order):
+    x, seen = np.asarray(data_set(), order=order), []
+
+    def see(piece):
+        seen.append((piece.shape, np.shares_memory(piece, x)))
+        return piece
+
+    dataset_moments(x, chunk_bytes=4200, transform=see)
+    assert seen == [((10, 3, 7, 5) if order == "C" else (50, 3, 7, 1), True)] * 5
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, lambda a: dict(enumerate(a)).values()])
+def test_iterables(kind):
+    x = data_set()
+    parts = [x[:7], x[7:8], x[8:8], x[8:40], x[40:]]
+    result = dataset_moments(kind(parts))
+    assert_whole(result, x)
+    assert same(result.moments, merged(parts))
+
+
+# ---- files and readers -------------------------------------------------------------------------------------
+
+
+def test_files(tmp_path):
+    x = data_set()
+    paths = [tmp_path / f"{i}.npy" for i in range(4)]
+    for path, part in zip(paths, (x[:20], x[20:21], np.asfortranarray(x[21:]), x[:0]), strict=True):
+        np.save(path, part)
+    assert_whole(dataset_moments(paths, chunk_bytes=1000), x)
+    assert_whole(dataset_moments(map(str, paths)), x)
+    assert_whole(dataset_moments([paths[0], x[20:]]), x)
+    assert_whole(dataset_moments(paths[0], chunk_bytes=1000), x[:20])
+    assert_whole(dataset_moments(str(paths[0])), x[:20])
+
+
+def test_read_gets_every_path(tmp_path):
+    # As pictures: files of a format that only the reader knows, some of them by names that look like .npy.
+    photos = rng("photos").integers(0, 256, (6, 8, 9, 3)).astype(np.uint8)
+    names = [tmp_path / name for name in ("a.ppm", "b.png", "c.npy", "d", "e.npy", "f.jpg")]
+    for name, photo in zip(names, photos, strict=True):
+        name.write_bytes(photo.tobytes())
+
+    def read(path):
+        return np.frombuffer(path.read_bytes(), np.uint8).reshape(8, 9, 3)
+
+    def of(batches, **options):
+        return dataset_moments(batches, channel_axis=-1, **options).moments
+
+    want = of(photos)
+    assert same(of(names, read=read), want)
+    assert same(of(names[0], read=read), of(photos[0]))
+    assert same(of([*names[:3], *photos[3:]], read=read), want), "arrays need no reader"
+    assert same(of(names, read=read, transform=lambda a: a[2:6, 3:]), of(photos[:, 2:6, 3:].copy()))
+    assert same(of(zip(names, range(6), strict=True), read=lambda pair: read(pair[0])), want)
+    large, seen = {"read": lambda i: np.ones((50, 3, 7)), "chunk_bytes": 1000}, []
+    assert dataset_moments(range(2), **large, transform=lambda b: seen.append(1) or b).count == 700
+    assert len(seen) > 2, "what a reader returns is cut into pieces as well"
+    with pytest.raises(ValueError, match=r"cannot read '.*a\.ppm' as an \.npy file.*pass read="):
+        of(names)
+    with pytest.raises(TypeError, match="read returned None, expected an array"):
+        of(names, read=lambda path: None)
+
+
+def test_transform_makes_arrays_of_anything():
+    x = data_set()
+    pairs = [(part, i) for i, part in enumerate(np.split(x, 5))]
+    assert_whole(dataset_moments(pairs, transform=lambda pair: pair[0]), x)
+    assert_whole(dataset_moments(pairs, read=lambda pair: pair, transform=lambda pair: pair[0]), x)
+
+
+@pytest.mark.parametrize("moments", [None, Moments(channel_axis=-1)])
+def test_statistics_in_units_of_max_value(moments):
+    images = np.arange(256, dtype=np.uint8).repeat(6).reshape(-1, 2, 3)
+    where = {"channel_axis": -1} if moments is None else {"moments": moments}
+    pixels = dataset_moments(images, channel_axis=-1, ddof=1)
+    scaled = dataset_moments(images, **where, ddof=1, max_value=255, chunk_bytes=100)
+    np.testing.assert_allclose(scaled.mean, np.full(3, 0.5), rtol=1e-15)
+    np.testing.assert_allclose(scaled.var, (images / 255).reshape(-1, 3).var(axis=0, ddof=1), rtol=1e-12)
+    np.testing.assert_allclose(scaled.std, np.sqrt(pixels.var) / 255, rtol=1e-15)
+    assert same(scaled.moments, pixels.moments) and scaled.count == pixels.count == 512
+    y = batchnorm.normalize_images(images.reshape(1, 512, 1, 3), scaled.mean, scaled.std)
+    np.testing.assert_allclose(y.mean((0, 2, 3)), 0, atol=1e-7)
+
+
+def test_mask_of_each_piece():
+    x = data_set()
+    seen = []
+    got = dataset_moments(x, mask=lambda b: seen.append(b.shape) or b > 0, chunk_bytes=4200)
+    assert seen == [(10, 3, 7, 5)] * 5 and got.counts.tolist() == (x > 0).sum((0, 2, 3)).tolist()
+    np.testing.assert_allclose(got.mean, np.mean(x, (0, 2, 3), np.float64, where=x > 0), rtol=1e-13)
+    with pytest.raises(ValueError, match="use counts"):
+        _ = got.count
+    got = dataset_moments(x, transform=lambda b: b + 1, mask=lambda b: (b > 1)[:, 0])
+    want = (x + 1).transpose(1, 0, 2, 3)[:, x[:, 0] > 0].mean(1, np.float64)
+    np.testing.assert_allclose(got.mean, want, rtol=1e-12)
+
+
+def test_a_channel_without_values_has_nan():
+    x = np.ma.masked_greater(np.array([[1.0, 9], [3, 9]]), 5)
+    got = dataset_moments([x, x])
+    np.testing.assert_array_equal(got.mean, [2, np.nan])
+    np.testing.assert_array_equal(got.var, [1, np.nan])
+    assert got.counts.tolist() == [4, 0]
+
+
+# ---- going on ----------------------------------------------------------------------------------------------
+
+
+def test_workers_and_going_on():
+    x = data_set()
+    parts = np.array_split(x, 11)
+    whole = dataset_moments(parts)
+    first, second = dataset_moments(parts[:4]).moments, dataset_moments(parts[4:][::-1]).moments
+    assert same(second + first, whole.moments)
+    on = dataset_moments(parts[4:], moments=first)
+    assert on.moments is first and same(first, whole.moments) and same_bits(on.mean, whole.mean)
+    first.update(x)
+    assert on.count == whole.count  # of the time it was made
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupt_leaves_what_is_finished(error):
+    parts = np.array_split(data_set(), 10)
+
+    def interrupted():
+        yield from parts[:6]
+        raise error
+
+    total = Moments()
+    with pytest.raises(error):
+        dataset_moments(interrupted(), moments=total)
+    assert same(total, merged(parts[:6]))
+    assert same(dataset_moments(parts[6:], moments=total).moments, merged(parts))
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_a_signal_inside_a_call():
+    x, total = data_set(shape=(64, 3, 128, 128)), Moments()
+    one = Moments().update(x)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            dataset_moments(itertools.repeat(x), moments=total, chunk_bytes=x.nbytes)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    copies, rest = divmod(total.count, one.count)
+    assert rest == 0 and (copies == 0 or same(total, Moments.merged([one] * copies)))
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
+
+BAD_DATA_SETS = [
+    (3, {}, TypeError, r"batches is 3 \(int\), expected an array, a path of an .npy file, or an iterable"),
+    (b"x.npy", {}, TypeError, "batches is of type bytes, expected an array"),
+    ({"a": np.ones((2, 3))}, {}, TypeError, r"batches is of type dict, a mapping; pass its values\(\)"),
+    ([[1.0, 2.0]], {}, TypeError,
+     "batches contains of type list, expected arrays or paths.*read= or transform="),
+    ([np.ones((2, 3)), None], {}, TypeError, "batches contains None, expected arrays"),
+    ([np.ones((2, 3)), np.ones((2, 4))], {}, ValueError, r"channels of shape \(4,\), expected \(3,\)"),
+    (np.ones((2, 3), int), {}, TypeError, "x has dtype int64"),
+    (np.ones(3), {}, ValueError, "at least 2 dimensions"),
+    (np.ones((2, 3)), {"channel_axis": 2}, ValueError, "channel_axis is 2"),
+    ([], {}, ValueError, "batches holds no values.*gone through"),
+    (np.ones((0, 3)), {}, ValueError, "batches holds no values"),
+    (np.ones((2, 3)), {"ddof": 2}, ValueError, "ddof is 2, expected less than 2"),
+    ([], {"chunk_bytes": 0}, ValueError, "chunk_bytes is 0, expected an int >= 1"),
+    ([], {"chunk_bytes": 1e6}, TypeError, "chunk_bytes is 1000000.0"),
+    ([], {"read": 3}, TypeError, r"read is 3 \(int\), expected a function, or None"),
+    ([], {"mask": np.ones(3, bool)}, TypeError,
+     "mask is of type numpy.ndarray, expected a function, or None"),
+    (np.ones((2, 3)), {"transform": lambda b: list(b)}, TypeError, "x is of type list"),
+    (np.ones((2, 3)), {"mask": lambda b: [True, False]}, TypeError, "mask is"),
+    ([], {"max_value": 0}, ValueError, "max_value is 0.*, expected a finite number > 0"),
+    ([], {"moments": 3}, TypeError, r"moments is 3 \(int\), expected a Moments to go on with"),
+    ([], {"moments": Moments(), "channel_axis": 1}, TypeError, "has its own; drop channel_axis"),
+    ([], {"moments": Moments(), "nodata": 0}, TypeError, "has its own; drop nodata"),
+    ([], {"progress": 1}, TypeError, r"progress is 1 \(int\), expected True or False"),
+    ([], {"group": object()}, ValueError, "group is .*Moments.merged"),
+    (np.ones((2, 3)), {"num_threads": 0}, ValueError, "num_threads is 0"),
+    ([], {"scale": 1 / 255}, TypeError, "it is called max_value here"),
+    ([], {"chunksize": 7}, TypeError, r"dataset_moments\(\) has no argument 'chunksize'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("batches", "options", "error", "words"), BAD_DATA_SETS)
+def test_bad_data_sets(batches, options, error, words):
+    with pytest.raises(error, match=words):
+        dataset_moments(batches, **options)
+
+
+class BytesPath:
+    def __fspath__(self):
+        return b"x"
+
+
+def test_bad_files(tmp_path):
+    np.save(tmp_path / "good.npy", np.ones((2, 3)))
+    good = (tmp_path / "good.npy").read_bytes()
+    np.savez(tmp_path / "archive.npz", np.ones((2, 3)))
+    np.save(tmp_path / "objects.npy", np.array([[{}]]), allow_pickle=True)
+    huge = good.replace(b"(2, 3)", b"(2, 300000000000)").replace(b" " * 12, b" ", 1)
+    for name, content in (
+        ("archive.npz", None), ("objects.npy", None), ("short.npy", good[:-1]), ("huge.npy", huge),
+        ("empty.npy", b""), ("pickle.npy", pickle.dumps([1])),
+    ):  # fmt: skip
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cannot read '.*{name}' as an .npy file.*pass read="):
+            dataset_moments([tmp_path / name])
+    with pytest.raises(FileNotFoundError, match=r"missing\.npy"):
+        dataset_moments(tmp_path / "missing.npy")
+    with pytest.raises(IsADirectoryError, match=r"this is a folder; pass sorted\(pathlib.Path"):
+        dataset_moments(tmp_path)
+    with pytest.raises(TypeError, match="path b'x', expected str"):
+        dataset_moments(BytesPath())
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe' is not a regular file"):
+        dataset_moments(tmp_path / "pipe")
+
+
+# ---- progress ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["array", "files", "list", "generator", "read"])
+def test_progress_is_shown_on_stderr(tmp_path, capsys, kind):
+    x = data_set()
+    np.save(tmp_path / "x.npy", x)
+    path, options = tmp_path / "x.npy", {"read": np.load} if kind == "read" else {}
+    data = {"array": x, "files": [path], "list": [x[:9], x[9:]], "generator": iter([x]), "read": [path]}[kind]
+    assert_whole(dataset_moments(data, progress=True, **options), x)
+    out, err = capsys.readouterr()
+    assert out == "" and "moments" in err and "21.0" in err
+
+
+def test_progress_only_where_it_is_seen(capsys, monkeypatch):
+    for progress in (None, False):
+        dataset_moments(data_set(), progress=progress)
+        assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    dataset_moments(data_set())
+    assert "moments" in capsys.readouterr().err
+
+
+def test_without_rich(monkeypatch, capsys):
+    for name in [n for n in sys.modules if n == "rich" or n.startswith("rich.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    words = r"needs the package rich: pip install 'batchnorm\[progress\]'.*False"
+    with pytest.raises(ImportError, match=words):
+        dataset_moments(data_set(), progress=True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    dataset_moments(data_set())
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_DATA of Linux")
+def test_a_gigabyte_needs_no_gigabyte(tmp_path):
+    # Every second column has no view the core can use and is copied: chunk by chunk. RLIMIT_DATA does not
+    # count what is mapped from files.
+    code = f"""
+        import resource
+        import numpy as np, batchnorm
+        x = np.memmap({str(tmp_path / "zeros")!r}, np.float32, "w+", shape=(2048, 4, 256, 128))  # sparse
+        batchnorm.moments(x[:1])
+        with open("/proc/self/status") as status:
+            data = next(line for line in status if line.startswith("VmData"))
+        limit = int(data.split()[1]) * 1024 + (100 << 20)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        whole = batchnorm.dataset_moments(x, chunk_bytes=16 << 20)
+        every_second = batchnorm.dataset_moments(x[..., ::2], chunk_bytes=16 << 20)
+        masked = batchnorm.dataset_moments(x, chunk_bytes=16 << 20, nodata=7)
+        print(whole.count, every_second.count, masked.count, whole.var.tolist())
+        try:
+            np.empty(200 << 20, np.uint8)
+        except MemoryError:
+            print("the limit holds")
+        """
+    assert processes.output(code, OMP_NUM_THREADS="2").split("\n") == [
+        f"{2**26} {2**25} {2**26} [0.0, 0.0, 0.0, 0.0]",
+        "the limit holds",
+    ]

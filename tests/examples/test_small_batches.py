@@ -1,0 +1,31 @@
+"""The example small_batches.py, in short: batch renormalisation helps where batches are tiny."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+for _module in ("sklearn", "matplotlib"):
+    pytest.importorskip(_module, reason=f"the example needs {_module} (extra demo)")
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module("small_batches")
+    for name in ("small_batches", "good_train_bad_test"):
+        sys.modules.pop(name)
+
+
+def test_renorm_helps_tiny_batches(example, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    results = example.main(["--epochs", "2", "--seeds", "1", "--batch", "2", "32", "--out", str(picture)])
+    text = capsys.readouterr().out
+    assert all(f"{name:20s} test accuracy" in text for name in ("batch 2", "batch 2, renorm", "batch 32"))
+    assert results[2, True][0] > results[2, False][0] + 0.03
+    assert picture.stat().st_size > 5_000
