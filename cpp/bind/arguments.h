@@ -1,6 +1,7 @@
-// Arguments of Python calls: keywords to slots, objects to numbers, names and views. Every message about an argument's kind, dtype, shape
-// or memory is made here and in positions.cpp; values, overlaps and combinations are the core's to check. Errors are the core's Error,
-// thrown before anything is written. Used by operations.cpp; knows no operation.
+// Arguments of Python calls: keywords to slots, objects to numbers, names and views. Messages about an argument's kind, dtype, shape or
+// memory are made here, in tensors.cpp and positions.cpp; those about the options of one operation and what they exclude in operations.cpp;
+// values and overlaps are the core's to check. Errors are the core's Error, thrown before anything is written.
+// Used by operations.cpp; knows no operation.
 #pragma once
 
 #include <cstdint>

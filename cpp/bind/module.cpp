@@ -152,7 +152,6 @@ py::tuple moments_of_sums(const SumsVector& sums) {
 void add_library_functions(py::module_& m) {
     m.def("tuning", &tuning);
     m.def("set_tuning", [](const std::string& settings) { set_tuning(settings); });
-    m.def("set_bfloat16_type_num", [](int n) { bfloat16_type_num = n; });
     m.def("num_threads", &num_threads);
     m.def("set_num_threads", &set_num_threads);
     m.def("isa", &isa);

@@ -1,5 +1,4 @@
-// The operations: their parameters, and each as a fill-in of the core's description of a call. No messages about single arguments: see
-// arguments.cpp, tensors.cpp, positions.cpp.
+// The operations: their parameters, and each as a fill-in of the core's description of a call.
 #include "bind/operations.h"
 
 #include <cxxabi.h>

@@ -324,7 +324,6 @@ public:
         impl.parts = call.parts;
         impl.group_outer = call.group_outer;
         impl.batch = s.batch;
-        impl.eps = s.eps;
         impl.slope = s.slope;
         impl.activation = s.activation;
         impl.mask = s.mask;

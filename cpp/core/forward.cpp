@@ -81,13 +81,7 @@ Saved::Impl& open(const Forward& f, const Call& call, Workspace& ws, Saved::Impl
     Saved::Impl& s = f.saved != nullptr ? prepared(*f.saved) : local;
     Cutter size(nullptr);
     lay_out(size, f, call, f.saved != nullptr, s);
-    std::byte* place;
-    if (f.saved != nullptr) {
-        place = s.block.take(size.used());
-    } else {
-        place = ws.take<std::byte>(static_cast<int64_t>(size.used()));
-    }
-    Cutter cut(place);
+    Cutter cut(f.saved != nullptr ? s.block.take(size.used()) : ws.take<std::byte>(static_cast<int64_t>(size.used())));
     lay_out(cut, f, call, f.saved != nullptr, s);
     if (f.saved != nullptr) copy_arguments(f, call, s);
     if (s.element_bits != nullptr) elements_to_bits(call.geometry, call.parts, f.positions.element_mask, s.element_bits);
@@ -96,7 +90,6 @@ Saved::Impl& open(const Forward& f, const Call& call, Workspace& ws, Saved::Impl
     s.group_outer = call.group_outer;
     s.batch = !f.mean;
     s.keep = f.keep;
-    s.eps = f.eps;
     s.slope = f.slope;
     s.activation = f.activation;
     s.has_residual = static_cast<bool>(f.residual);
@@ -311,7 +304,7 @@ void keep_lost(const Work& w) {
     if (n != 0) copy_channels(w.f.x, w.s.lost, compact<Tensor>(g, n, x));
 }
 
-// Statistics, then y, then running statistics, whose new values are `batch`'s if the statistics are given.
+// Statistics, then y, then running statistics.
 template <class C>
 void run(const Work& w, Workspace& ws) {
     const Forward& f = w.f;
@@ -416,9 +409,11 @@ void save(const Forward& f, const ConstChannels& inv_std, bool batch_statistics)
     const Call call = check::saving(f, inv_std);
     Workspace ws;
     Saved::Impl local(std::pmr::null_memory_resource());
-    Saved::Impl& s = open(f, call, ws, local);
+    Forward bare = f;
+    bare.residual = {};  // no pass writes its bits
+    Saved::Impl& s = open(bare, call, ws, local);
     count(call, s);
-    s.bits = nullptr;
+    s.has_residual = static_cast<bool>(f.residual);
     s.batch = batch_statistics;
     by_columns(0, call.geometry.channels, [&](int64_t c, int64_t n) {
         Column<double>(f.mean, c, n).put(s.mean + c, n);

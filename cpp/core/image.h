@@ -1,4 +1,4 @@
-// Integer images: x of type uint8, int16 or uint16, whose arguments have been checked. Called by the drivers of forward and moments.
+// Integer images: x of type uint8, int16 or uint16, whose arguments have been checked. Called by forward.cpp.
 #pragma once
 
 #include "call.h"

@@ -1,5 +1,5 @@
 // A bounded cache of warm buffers for large outputs and scratch: what is released is kept, with its pages, for the next acquire. The first
-// touch of fresh pages costs several times the arithmetic on them (DESIGN.md, D12). Called by bind/output.cpp and core/workspace.h; knows
+// touch of fresh pages costs several times the arithmetic on them (D12). Called by bind/output.cpp and core/workspace.h; knows
 // neither Python nor NumPy. Safe from any thread, in the child of a fork, and at any point of a process's end: the cache is never
 // destroyed.
 #pragma once

@@ -51,8 +51,8 @@ struct Plan {
     kernels::Where map_item(std::int64_t index) const;
 };
 
-// `reads` and `writes`: how many tensors of this geometry the call reads and writes; no reads: what is read hardly counts (an image).
-// What a call does to its tensors: how many it reads and writes, and whether it sums over them first.
+// What a call does to its tensors: how many of this geometry it reads and writes (no reads: what is read hardly counts, an image), and
+// whether it sums over them first.
 struct Traffic {
     int reads, writes;
     bool sums;

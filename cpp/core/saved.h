@@ -52,7 +52,7 @@ struct Saved::Impl {
     int64_t group_outer = 0;
     bool batch = true;  // the statistics are the batch's own
     Keep keep = Keep::x;
-    double eps = 0, slope = 0;
+    double slope = 0;
     Activation activation = Activation::none;
     bool has_residual = false;
     bool updated = false;
@@ -110,7 +110,6 @@ inline ConstTensor Saved::Impl::lost_tensor(const Geometry& g) const {
     return compact<ConstTensor>(g, static_cast<int64_t>(lost.size()), lost_x);
 }
 
-// Some channels of `from`, side by side; and back to where they belong. Both tensors have the same outer and inner.
 template <class F>
 void each_element(const ConstTensor& v, const F& f) {
     for (int64_t o = 0; o < v.outer; ++o) {
@@ -120,6 +119,7 @@ void each_element(const ConstTensor& v, const F& f) {
 inline const std::byte* element(const ConstTensor& v, int64_t o, int64_t c, int64_t i) {
     return static_cast<const std::byte*>(v.data) + (o * v.outer_stride + c * v.channel_stride + i * v.inner_stride) * element_size(v.dtype);
 }
+// Some channels of `from`, side by side; and back to where they belong. Both tensors have the same outer and inner.
 inline void copy_channels(const ConstTensor& from, std::span<const int64_t> channels, const Tensor& to, bool back = false) {
     const std::size_t size = index(element_size(to.dtype));
     for (std::size_t k = 0; k < channels.size(); ++k) {

@@ -1,4 +1,4 @@
-// The four kernels' contract: the argument structs, the table of function pointers an ISA level fills, and what every kernel
+// The kernels' contract: the argument structs, the table of function pointers an ISA level fills, and what every kernel
 // promises. Included by the ISA translation units and by core/; it knows nothing of NumPy, threads, errors or plans, and
 // includes nothing beyond <stddef.h> and <stdint.h>.
 //
@@ -44,7 +44,7 @@ struct Box {
     int64_t outer_begin, outer_end, channel_begin, channel_end, inner_begin, inner_end;
 };
 
-// What all four share. `fold` (nsc only): with few channels, `fold` consecutive rows are treated as one row of
+// What all share. `fold` (nsc only): with few channels, `fold` consecutive rows are treated as one row of
 // fold * channels values, so that vectors stay full; box.outer_begin is then a multiple of fold and per-channel arrays hold
 // the channels fold times over. 1 otherwise. Where a box has all channels, per-channel Compute arrays repeat their first 16 values
 // behind the fold * channels-th, so that rows without gaps can be taken as one stretch.

@@ -698,7 +698,7 @@ BATCHNORM_INLINE int64_t elements_to_alignment(const T* p) {
 }
 
 // Asks for the block `ahead` bytes behind p, into the second-level cache; past the end of an array it asks in vain. A core by itself
-// keeps too few lines on their way to use the memory's bandwidth (cpp/DESIGN.md, D13). With 0 it asks for what is being read, which costs
+// keeps too few lines on their way to use the memory's bandwidth (D13). With 0 it asks for what is being read, which costs
 // less than a branch.
 template <class T>
 BATCHNORM_INLINE void prefetch_ahead(const T* p, int64_t ahead) {

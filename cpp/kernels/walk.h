@@ -1,5 +1,5 @@
 // How kernels walk a box: addresses of runs (ncs) and of rows (nsc), and the per-channel values an element meets. Used by the
-// four kernels; knows no operation.
+// kernels; knows no operation.
 #pragma once
 
 #include "vec.h"

@@ -11,6 +11,8 @@ from .typing import Array
 
 __all__ = ["fold"]
 
+_FLOATS = ("float16", "float32", "float64", "bfloat16")
+
 
 def fold(
     weight: Array, bias: Array | None, mean: Array, var: Array, gamma: Array | None = None,
@@ -74,7 +76,7 @@ def fold(
     >>> weight.shape, bias.shape
     ((64, 16, 3, 3), (64,))
     """
-    if not isinstance(weight, np.ndarray) or (weight.dtype.kind != "f" and weight.dtype.name != "bfloat16"):
+    if not isinstance(weight, np.ndarray) or weight.dtype.name not in _FLOATS:
         got = f"has dtype {weight.dtype}" if isinstance(weight, np.ndarray) else f"is {kind(weight)}"
         raise TypeError(f"weight {got}, expected an array of float16, float32, float64 or bfloat16")
     wide = np.dtype(np.float64)

@@ -996,9 +996,10 @@ class BatchNorm:
         if not isinstance(snapshot, RunningStatistics):
             raise TypeError(f"snapshot is {kind(snapshot)}, expected the result of bn.snapshot()")
         self._known("rollback()")
+        now = self.running.num_updates
         self.running.take(snapshot)
         if self.history is not None:
-            self.history.forget_after(snapshot.num_updates)
+            self.history.forget_after(snapshot.num_updates, now)
         return self
 
     def clone(self, *, share: Share | tuple[Share, ...] | None = None) -> Self:

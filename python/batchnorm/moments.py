@@ -187,11 +187,8 @@ class Moments:
     ) -> None:  # fmt: skip
         if unknown:
             refuse_keywords("Moments", unknown, Moments.__init__.__kwdefaults__)
-        self._channel_axis = Settings(channel_axis=channel_axis, data_format=data_format).channel_axis
-        # The keyword of the core that says where the channels are.
-        self._where: dict[str, Any] = (
-            {"data_format": data_format} if data_format else {"channel_axis": self._channel_axis}
-        )
+        settings = Settings(channel_axis=channel_axis, data_format=data_format)
+        self._channel_axis, self._where = settings.channel_axis, settings.where
         self._nodata = _nodata(nodata)
         # Of moment_sums, and the channels' shape. Neither is ever written, so that copies may share them.
         self._sums: Vector | None = None

@@ -16,9 +16,9 @@ __all__ = ["Parameter", "weight_decay_groups"]
 class Parameter(Sequence[Any]):
     """A trainable array of a layer and its gradient: a view, which is always up to date.
 
-    ``name, value, grad = parameter`` and ``parameter[1]`` work too. Two views of the same array are equal. An
-    L2 penalty on gamma or beta does not make a network simpler, as the weights before it can undo any scale:
-    so `weight_decay` is False.
+    ``name, value, grad = parameter`` and ``parameter[1]`` work too. Two views of one layer's array are equal.
+    An L2 penalty on gamma or beta does not make a network simpler, as the weights before it can undo any
+    scale: so `weight_decay` is False.
 
     Attributes
     ----------

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
-
-for _module in ("sklearn", "rich"):
-    pytest.importorskip(_module, reason=f"the example needs {_module} (extra demo)")
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-@pytest.fixture(scope="module")
-def example():
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("dataset_statistics")
-    sys.path.remove(str(EXAMPLES))
 
 
 def assert_report(report):
@@ -30,7 +16,8 @@ def assert_report(report):
 
 
 def test_short_run(example, capsys, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))  # the workers' processes import the example
+    # The processes of the workers import the example.
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(example.__file__))
     monkeypatch.setattr(example, "CROPS", 20)
     report = example.main(["--files", "3"])
     assert_report(report)
@@ -42,7 +29,7 @@ def test_short_run(example, capsys, monkeypatch):
 
 
 def test_a_folder_of_ones_own(example, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(example.__file__))
     rng = np.random.default_rng(0)
     images = [rng.random((n, 5, 4, 2)).astype(np.float32) for n in (3, 1, 4)]
     for i, x in enumerate(images):
@@ -56,7 +43,7 @@ def test_a_folder_of_ones_own(example, tmp_path, monkeypatch):
 
 def test_a_folder_of_pictures(example, tmp_path, monkeypatch):
     image = pytest.importorskip("PIL.Image", reason="the example needs Pillow for pictures")
-    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES))
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(example.__file__))
     for i in range(3):
         pixels = np.random.default_rng(i).integers(0, 256, (5 + i, 4, 3), dtype=np.uint8)
         image.fromarray(pixels).save(tmp_path / f"{i}.png")

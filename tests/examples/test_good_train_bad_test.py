@@ -2,24 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
-import pytest
-
-for _module in ("sklearn", "matplotlib"):
-    pytest.importorskip(_module, reason=f"the example needs {_module} (extra demo)")
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module("good_train_bad_test")
-    sys.modules.pop("good_train_bad_test")
-
 
 def test_the_complaint_is_reproduced_and_repaired(example, tmp_path, capsys):
     results = example.main(["--epochs", "2", "--out", str(tmp_path / "picture.png")])

@@ -2,24 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-for _module in ("sklearn", "PIL", "matplotlib"):
-    pytest.importorskip(_module, reason=f"the example needs {_module} (extra demo)")
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-@pytest.fixture(scope="module")
-def example():
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("image_preprocessing")
-    sys.path.remove(str(EXAMPLES))
 
 
 def test_whole_example(example, tmp_path, capsys):

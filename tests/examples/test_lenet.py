@@ -14,37 +14,25 @@ import batchnorm
 import numpy as np
 import pytest
 
-for _module in ("sklearn", "matplotlib", "rich", "threadpoolctl"):
-    pytest.importorskip(_module, reason=f"the example needs {_module} (extra demo)")
-
 # The whole file trains networks; the library's own tests are elsewhere.
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-SCRIPT = EXAMPLES / "lenet.py"
 SIDE = 28
 
 
-@pytest.fixture(scope="module", autouse=True)
-def examples_on_path():
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
+@pytest.fixture(scope="module")
+def lenet(example):
+    return example
 
 
 @pytest.fixture(scope="module")
-def image_data():
+def image_data(example):
     return importlib.import_module("image_data")
 
 
 @pytest.fixture(scope="module")
-def layers():
+def layers(example):
     return importlib.import_module("numpy_layers")
-
-
-@pytest.fixture(scope="module")
-def lenet():
-    return importlib.import_module("lenet")
 
 
 # --- files that the tests write -----------------------------------------------------------------------------
@@ -561,8 +549,10 @@ def test_divergence_is_an_error(lenet, tmp_path, optimizer):
     assert not list(tmp_path.iterdir())
 
 
-def test_help_of_the_script():
-    run = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True)
+def test_help_of_the_script(lenet):
+    run = subprocess.run(
+        [sys.executable, lenet.__file__, "--help"], capture_output=True, text=True, check=True
+    )
     for option in ("--data", "--dataset", "--epochs", "--batch", "--lr", "--seed", "--limit", "--out"):
         assert option in run.stdout
 

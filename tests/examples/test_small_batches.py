@@ -2,25 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
-import pytest
-
-for _module in ("sklearn", "matplotlib"):
-    pytest.importorskip(_module, reason=f"the example needs {_module} (extra demo)")
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module("small_batches")
-    for name in ("small_batches", "good_train_bad_test"):
-        sys.modules.pop(name)
-
 
 def test_renorm_helps_tiny_batches(example, tmp_path, capsys):
     picture = tmp_path / "picture.png"

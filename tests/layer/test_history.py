@@ -97,6 +97,20 @@ def test_updates_that_are_taken_back_are_forgotten():
     assert layer.history.steps.tolist() == [1, 2] and repr(layer.history).startswith("History(2 of 2 updates")
 
 
+def test_a_thinned_history_counts_what_was_taken_back():
+    layer = BatchNorm(C, history=4)
+    for step in range(8):
+        layer(images(step))
+    before = layer.snapshot()
+    for _ in range(5):
+        layer(images(9))
+        layer.rollback(before)
+    layer(images(10))
+    assert layer.running.num_updates == 9
+    assert repr(layer.history).startswith("History(4 of 9 updates")
+    assert layer.history.steps.tolist() == [2, 4, 6, 8]
+
+
 @pytest.mark.parametrize("limit", [1, 0, -5, 2.5, True, "10"])
 def test_bad_limits(limit):
     for call in (

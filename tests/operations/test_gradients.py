@@ -125,9 +125,6 @@ def test_the_reference_has_the_textbook_numbers():
     assert np.isclose(mean, 0.15) and np.isclose(var, 0.9 + 0.1 * 5 / 3)
 
 
-# ---- the library against its own forward -----------------------------------------------------------------
-
-FORWARD_STEP = 1e-4
 SHAPES = [
     Problem(6, 4), Problem(3, 4, (5,)), Problem(3, 4, (5,), last=True), Problem(2, 3, (3, 2)), Problem(5, 19),
     Problem(2, 17, (2,)), Problem(19, 5),
@@ -240,20 +237,6 @@ def test_infinite_and_extreme_values_of_dy(dtype):
     size = dtype.type(1e300 if dtype == FLOAT64 else 3e37)
     big, small = (backward(x / 8 * factor, saved).dx for factor in (size, 1))
     assert np.isfinite(big).all() and np.allclose(big / size, small, rtol=1e-3, atol=1e-5)
-
-
-def test_variance_of_nothing_and_no_eps():
-    """x = +-1 with var = eps = 0 divides by zero: infinities or an error, but never a plausible number."""
-    x = np.array([[1.0], [-1.0], [0.0]])
-    try:
-        y = batchnorm.batch_norm(x, np.zeros(1), np.zeros(1), eps=0.0)
-    except ValueError as error:
-        assert "eps" in str(error) and "var" in str(error)
-    else:
-        assert y[0] == np.inf and y[1] == -np.inf and np.isnan(y[2])
-    constant = np.full((4, 1), 3.0)
-    y = train(constant, eps=0.0).y
-    assert np.isnan(y).all() or not y.any()
 
 
 def test_gradients_leave_arguments_alone():

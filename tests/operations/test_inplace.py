@@ -117,7 +117,7 @@ def test_any_geometry_of_overlap(options, last):
     for backward serves or says that it does not."""
     p = Problem(3, 4, (6,), last=last, **options)
     buffer = np.zeros((6, 11, 8) if last else (6, 8, 11), np.float32)
-    errors = served = 0
+    errors = served = backwards = 0
     for x, out in itertools.product(
         list(windows(buffer, p.x.shape, "x"))[:20], windows(buffer, p.x.shape, "out")
     ):
@@ -135,8 +135,10 @@ def test_any_geometry_of_overlap(options, last):
         served += 1
         assert np.allclose(out, want, rtol=1e-5, atol=1e-5), (x.strides, out.strides)
         with contextlib.suppress(RuntimeError):  # x is overwritten
-            assert np.allclose(backward(p.dy, saved).dx, dx, rtol=1e-4, atol=1e-4), (x.strides, out.strides)
-    assert errors > 100 and served > 20
+            found = backward(p.dy, saved).dx
+            backwards += 1
+            assert np.allclose(found, dx, rtol=1e-4, atol=1e-4), (x.strides, out.strides)
+    assert errors > 100 and served > 20 and backwards > 0
 
 
 NAMES = ("x", "dy", "residual", "out", "out_residual")
@@ -203,13 +205,8 @@ def test_positions_inside_an_output():
         values = out.view(kind).reshape(-1)[:30].reshape(6, 5)
         if kind is bool:
             values[...] = True
-        want = train(x, **{name: values.copy()}).y
-        try:
-            got = train(x, out=out, **{name: values}).y
-        except ValueError as error:
-            assert name in str(error) or "out" in str(error)
-        else:
-            assert same_bits(got, want), name
+        with pytest.raises(ValueError, match=f"out overlaps {name}"):
+            train(x, out=out, **{name: values})
 
 
 # ---- calls that end early --------------------------------------------------------------------------------

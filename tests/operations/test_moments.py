@@ -112,7 +112,7 @@ def test_values_up_to_1e300(power):
         try:
             got = batchnorm.moments(x)
         except ValueError as error:
-            assert "1e" in str(error)
+            assert power > 150 and "1e" in str(error)
             continue
         scale = np.longdouble(10) ** power
         mean, var = wide_moments(x / 10.0**power)

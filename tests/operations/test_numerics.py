@@ -352,7 +352,7 @@ def test_float64_up_to_1e300(power):
         try:
             y, saved = p.train(out=out)
         except ValueError:
-            assert (out == 7).all()
+            assert power > 153 and (out == 7).all()
             continue
         small = made(shape, "spread", 1.0, dtype=FLOAT64, affine=None, eps=0)
         want = small.train()

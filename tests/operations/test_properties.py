@@ -236,14 +236,10 @@ def test_inference_is_training_with_given_statistics(p):
     st.sampled_from((1e-100, 1.0, 1e150)),
     st.integers(0, 99),
 )
-def test_float64_of_any_magnitude_is_right_or_an_error(channels, n, size, seed):
+def test_float64_of_any_magnitude_is_right(channels, n, size, seed):
     x = rng("range", seed).standard_normal((n, channels)) * size
-    try:
-        y, saved = train(x, eps=0.0)
-        dx = backward(np.ones_like(x) + x / size, saved).dx
-    except ValueError as error:
-        assert "x" in str(error)
-        return
+    y, saved = train(x, eps=0.0)
+    dx = backward(np.ones_like(x) + x / size, saved).dx
     want, one = train(x / size, eps=0.0)
     scale = 1e-9 * (1 + np.abs(one.inv_std).max() ** 2)
     assert np.allclose(y, want, rtol=1e-9, atol=scale)

@@ -223,15 +223,6 @@ def running_error(dtype: Any, decay: Any, old: Any, new: Any, new_error: Any = 0
     return SLACK * (8 * U64 * size + (1 - decay) * new_error + UNIT[name] * size + TINY[name])
 
 
-def difference_error(size: float, curvature: float, step: float) -> float:
-    """Of (f(x + h) - f(x - h)) / 2h in float64, for a sum f of many terms of either sign.
-
-    `size` is the sum of the terms' magnitudes: each has about five roundings, which leaves 5 U64 size / h.
-    `curvature` bounds the third derivative: truncation is h^2 / 6 of it.
-    """
-    return SLACK * (5 * U64 * size / step + curvature * step * step / 6)
-
-
 # Roundings of an activation, in units of u times its value. It takes e = exp(t), of which q = exp(r) - 1 with
 # |r| <= ln 2 / 2 is off by 3 u |q| (r: 2, its polynomial: 1), so 1 + q by (3 |q| + |1 + q|) u, at most
 # 2.3 u |1 + q|, and e by 3 u with what Taylor's series omits; 1 + e by at most 3 u / 2 + u.

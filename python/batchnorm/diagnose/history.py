@@ -76,10 +76,10 @@ class History:
             self._rows.append(row.reshape(4, -1).astype(np.float32))
         self._steps.append(running.num_updates)
 
-    def forget_after(self, step: int) -> None:
-        """Drop updates that have been taken back."""
+    def forget_after(self, step: int, now: int) -> None:
+        """Drop the updates after `step`, which have been taken back; there were `now` in all."""
         kept = sum(s <= step for s in self._steps)
-        self._seen -= (len(self._steps) - kept) * self._stride
+        self._seen = max(self._seen - max(now - step, 0), 0)
         self._rows, self._steps = self._rows[:kept], self._steps[:kept]
 
     @property

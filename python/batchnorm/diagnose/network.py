@@ -133,8 +133,7 @@ class Collector:
     """What has passed through a layer: the observer of ``layer.using``."""
 
     def __init__(self, layer: LayerLike) -> None:
-        where = "data_format" if layer.settings.data_format else "channel_axis"
-        self._where = {where: getattr(layer.settings, where)}
+        self._where = layer.settings.where
         self._layer = layer
         self.moments = Moments(**self._where)
         self.counts: Any = 0  # values per channel, whatever they weigh
