@@ -614,10 +614,6 @@ Channels written(PyObject* value, const char* name, const Subject& s) {
         value_error(name, say(name, " has strides ", shape_text({v.strides, static_cast<std::size_t>(v.ndim)}), " for shape ",
                               shape_text(v), ", expected a contiguous array, updated in place; pass ", name, ".copy() and keep it"));
     }
-    if (s.channels > 1 && *stride == 0) {
-        value_error(name,
-                    say(name, " has stride 0, so that its channels are one element, expected separate elements; use ", name, ".copy()"));
-    }
     if (!v.direct) {
         value_error(name, say(name, " is not aligned to its element size, expected an aligned array; use ", name, ".copy()"));
     }

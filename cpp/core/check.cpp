@@ -546,13 +546,14 @@ const Saved::Impl& held(const Saved* saved) {
     return *saved->get();
 }
 
-void parameter(const Rows& v, const char* name, const SavedRows& forward, const Geometry& g) {
+template <bool writable>
+void parameter(const AnyRows<writable>& v, const char* name, const SavedRows& forward, const Geometry& g, Values values = Values::any) {
     if (!v) return;
-    rows(v, name, g, Values::any);
+    rows(v, name, g, values);
     const int64_t expected = forward ? forward.rows : 0;
     if (v.rows != expected)
         fail({name, "has " + std::to_string(v.rows) + " rows", std::to_string(expected) + " as the forward's parameter"});
-    separate_elements(v.values, name);
+    if constexpr (writable) separate_elements(v.values, name);
 }
 
 void forward_residual(const Saved::Impl& s, const Geometry& g, const ConstTensor& residual) {
@@ -609,14 +610,8 @@ const Saved::Impl& double_backward(const DoubleBackward& b) {
         if (!s.has_residual) fail({"ddresidual", "is given", "none: the forward had no residual", "drop it"});
     }
     const Values values = b.execution.check_values ? Values::finite : Values::any;
-    rows(b.ddgamma, "ddgamma", g, values);
-    rows(b.ddbeta, "ddbeta", g, values);
-    for (const auto& [v, forward, name] : {std::tuple{&b.ddgamma, &s.gamma, "ddgamma"}, {&b.ddbeta, &s.beta, "ddbeta"}}) {
-        const int64_t expected = *forward ? forward->rows : 0;
-        if (*v && v->rows != expected) {
-            fail({name, "has " + std::to_string(v->rows) + " rows", std::to_string(expected) + " as the forward's parameter"});
-        }
-    }
+    parameter(b.ddgamma, "ddgamma", s.gamma, g, values);
+    parameter(b.ddbeta, "ddbeta", s.beta, g, values);
     parameter(b.dgamma, "dgamma", s.gamma, g);
     parameter(b.dbeta, "dbeta", s.beta, g);
     const std::pair<const Tensor*, const char*> outputs[] = {{&b.ddy, "ddy"}, {&b.dx, "dx"}, {&b.dresidual, "dresidual"}};

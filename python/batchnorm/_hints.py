@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import numbers
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
 
 # Foreign names of our keywords; the first of ours that a function has is named.
 _RENAMED = {
@@ -86,6 +88,12 @@ def explain(function: str, keyword: str, value: object, known: tuple[str, ...]) 
         return f"{refused}; {said}"
     close = difflib.get_close_matches(keyword, known, n=1)
     return refused + (f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}")
+
+
+def refuse_keywords(function: str, unknown: Mapping[str, object], known: Iterable[str] | None) -> NoReturn:
+    """Raise the TypeError for a keyword that `function`, whose keywords are `known`, does not have."""
+    name, value = next(iter(unknown.items()))
+    raise TypeError(explain(function, name, value, tuple(known or ())))
 
 
 def foreign_attribute(name: str) -> str | None:

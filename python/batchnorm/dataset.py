@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ._hints import refuse_keywords
 from .moments import (
     FIRST_AXIS,
     POSITIVE,
@@ -21,7 +22,6 @@ from .moments import (
     common_count,
     reduced_axes,
     refuse_group,
-    refuse_keywords,
 )
 from .settings import flag, integer, kind, real
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector

@@ -9,8 +9,9 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike
 
+from ._hints import refuse_keywords
 from .functional import batch_norm
-from .moments import POSITIVE, refuse_keywords
+from .moments import POSITIVE
 from .settings import kind, real, word
 from .typing import Array, Vector
 

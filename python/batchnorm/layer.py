@@ -23,13 +23,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from . import _core, _hints, functional
+from ._hints import refuse_keywords
 from .diagnose import Diagnosis, History, findings
 from .diagnose.history import plot
 from .diagnose.recalibrate import collected, population, recalibrating
 from .fold import fold
 from .functional import Saved, TrainResult, batch_norm_backward
 from .io import layer_state
-from .moments import MeanVar, Moments, moments, refuse_group, refuse_keywords
+from .moments import MeanVar, Moments, moments, refuse_group
 from .parameter import Parameter
 from .running import STATISTICS, ColdStatisticsWarning, RunningStatistics
 from .settings import Settings, UnsaidAxis, checked_dtype, checked_vector, flag, integer, kind, real, word
@@ -57,7 +58,6 @@ Initial = float | Array | Callable[[Any], "float | Array"]
 Share = Literal["params", "stats"]
 
 _INITIAL = {"gamma": 1.0, "beta": 0.0, "running_mean": 0.0, "running_var": 1.0}
-_COUNTERS = ("num_updates", "num_skipped", "num_values", "initial_weight", "missed_updates")
 _UNSAID = UnsaidAxis(1)
 # Calls of an attribute pass many keywords without a dict in between, unless the compiler sees an import.
 _functions = functional
@@ -1279,7 +1279,9 @@ class BatchNorm:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __getattr__(self, name: str) -> Any:
-        hint = f"it is running.{name} here" if name in _COUNTERS else _hints.foreign_attribute(name)
+        hint = (
+            f"it is running.{name} here" if name in layer_state.COUNTERS else _hints.foreign_attribute(name)
+        )
         text = f"{type(self).__name__} has no attribute {name!r}{f': {hint}' if hint else ''}"
         raise AttributeError(text, name=name, obj=self)
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 from numpy.ma import MaskedArray
 
-from . import _core, _hints
+from . import _core
+from ._hints import refuse_keywords
 from .functional import batch_norm
 from .settings import Settings, UnsaidAxis, flag, integer, kind
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
@@ -502,12 +503,6 @@ class Moments:
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
-
-
-def refuse_keywords(function: str, unknown: Mapping[str, object], known: Iterable[str] | None) -> NoReturn:
-    """Raise the TypeError for a keyword that `function`, whose keywords are `known`, does not have."""
-    name, value = next(iter(unknown.items()))
-    raise TypeError(_hints.explain(function, name, value, tuple(known or ())))
 
 
 def refuse_group(group: object) -> None:

@@ -16,7 +16,8 @@ from typing import Any, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core, _hints
+from . import _core
+from ._hints import refuse_keywords
 from .settings import Settings, check_decay, check_schedule, flag, integer, kind, real
 from .typing import Array, Mask, Vector
 
@@ -171,9 +172,8 @@ def effective_decay(
     >>> batchnorm.effective_decay(None, seen=300, count=100)
     0.75
     """
-    for keyword in unknown:
-        known = tuple(effective_decay.__kwdefaults__ or ())
-        raise TypeError(_hints.explain("effective_decay", keyword, unknown[keyword], known))
+    if unknown:
+        refuse_keywords("effective_decay", unknown, effective_decay.__kwdefaults__)
     number = check_decay("decay", decay)
     early, debiased = flag("warmup", warmup), flag("zero_debias", zero_debias)
     check_schedule(number, early, debiased)

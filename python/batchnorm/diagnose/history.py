@@ -179,4 +179,8 @@ def _draw_distance(axis: Any, steps: Array, apart: Array, word: str) -> None:
         axis.fill_between(steps[there], low, high, color="0.8", label="10 to 90 % of the channels")
         axis.plot(steps[there], middle, color="0.35", linewidth=1.2, label="median channel")
         axis.plot(steps[there], np.nanmax(apart[there], 1), color="C3", linewidth=0.8, label="worst channel")
-        axis.set_yscale("linear" if word == "mean" else "log")
+        if word != "mean":
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            if np.nanmax(apart[there]) < 10:  # most ticks are between powers of ten
+                axis.yaxis.set_minor_formatter("{x:g}")

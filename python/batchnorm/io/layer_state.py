@@ -41,7 +41,7 @@ _LIMITS = ("rmin", "rmax", "dmax", "decay")
 _FIELDS = {field.name: field.default for field in dataclasses.fields(Settings)}
 _ENTRIES = (*(n for n in _FIELDS if n != "renorm"), *(f"renorm_{limit}" for limit in _LIMITS), "name")
 # Counters: the kinds of their dtype, least and largest value, and whether each channel has one.
-_COUNTERS = {
+COUNTERS = {
     "num_updates": ("iu", 0, 2**63 - 1, False), "num_skipped": ("iu", 0, 2**63 - 1, False),
     "num_values": ("iuf", 0, 1e308, True), "initial_weight": ("iuf", 0, 1, True),
     "missed_updates": ("iu", -(2**63), 2**63 - 1, True),
@@ -73,7 +73,7 @@ def state_of(layer: LayerLike) -> dict[str, Array]:
     for name in _ENTRIES:
         value = values[name]
         state[name] = np.array("none" if value is None else int(value) if isinstance(value, bool) else value)
-    return state | {name: np.array(getattr(running, name)) for name in _COUNTERS}
+    return state | {name: np.array(getattr(running, name)) for name in COUNTERS}
 
 
 def save(layer: LayerLike, path: str | os.PathLike[str]) -> None:
@@ -122,7 +122,7 @@ def checked(layer: LayerLike, state: Mapping[str, Any], strict: bool) -> New:
     there = (settings.scale, settings.center, True, True, *[settings.has_reference] * 2)
     names = list(itertools.compress(_VECTORS, there))
     if strict:
-        _check_names(state, (*names, "format_version", *_ENTRIES, *_COUNTERS))
+        _check_names(state, (*names, "format_version", *_ENTRIES, *COUNTERS))
     held, vectors = _vectors(layer), dict[str, Array]()
     shape = held["running_mean"].shape if held else None
     for name in filter(state.__contains__, names):
@@ -130,7 +130,7 @@ def checked(layer: LayerLike, state: Mapping[str, Any], strict: bool) -> New:
         shape = vectors[name].shape
         if held and not held[name].flags.writeable:
             raise ValueError(f"{name} of this layer has been made read-only, expected writable")
-    return New(settings, vectors, {n: _counter(n, state[n], shape or ()) for n in _COUNTERS if n in state})
+    return New(settings, vectors, {n: _counter(n, state[n], shape or ()) for n in COUNTERS if n in state})
 
 
 # ---- the entries -------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def _python(name: str, value: Any) -> Any:
 
 def _counter(name: str, value: Any, shape: tuple[int, ...]) -> Any:
     """A counter: a number, or an array of the channels' shape, which one number may fill."""
-    kinds, least, largest, each = _COUNTERS[name]
+    kinds, least, largest, each = COUNTERS[name]
     given = np.asarray(value)
     good = given.dtype.kind in kinds and given.shape in ((), shape if each else ())
     if not good or not ((given >= least) & (given <= largest)).all():
