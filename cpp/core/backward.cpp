@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "coefficient_rows.h"
+#include "float_mode.h"
 #include "gate.h"
 #include "reduce.h"
 #include "saved.h"
@@ -413,6 +414,7 @@ void backward_from_y(const Backward& b, const Saved::Impl& s, const kernels::Ker
 inline namespace v0_2 {
 
 void batch_norm_backward(const Backward& b) {
+    const FloatMode mode;
     const Saved::Impl& s = check::backward(b);
     const parallel::Limit limit(b.execution.num_threads);
     const kernels::KernelTable& table = check::active_level();

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "coefficient_rows.h"
+#include "float_mode.h"
 #include "gate.h"
 #include "image.h"
 #include "running.h"
@@ -398,14 +399,19 @@ void forward(const Forward& f, const Call& call) {
 inline namespace v0_2 {
 
 void batch_norm(const Forward& f) {
+    const FloatMode mode;
     const Call call = check::inference(f);
     if (is_integer(call.geometry.dtype)) return integer_batch_norm(f, call);
     forward(f, call);
 }
 
-void batch_norm_train(const Forward& f) { forward(f, check::training(f)); }
+void batch_norm_train(const Forward& f) {
+    const FloatMode mode;
+    forward(f, check::training(f));
+}
 
 void save(const Forward& f, const ConstChannels& inv_std, bool batch_statistics) {
+    const FloatMode mode;
     const Call call = check::saving(f, inv_std);
     Workspace ws;
     Saved::Impl local(std::pmr::null_memory_resource());

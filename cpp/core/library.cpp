@@ -43,7 +43,7 @@ std::vector<std::string> isa_built() {
 
 std::string isa_reason() { return kernels::reason(); }
 
-std::string openmp_runtime() { return parallel::runtime(); }
+std::string openmp_runtime() { return team::name(); }
 
 std::string compiler() {
 #if defined(__clang__)

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "check.h"
+#include "float_mode.h"
 
 namespace batchnorm {
 
@@ -32,6 +33,7 @@ MeanM2 mean_m2(const BatchSum& count, const BatchSum& sum, const BatchSum& sum_s
 inline namespace v0_2 {
 
 void merge_moment_sums(std::span<double> sums, std::span<const double> others) {
+    const FloatMode mode;
     const std::int64_t channels = check::merged_sums(sums, others);
     const SumsArray<double> into(sums.data(), channels);
     const SumsArray<const double> from(others.data(), channels);
@@ -47,6 +49,7 @@ void merge_moment_sums(std::span<double> sums, std::span<const double> others) {
 }
 
 void moments_from_sums(std::span<const double> sums, std::span<double> count, std::span<double> mean, std::span<double> m2) {
+    const FloatMode mode;
     const std::int64_t channels = check::sums_to_moments(sums, count, mean, m2);
     const SumsArray<const double> from(sums.data(), channels);
     for (std::int64_t c = 0; c < channels; ++c) {

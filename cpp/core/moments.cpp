@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "float_mode.h"
 #include "running.h"
 #include "statistics.h"
 
@@ -48,6 +49,7 @@ inline namespace v0_2 {
 
 void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
              const Positions& positions) {
+    const FloatMode mode;
     const Call call = check::moments(x, mean, var, ddof, num_threads, positions);
     const parallel::Limit limit(num_threads);
     if (call.counts.most() == 0) {
@@ -86,6 +88,7 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
 }
 
 void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions) {
+    const FloatMode mode;
     const Call call = check::moment_sums(x, sums, num_threads, positions);
     const parallel::Limit limit(num_threads);
     const int64_t channels = call.geometry.channels;
@@ -111,6 +114,7 @@ void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, 
 }
 
 void update_running(const UpdateRunningArgs& a) {
+    const FloatMode mode;
     check::running_step(a);
     const Running& r = a.running;
     for (int64_t c = 0; c < r.mean.size; ++c) {

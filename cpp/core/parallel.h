@@ -1,15 +1,16 @@
-// The only file pair that knows OpenMP. Runs independent work items on several threads; items write disjoint results, so neither
-// their order nor the number of threads can change a bit.
+// Runs independent work items on several threads; items write disjoint results, so neither their order nor the number of threads can
+// change a bit.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
+#include "team.h"
+
 namespace batchnorm::parallel {
 
 int threads();
 void set_threads(int n);
-std::string runtime();
 void set_poll(bool (*poll)());
 
 // A call: how many threads it may use while this lives; 0: as many as threads() says. The poll is asked from 50 ms after its start on.
@@ -24,17 +25,7 @@ private:
     int before_;
 };
 
-// A reference to a callable, without an allocation.
-class Body {
-public:
-    template <class F>
-    Body(const F& f) : object_(&f), call_([](const void* o, std::int64_t i) { (*static_cast<const F*>(o))(i); }) {}  // NOLINT
-    void operator()(std::int64_t i) const { call_(object_, i); }
-
-private:
-    const void* object_;
-    void (*call_)(const void*, std::int64_t);
-};
+using Body = team::Ref<std::int64_t>;
 
 struct How {
     bool worth_it;              // to wake other threads

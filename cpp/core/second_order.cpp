@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "coefficient_rows.h"
+#include "float_mode.h"
 #include "gate.h"
 #include "reduce.h"
 #include "saved.h"
@@ -282,6 +283,7 @@ private:
 inline namespace v0_2 {
 
 void batch_norm_double_backward(const DoubleBackward& b) {
+    const FloatMode mode;
     const Saved::Impl& s = check::double_backward(b);
     const parallel::Limit limit(b.execution.num_threads);
     const Call call = s.call(b.kept);

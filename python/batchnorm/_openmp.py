@@ -1,4 +1,5 @@
-"""Loads the extension, and with it the OpenMP runtime, with a wait policy that stands a busy machine.
+"""Loads the extension, and with it the OpenMP runtime, with a wait policy that stands a busy machine, or says
+what the machine lacks.
 
 Import this before anything that imports ``_core``.
 """
@@ -13,13 +14,26 @@ import os
 # one layer to the next. libgomp reads the variable once, when it is loaded; whoever sets a policy keeps it.
 _SPIN = "GOMP_SPINCOUNT"
 
-if _SPIN in os.environ or "OMP_WAIT_POLICY" in os.environ:
-    from . import _core
-else:
+# What a slim container lacks, with the packages of Debian and Ubuntu, Fedora and Red Hat, Alpine.
+_PACKAGES = {
+    "libgomp": ("libgomp1", "libgomp", "libgomp"),
+    "libomp": ("libomp5", "libomp", "libomp"),
+    "libstdc++": ("libstdc++6", "libstdc++", "libstdc++"),
+    "libgcc_s": ("libgcc-s1", "libgcc", "libgcc"),
+}
+
+_given = _SPIN in os.environ or "OMP_WAIT_POLICY" in os.environ
+if not _given:
     os.environ[_SPIN] = "10000"
-    try:
-        from . import _core
-    finally:
+try:
+    from . import _core
+except ImportError as error:
+    for library, (apt, dnf, apk) in _PACKAGES.items():
+        if library in str(error):
+            raise ImportError(f"{error}: apt install {apt}, dnf install {dnf}, or apk add {apk}") from None
+    raise
+finally:
+    if not _given:
         del os.environ[_SPIN]
 
 __all__ = ["_core"]

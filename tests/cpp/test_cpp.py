@@ -58,11 +58,11 @@ def configure(source, build, *options):
 
 
 def built(build, prefix, shared):
-    """Build and install the library with its tests. Both kinds come from one build tree: the second reuses
-    the kernels' objects."""
+    """Build and install the library with its tests: static with OpenMP, shared with threads of its own. Both
+    come from one build tree: the second reuses the kernels' objects."""
     configure(
         SOURCE, build, "-DBATCHNORM_TESTS=ON", "-DBATCHNORM_WERROR=ON",
-        f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}",
+        f"-DBUILD_SHARED_LIBS={'ON' if shared else 'OFF'}", f"-DBATCHNORM_OPENMP={'OFF' if shared else 'ON'}",
         f"-DCMAKE_INSTALL_PREFIX={prefix}", "-DCMAKE_INSTALL_LIBDIR=lib",
     )  # fmt: skip
     run(program("cmake"), "--build", build)
@@ -135,8 +135,53 @@ def test_the_header_says_which_standard_it_needs(tmp_path):
         [program(os.environ.get("CXX", "c++")), "-std=c++17", "-fsyntax-only", "-I", CPP_INCLUDE, source],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    first = next(line for line in done.stderr.splitlines() if "error" in line)
-    assert done.returncode != 0 and "-std=c++20" in first
+    (error,) = (line for line in done.stderr.splitlines() if "error:" in line)
+    assert done.returncode != 0 and "-std=c++20" in error
+
+
+@pytest.mark.parametrize("choice", ["AUTO", "ON"])
+def test_a_compiler_without_openmp_hears_what_to_install(tmp_path, choice):
+    # As with clang without libomp: what finds OpenMP finds nothing.
+    absent = "-DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=TRUE"
+    command = [program("cmake"), "-S", SOURCE, "-B", tmp_path, absent, f"-DBATCHNORM_OPENMP={choice}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = " ".join(done.stderr.split())
+    assert "for clang install libomp-dev (Debian, Ubuntu), libomp-devel (Fedora)" in words
+    assert "makes its own threads" in words and (done.returncode == 0) == (choice == "AUTO")
+
+
+def embedded(tmp_path, how):
+    """A project that has the library in its own build, which changes none of its settings."""
+    (tmp_path / "main.cpp").write_text(
+        "#include <batchnorm/batchnorm.hpp>\n#include <cstdio>\n"
+        "int main() { std::puts(batchnorm::version().c_str()); }\n"
+    )
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(app CXX)\n"
+        f"{how}\nadd_executable(app main.cpp)\ntarget_link_libraries(app PRIVATE batchnorm::batchnorm)\n"
+        'if(TARGET test_batchnorm OR CMAKE_BUILD_TYPE)\n  message(FATAL_ERROR "a setting changed")\nendif()\n'
+        "install(TARGETS app DESTINATION bin)\n"
+    )
+    return tmp_path
+
+
+EMBEDDED = {
+    "add_subdirectory": f"add_subdirectory({SOURCE} batchnorm EXCLUDE_FROM_ALL)",
+    "FetchContent": "include(FetchContent)\n"
+    f"FetchContent_Declare(batchnorm SOURCE_DIR {SOURCE})\nFetchContent_MakeAvailable(batchnorm)",
+}
+
+
+@pytest.mark.parametrize("how", EMBEDDED)
+def test_a_part_of_another_build(how, tmp_path, static_install):
+    # Once whole; FetchContent, which comes to the same, is only configured.
+    project = embedded(tmp_path, EMBEDDED[how])
+    configure(project, tmp_path / "build")
+    if how == "add_subdirectory":
+        run(program("cmake"), "--build", tmp_path / "build")
+        assert run(tmp_path / "build" / "app") == f"{batchnorm.__version__}\n"
+        run(program("cmake"), "--install", tmp_path / "build", "--prefix", tmp_path / "prefix")
+        assert [p.name for p in (tmp_path / "prefix").rglob("*") if p.is_file()] == ["app"]
 
 
 def test_symbols_carry_the_version(shared_install):

@@ -16,7 +16,7 @@
 
 #if __cplusplus < 202002L
 #error "batchnorm.hpp needs C++20: compile with -std=c++20"
-#endif
+#else  // to the end, so that this is the only error here
 
 #include <cstdint>
 #include <limits>
@@ -85,7 +85,7 @@ inline constexpr Dtype dtype_of = std::is_same_v<T, float>          ? Dtype::flo
 
 // A tensor as (outer, channels, inner) with strides in elements (they may be negative). Does not own the data.
 template <class T>
-    requires is_storage<std::remove_const_t<T>>
+    requires is_storage<std::remove_const_t<T> >
 struct View {
     T* data = nullptr;
     std::int64_t outer = 0, channels = 0, inner = 1;
@@ -113,7 +113,7 @@ struct AnyView {
         requires(!writable || !std::is_const_v<T>)
     AnyView(const View<T>& v)  // NOLINT: implicit on purpose
         : data(v.data),
-          dtype(dtype_of<std::remove_const_t<T>>),
+          dtype(dtype_of<std::remove_const_t<T> >),
           outer(v.outer),
           channels(v.channels),
           inner(v.inner),
@@ -401,3 +401,5 @@ struct BATCHNORM_API Interrupted : std::runtime_error {
 
 }  // namespace v0_2
 }  // namespace batchnorm
+
+#endif
