@@ -118,7 +118,8 @@ public:
             });
         }
     }
-    void sums(const Where& where, bool, double* g, double* g_u) {
+    void begin(int) {}
+    void sums(const Where& where, int, double* g, double* g_u) {
         const int64_t c = where.box.channel_begin, channels = where.box.channel_end - c;
         const int64_t q = groups_ == 1 ? 0 : where.box.outer_begin / (w_.call.group_rows(part_) * row_split_);
         const double* const about = shift_[q].from(c);
@@ -129,7 +130,7 @@ public:
                       g_u, act_.gate, bits_, act_.curve, to_operand(w_.b.residual, begin_), w_.counting.kept(part_),
                       to_operand(left_, begin_)});
     }
-    bool finish(int64_t c0, int64_t c1, bool) {
+    bool finish(int64_t c0, int64_t c1, int) {
         by_columns(c0, c1, [&](int64_t c, int64_t n) { finish_column(c, n); });
         return true;
     }
@@ -143,7 +144,7 @@ public:
     void without_sums(int64_t c0, int64_t c1) {
         prepare(c0, c1);
         sums_.clear(c0, c1);
-        finish(c0, c1, false);
+        finish(c0, c1, 0);
     }
 
 private:
@@ -156,7 +157,7 @@ private:
         const Column<double> about = shift_[q].column(c, n);
         for_entries(n, [&](int64_t i) { s.g_xc[i] = coeffs::about_mean(s.g[i], s.g_xc[i], k.center[i], about[i]); });
         if (w_.s.keep == Keep::y) {
-            for_entries(n, [&](int64_t i) { s.g_xc[i] *= k.u_inv_std[i] / k.inv_std[i]; });
+            for_entries(n, [&](int64_t i) { s.g_xc[i] *= k.inv_std[i] == 0 ? 0 : k.u_inv_std[i] / k.inv_std[i]; });
         }
         for (int64_t i = 0; i < n; ++i) {
             if (!w_.single(part_, c + i)) continue;

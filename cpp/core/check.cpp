@@ -195,6 +195,16 @@ void eps(double value) {
     if (!std::isfinite(value) || value < 0) fail({"eps", "is " + number(value), "a finite number >= 0"});
 }
 
+// A given variance that would be divided by.
+template <bool writable>
+void divisor(const AnyChannels<writable>& var, const char* name, double eps) {
+    for (int64_t c = 0; eps == 0 && c < var.size; ++c) {
+        if (at(var, c) != 0) continue;
+        fail({"eps", std::string("is 0 and ") + name + " is 0 at channel " + std::to_string(c), "more than 0, to divide by their sum",
+              "pass an eps such as 1e-5"});
+    }
+}
+
 void decay(double value, const char* name = "decay", const std::string& where = "") {
     if (!(value >= 0 && value <= 1)) fail({name, "is " + number(value) + where, "a number in [0, 1], the weight of the old value"});
 }
@@ -403,6 +413,7 @@ void renorm(const Forward& f, int64_t n) {
     } else {
         channels(f.running.mean, "running_mean", n, Values::finite);
         channels(f.running.var, "running_var", n, Values::non_negative);
+        divisor(f.running.var, "running_var", f.eps);
     }
     if (!(r.rmin >= 0 && r.rmin <= 1)) fail({"rmin", "is " + number(r.rmin), "a number in [0, 1]"});
     if (!(r.rmax >= 1)) fail({"rmax", "is " + number(r.rmax), "a number >= 1"});
@@ -472,6 +483,7 @@ Call forward(const Forward& f, Storage storage) {
         const bool values = f.execution.check_values;
         channels(f.mean, "mean", g.channels, values ? Values::finite : Values::any);
         channels(f.var, "var", g.channels, values ? Values::non_negative : Values::any);
+        if (values) divisor(f.var, "var", f.eps);
     }
     const Values affine = f.execution.check_values ? Values::finite : Values::any;
     rows(f.gamma, "gamma", g, affine);
@@ -799,6 +811,11 @@ const kernels::KernelTable& active_level() {
 void not_finite(int64_t channel) {
     fail({"x", "holds NaN, Inf or values whose mean or variance the running statistics cannot hold at channel " + std::to_string(channel),
           "finite statistics (on_nonfinite is raise); nothing was changed", "leave this batch out, or let it be skipped or propagate"});
+}
+
+void squares_overflow(const char* name, int64_t channel) {
+    fail({name, "holds values at channel " + std::to_string(channel) + " whose squares add up to more than 1.8e308",
+          "magnitudes up to 1e150", "add up x * 2.0**-512, then mean * 2.0**512 and std * 2.0**512 are those of x"});
 }
 
 void interrupted() { throw Interrupted("interrupted"); }

@@ -32,7 +32,8 @@ int64_t cache_limit(int64_t otherwise);
 const kernels::KernelTable& level(std::string_view name);
 const kernels::KernelTable& active_level();
 
-[[noreturn]] void not_finite(int64_t channel);  // running statistics would become so
+[[noreturn]] void not_finite(int64_t channel);                          // running statistics would become so
+[[noreturn]] void squares_overflow(const char* name, int64_t channel);  // in sums that are merged
 [[noreturn]] void interrupted();
 
 }  // namespace batchnorm::check

@@ -72,7 +72,20 @@ inline IntegerMoments from_integer_sums(const Sum& sum, const Sum& sum_sq, std::
     return {total < 0 ? -mean : mean, rounded_ratio(count * squares - size * size, count * static_cast<Uint128>(n - ddof))};
 }
 
-inline double inv_std(double var, double eps) { return 1 / std::sqrt(var + eps); }
+// The same where squares overflow, of sums of w (x - shift) and w (x - shift)^2 with w = kFarWeight: exact powers of two, which leave room
+// for |x - shift| from 2^497 to 2^1010. `var` is w times the variance, which a double may not hold.
+inline constexpr double kFarWeight = 0x1p-1020, kFarRoot = 0x1p-510;
+inline Moments from_far_sums(double sum, double sum_sq, double shift, double n) {
+    const double d = sum / n, m2 = sum_sq - sum * (d / kFarWeight);
+    return {shift + d / kFarWeight, (m2 < 0 ? 0 : m2) / n, true, 0};
+}
+
+// 0 where the variance is 0 and nothing is added to it: x_hat of a constant is 0, whatever eps is.
+inline double inv_std(double var, double eps) {
+    const double root = std::sqrt(var + eps);
+    return root == 0 ? 0 : 1 / root;
+}
+inline double far_inv_std(double far_var, double eps) { return inv_std(far_var, eps * kFarWeight) * kFarRoot; }
 
 // Numbers of the kernels' y = (x - center) * scale + offset. In C = float the mean does not fit: its rest, times the slope, goes into
 // the offset, which keeps y's error at a few half-ulps whatever |mean| / std is.
@@ -96,7 +109,8 @@ struct Renorm {
     double r, d;
 };
 inline Renorm renorm(double mean, double inv_std, double reference_mean, double reference_std, double rmin, double rmax, double dmax) {
-    return {std::clamp(1 / (inv_std * reference_std), rmin, rmax), std::clamp((mean - reference_mean) / reference_std, -dmax, dmax)};
+    return {inv_std == 0 ? rmin : std::clamp(1 / (inv_std * reference_std), rmin, rmax),
+            std::clamp((mean - reference_mean) / reference_std, -dmax, dmax)};
 }
 
 // The value about which x is taken in the sum of dy * x: the mean of double data, whose digits are all needed. Of float data the products

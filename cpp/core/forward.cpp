@@ -30,8 +30,8 @@ struct Work {
     Column<double> mean(int64_t part, int64_t c, int64_t n) const {
         return f.mean ? Column<double>(f.mean, c, n) : Column<double>(s.mean + part * channels() + c, n);
     }
-    Column<double> var(int64_t part, int64_t c, int64_t n) const {
-        return f.var ? Column<double>(f.var, c, n) : Column<double>(s.var + part * channels() + c, n);
+    Column<double> inv_std(int64_t part, int64_t c, int64_t n) const {
+        return f.var ? inv_std_of(Column<double>(f.var, c, n), n, f.eps) : Column<double>(s.inv_std + part * channels() + c, n);
     }
 };
 
@@ -156,14 +156,12 @@ public:
         Saved::Impl& s = w_.s;
         const int64_t at = part_ * w_.channels() + c;
         const bool given = static_cast<bool>(w_.f.mean);
-        const Column<double> mean = w_.mean(part_, c, n), var = w_.var(part_, c, n);
-        Column<double> inv_std = inv_std_of(var, n, w_.f.eps);
-        if (w_.f.saved != nullptr) {
+        const Column<double> mean = w_.mean(part_, c, n);
+        Column<double> inv_std = w_.inv_std(part_, c, n);
+        if (given && w_.f.saved != nullptr) {
+            mean.put(s.mean + at, n);
             inv_std.put(s.inv_std + at, n);
-            if (given) {
-                mean.put(s.mean + at, n);
-                var.put(s.var + at, n);
-            }
+            Column<double>(w_.f.var, c, n).put(s.var + at, n);
         }
         Column<double> r, d;
         if (s.r != nullptr) {
@@ -212,8 +210,8 @@ class StatisticsThenY : public Statistics {
 public:
     StatisticsThenY(Workspace& ws, const Plan& plan, const Work& w, const StatisticsOf& of, int64_t part, int64_t c0, int64_t c1)
         : Statistics(ws, plan, of, part, c0, c1), y_(ws, plan, w, part, c0, c1) {}
-    bool finish(int64_t c0, int64_t c1, bool again) {
-        if (!Statistics::finish(c0, c1, again)) return false;
+    bool finish(int64_t c0, int64_t c1, int round) {
+        if (!Statistics::finish(c0, c1, round)) return false;
         by_columns(c0, c1, [&](int64_t c, int64_t n) { y_.numbers(c, n); });
         return true;
     }
@@ -314,11 +312,12 @@ void run(const Work& w, Workspace& ws) {
     const int64_t n = parts.count * w.channels();
     double* const mean = given && learns ? ws.take<double>(n) : w.s.mean;
     double* const var = given && learns ? ws.take<double>(n) : w.s.var;
+    double* const inv_std = given ? nullptr : w.s.inv_std;
     const bool keeps_y = f.saved != nullptr && f.keep == Keep::y;
     const bool y_later = given || f.running.on_nonfinite == OnNonfinite::raise || (keeps_y && f.renorm.enabled);
     if (keeps_y && !f.renorm.enabled) keep_lost(w);
     if (!given || learns) {
-        const StatisticsOf of{w.call, w.table, f.x, w.counting, w.counting.all_weights<double>(ws), mean, var};
+        const StatisticsOf of{w.call, w.table, f.x, w.counting, w.counting.all_weights<double>(ws), f.eps, true, mean, var, inv_std};
         const Traffic traffic{.reads = f.residual && !y_later ? 2 : 1, .writes = y_later ? 0 : 1, .sums = true};
         const PartPlans plans(w.call.geometry, parts, traffic);
         if (y_later) {
@@ -338,7 +337,7 @@ void run(const Work& w, Workspace& ws) {
             for (int64_t part = 0; part < parts.count; ++part) {  // r and d, which tell what is lost
                 by_columns(0, w.channels(), [&](int64_t c, int64_t m) {
                     const int64_t at = part * w.channels() + c;
-                    const RenormColumns k(f, c, m, w.mean(part, c, m), inv_std_of(w.var(part, c, m), m, f.eps));
+                    const RenormColumns k(f, c, m, w.mean(part, c, m), w.inv_std(part, c, m));
                     k.r.put(w.s.r + at, m);
                     k.d.put(w.s.d + at, m);
                 });

@@ -42,6 +42,10 @@ void merge_moment_sums(std::span<double> sums, std::span<const double> others) {
         return a;
     };
     for (std::int64_t c = 0; c < channels; ++c) {
+        const double a = into.sum_sq(c).part[0], b = from.sum_sq(c).part[0];
+        if (std::isfinite(a) && std::isfinite(b) && !std::isfinite(a + b)) check::squares_overflow("others", c);
+    }
+    for (std::int64_t c = 0; c < channels; ++c) {
         into.set_count(c, merged(into.count(c), from.count(c)));
         into.set_sum(c, merged(into.sum(c), from.sum(c)));
         into.set_sum_sq(c, merged(into.sum_sq(c), from.sum_sq(c)));

@@ -17,8 +17,8 @@ class Measured : public Statistics {
 public:
     Measured(Workspace& ws, const Plan& plan, const StatisticsOf& of, int64_t part, int64_t c0, int64_t c1, const Then& then)
         : Statistics(ws, plan, of, part, c0, c1), then_(then) {}
-    bool finish(int64_t c0, int64_t c1, bool again) {
-        if (!Statistics::finish(c0, c1, again)) return false;
+    bool finish(int64_t c0, int64_t c1, int round) {
+        if (!Statistics::finish(c0, c1, round)) return false;
         then_(*this, c0, c1);
         return true;
     }
@@ -28,7 +28,7 @@ private:
 };
 
 template <class Then>
-void measure(const Call& call, const ConstTensor& x, const Positions& positions, double* mean, double* var, const Then& then) {
+void measure(const Call& call, const ConstTensor& x, const Positions& positions, bool far, double* mean, double* var, const Then& then) {
     Workspace ws;
     std::uint8_t* elements = nullptr;
     if (positions.element_mask) {
@@ -36,7 +36,7 @@ void measure(const Call& call, const ConstTensor& x, const Positions& positions,
         elements_to_bits(call.geometry, call.parts, positions.element_mask, elements);
     }
     const Counting counting(ws, call.geometry, call.parts, positions.mask, positions.weights, elements);
-    const StatisticsOf of{call, check::active_level(), x, counting, counting.all_weights<double>(ws), mean, var};
+    const StatisticsOf of{call, check::active_level(), x, counting, counting.all_weights<double>(ws), 0, far, mean, var, nullptr};
     const PartPlans plans(call.geometry, call.parts, {.reads = 1, .writes = 0, .sums = true});
     for_parts(plans, 1, [&](Workspace& own, const Plan& plan, int64_t part, int64_t c0, int64_t c1) {
         return Measured<Then>(own, plan, of, part, c0, c1, then);
@@ -73,7 +73,7 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
             exact[c] = k.var;
         }
     };
-    measure(call, x, positions, m, v, of_integers);
+    measure(call, x, positions, true, m, v, of_integers);
     by_columns(0, channels, [&](int64_t c, int64_t n) {
         const Column<double> count = call.counts.weights(0, c, n);
         Column<double>(m + c, n).put(mean.data() + c, n);
@@ -108,7 +108,10 @@ void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, 
                 out.set_sum_sq(c, s.sum_sq(c, n * scale).scaled(1 / scale));
             }
         };
-        measure(call, x, positions, mean, var, take);
+        measure(call, x, positions, false, mean, var, take);
+        for (int64_t c = 0; c < channels; ++c) {
+            if (std::isfinite(out.sum(c).part[0]) && !std::isfinite(out.sum_sq(c).part[0])) check::squares_overflow("x", c);
+        }
     }
     std::copy_n(made, moment_sums_size(channels), sums.data());
 }

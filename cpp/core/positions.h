@@ -231,18 +231,19 @@ public:
         const int64_t step = geometry_.direction == kernels::ncs ? all.outer_stride : geometry_.inner;
         return {static_cast<const C*>(all.data) + parts_.begin(p) * step, all.outer_stride, all.inner_step};
     }
-    // For kernels that read weights of type C, of all parts: 0 where a position does not count.
+    // For kernels that read weights of type C, of all parts: `factor` times those given, or 1; 0 where a position does not count.
     template <class C>
-    kernels::Weights all_weights(Workspace& ws) const {
-        if (weights_.empty()) return {};
+    kernels::Weights all_weights(Workspace& ws, C factor = 1) const {
+        if (weights_.empty() && factor == 1) return {};
+        static constexpr double one = 1;
         const int64_t count = geometry_.count(), inner = geometry_.inner;
-        const PerPosition weights(weights_, count);
+        const PerPosition weights(weights_.empty() ? std::span(&one, 1) : weights_, count);
         const PerPosition mask(mask_, count);
         const bool masked = !mask_.empty();
         // Of an element mask's positions, those of which no element counts may have any weight.
         const auto value = [&](int64_t p) {
             const double w = weights[p] * scale_;
-            return (masked && mask[p] == 0) || !std::isfinite(w) ? C{0} : static_cast<C>(w);
+            return (masked && mask[p] == 0) || !std::isfinite(w) ? C{0} : static_cast<C>(w) * factor;
         };
         if (geometry_.direction == kernels::ncs && !masked && weights.each() % inner == 0) {
             C* const w = ws.take<C>(geometry_.outer * kernels::kLanes);

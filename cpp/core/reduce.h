@@ -3,8 +3,9 @@
 //
 // What a driver does with one part is a pass: an object made for a part and a range of its channels, with
 //     void prepare(c0, c1)              makes what the sums need
-//     void sums(where, again, a, b)     two sums of one box, fold * channels each, rounded up to whole blocks
-//     bool finish(c0, c1, again)        turns sums into what map needs; false if it wants those of these channels once more
+//     void sums(where, round, a, b)     two sums of one box, fold * channels each, rounded up to whole blocks
+//     bool finish(c0, c1, round)        turns sums into what map needs; false if it wants those of these channels once more
+//     void begin(round)                 before the sums of a second or third round
 //     void map(where)                   the elementwise pass over one box
 //     bool maps() const                 whether there is one
 //     ChannelSums& channel_sums()       where the sums go
@@ -96,10 +97,10 @@ private:
 
 // Two sums of one tile of one block of channels, folded rows added up in order: take(c0, channels, a, b).
 template <class Pass, class Take>
-void tile_sums(const Plan& plan, int64_t set, int64_t tile, int64_t block, Pass& pass, bool again, const Take& take) {
+void tile_sums(const Plan& plan, int64_t set, int64_t tile, int64_t block, Pass& pass, int round, const Take& take) {
     alignas(64) double a[kMaxChannelBlock], b[kMaxChannelBlock];
     const Where where = plan.tile(set, tile, block);
-    pass.sums(where, again, a, b);
+    pass.sums(where, round, a, b);
     const int64_t c0 = where.box.channel_begin, channels = where.box.channel_end - c0;
     for (int64_t j = 1; j < plan.fold; ++j) {
         for (int64_t c = 0; c < channels; ++c) {
@@ -112,29 +113,29 @@ void tile_sums(const Plan& plan, int64_t set, int64_t tile, int64_t block, Pass&
 
 // All sums of one block: its tiles one after another.
 template <class Pass>
-void block_sums(const Plan& plan, int64_t block, Pass& pass, bool again) {
+void block_sums(const Plan& plan, int64_t block, Pass& pass, int round) {
     ChannelSums& sums = pass.channel_sums();
     const Where where = plan.block_of_channels(block);
     sums.clear(where.box.channel_begin, where.box.channel_end);
     for (int64_t set = 0; set < plan.sets; ++set) {
         for (int64_t t = 0; t < plan.tiles(); ++t) {
-            tile_sums(plan, set, t, block, pass, again,
+            tile_sums(plan, set, t, block, pass, round,
                       [&](int64_t c, int64_t channels, const double* a, const double* b) { sums.add(set, c, channels, a, b); });
         }
     }
 }
 
-// All sums of all blocks: every tile is an item, then each channel's tiles are added as block_sums would, and finish(c0, c1, again)
+// All sums of all blocks: every tile is an item, then each channel's tiles are added as block_sums would, and finish(c0, c1, round)
 // takes the result. Whether that was content everywhere.
 template <class Pass>
-bool all_sums(const Plan& plan, Pass& pass, bool again) {
+bool all_sums(const Plan& plan, Pass& pass, int round) {
     const int64_t tiles = plan.tiles(), channels = plan.channels;
     Workspace partial;
     double* const first = partial.take<double>(plan.sets * tiles * channels);
     double* const second = partial.take<double>(plan.sets * tiles * channels);
     for_each(plan.sets * tiles * plan.blocks(), plan.parallel, [&](int64_t item) {
         const int64_t tile = item / plan.blocks(), block = item % plan.blocks();
-        tile_sums(plan, tile / tiles, tile % tiles, block, pass, again, [&](int64_t c, int64_t n, const double* a, const double* b) {
+        tile_sums(plan, tile / tiles, tile % tiles, block, pass, round, [&](int64_t c, int64_t n, const double* a, const double* b) {
             std::copy(a, a + n, first + tile * channels + c);
             std::copy(b, b + n, second + tile * channels + c);
         });
@@ -146,7 +147,7 @@ bool all_sums(const Plan& plan, Pass& pass, bool again) {
         for (int64_t t = 0; t < plan.sets * tiles; ++t) {
             sums.add(t / tiles, c0, c1 - c0, first + t * channels + c0, second + t * channels + c0);
         }
-        if (!pass.finish(c0, c1, again)) content = false;
+        if (!pass.finish(c0, c1, round)) content = false;
     });
     return content;
 }
@@ -164,10 +165,10 @@ void run_block(const Plan& plan, int64_t block, Pass& pass) {
     const Where where = plan.block_of_channels(block);
     const int64_t c0 = where.box.channel_begin, c1 = where.box.channel_end;
     pass.prepare(c0, c1);
-    block_sums(plan, block, pass, false);
-    if (!pass.finish(c0, c1, false)) {
-        block_sums(plan, block, pass, true);
-        pass.finish(c0, c1, true);
+    block_sums(plan, block, pass, 0);
+    for (int round = 1; !pass.finish(c0, c1, round - 1); ++round) {
+        pass.begin(round);
+        block_sums(plan, block, pass, round);
     }
     if (!pass.maps()) return;
     if (!plan.map_backwards) return pass.map(where);
@@ -183,7 +184,7 @@ void run_block(const Plan& plan, int64_t block, Pass& pass) {
 template <class Pass>
 void run_tiles(const Plan& plan, Pass& pass) {
     for_channels(plan, [&](int64_t c0, int64_t c1) { pass.prepare(c0, c1); });
-    if (!all_sums(plan, pass, false)) all_sums(plan, pass, true);
+    for (int round = 0; !all_sums(plan, pass, round);) pass.begin(++round);
     if (pass.maps()) map_part(plan, pass, plan.map_backwards);
 }
 

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "call.h"
-#include "coeffs.h"
+#include "coefficient_rows.h"
 #include "kernels/dispatch.h"
 #include "moment_sums.h"
 #include "reduce.h"
@@ -20,13 +20,16 @@ struct StatisticsOf {
     const ConstTensor& x;
     const Counting& counting;
     kernels::Weights weights;  // counting.all_weights<double>
-    double *mean, *var;        // out, parts * channels
+    double eps;
+    bool far;                      // whether double data is summed once more where its squares overflow
+    double *mean, *var, *inv_std;  // out, parts * channels; inv_std may be null
 };
 
 class Statistics {
 public:
     Statistics(Workspace& ws, const Plan& plan, const StatisticsOf& of, int64_t part, int64_t c0, int64_t c1)
         : of_(of),
+          ws_(ws),
           part_(part),
           is_double_(of.x.dtype == Dtype::float64),
           // A sum of squares errs by 1e-13 at worst (1024 additions per lane), 4e-15 as a rule. Of double data that must stay below 1e-14;
@@ -42,8 +45,7 @@ public:
           kernel_(of.table.moments[plan.direction][to_kernel(of.x.dtype)]),
           shift_(ws, plan, c0, c1),
           sums_(ws, 1, c0, c1),
-          mean_(of.mean + part * plan.channels),
-          var_(of.var + part * plan.channels) {
+          first_(part * plan.channels) {
         if (!is_double_) shift_.fill(0);
     }
 
@@ -59,19 +61,28 @@ public:
             shift_.put(c, n, shift);
         });
     }
-    void sums(const Where& where, bool again, double* sum, double* sum_sq) {
+    void begin(int round) {
+        if (round < 2) return;
+        args_.weights = of_.counting.weights<double>(of_.counting.all_weights<double>(ws_, coeffs::kFarWeight), part_);
+        if (!of_.counting.by_element()) args_.kept = {};
+    }
+    void sums(const Where& where, int round, double* sum, double* sum_sq) {
         kernels::MomentsArgs a = args_;
         a.where = where;
-        const bool shifted = is_double_ || again || of_.counting.weighted() || of_.counting.by_element();
+        const bool shifted = is_double_ || round > 0 || of_.counting.weighted() || of_.counting.by_element();
         a.shift = shifted ? shift_.from(where.box.channel_begin) : nullptr;
         a.sum = sum;
         a.sum_sq = sum_sq;
         kernel_(a);
     }
-    // Summed a second time for another channel's sake, a trusted channel gives the same numbers: its shift stayed.
-    bool finish(int64_t c0, int64_t c1, bool again) {
+    // Round 1 is about better shifts: summed again for another channel's sake, a trusted channel gives the same numbers, as its shift
+    // stayed. Round 2 is of channels whose squares overflow.
+    bool finish(int64_t c0, int64_t c1, int round) {
         bool content = true;
-        by_columns(c0, c1, [&](int64_t c, int64_t n) { content &= from_sums(c, n, again); });
+        by_columns(c0, c1, [&](int64_t c, int64_t n) {
+            if (round == 2) return from_far_sums(c, n);
+            content &= from_sums(c, n, round == 1);
+        });
         return content;
     }
     bool maps() const { return false; }
@@ -110,14 +121,14 @@ private:
         }
         return values[0];
     }
-    // Mean and var of a column; false if sums about a better shift, which is then in place, are wanted for any of its channels. `again`:
-    // these are such sums. Sums of integers are exact as they are, unless they are weighted.
+    // Mean and var of a column; false if another round is wanted for any of its channels, at first about a better shift, which is then in
+    // place. Sums of integers are exact as they are, unless they are weighted.
     bool from_sums(int64_t c, int64_t n, bool again) {
         const Column<double> sum = sums_.first(0, c, n), sum_sq = sums_.second(0, c, n), shift = shift_.column(c, n);
         const Counts& counts = of_.call.counts;
         const double scale = of_.counting.scale(), most = most_amplification_;
         Column<double> mean, var, better;
-        int64_t distrusted = 0;
+        int64_t distrusted = 0, far = 0;
         const auto take = [&](const auto& values) {
             for_entries(n, [&](int64_t i) {
                 const coeffs::Moments m = coeffs::from_sums(sum[i], sum_sq[i], shift[i], values(i), most);
@@ -135,9 +146,14 @@ private:
         for (int64_t i = 0; i < n && !(counts.same() && counts.positions(part_, 0) != 0); ++i) {
             if (std::isnan(mean[i])) var[i] = mean[i];  // of no values: 0 / 0, whose variance would be taken for a rounding below 0
         }
-        mean.put(mean_ + c, n);
-        var.put(var_ + c, n);
-        if (distrusted == 0 || again || (is_integer(of_.x.dtype) && !of_.counting.weighted())) return true;
+        put(c, n, mean, var, inv_std_of(var, n, of_.eps));
+        for (int64_t i = 0; of_.far && is_double_ && i < n; ++i) {
+            if (std::isfinite(sum_sq[i])) continue;
+            ++far;
+            if (!std::isfinite(mean[i]) && std::isfinite(shift[i])) better[i] = shift[i];
+        }
+        if (again) return far == 0;
+        if (distrusted + far == 0 || (is_integer(of_.x.dtype) && !of_.counting.weighted())) return true;
         for_entries(n, [&](int64_t i) {
             // A float for float data: then a constant differs from it by exactly 0.
             if (!is_double_) better[i] = static_cast<float>(better[i]);
@@ -146,7 +162,28 @@ private:
         return false;
     }
 
+    // The same of the channels whose squares had overflowed, and of no others.
+    void from_far_sums(int64_t c, int64_t n) {
+        const Column<double> sum = sums_.first(0, c, n), sum_sq = sums_.second(0, c, n), shift = shift_.column(c, n);
+        Column<double> mean(of_.mean + first_ + c, n), var(of_.var + first_ + c, n), inv_std = inv_std_of(var, n, of_.eps);
+        for (int64_t i = 0; i < n; ++i) {
+            if (std::isfinite(var[i])) continue;
+            const double count = of_.call.counts.weight(part_, c + i) * of_.counting.scale();
+            const coeffs::Moments m = coeffs::from_far_sums(sum[i], sum_sq[i], shift[i], count);
+            mean[i] = m.mean;
+            var[i] = m.var / coeffs::kFarWeight;
+            inv_std[i] = coeffs::far_inv_std(m.var, of_.eps);
+        }
+        put(c, n, mean, var, inv_std);
+    }
+    void put(int64_t c, int64_t n, const Column<double>& mean, const Column<double>& var, const Column<double>& inv_std) const {
+        mean.put(of_.mean + first_ + c, n);
+        var.put(of_.var + first_ + c, n);
+        if (of_.inv_std != nullptr) inv_std.put(of_.inv_std + first_ + c, n);
+    }
+
     const StatisticsOf& of_;
+    Workspace& ws_;
     int64_t part_;
     bool is_double_;
     double most_amplification_;
@@ -154,7 +191,7 @@ private:
     kernels::MomentsFn kernel_;
     Row<double> shift_;
     ChannelSums sums_;
-    double *mean_, *var_;
+    int64_t first_;  // of the part's channels in the arrays of all parts
 };
 
 }  // namespace batchnorm

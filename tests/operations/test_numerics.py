@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -29,7 +30,6 @@ LONG = [Problem(4, 3, (501,)), Problem(2004, 3), Problem(39, 65, (3,))]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 not_float16 = pytest.mark.parametrize("dtype", [d for d in DTYPES if d != FLOAT16], ids=str)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-overflows = pytest.mark.xfail(strict=True, reason="float64 beyond 1e154 overflows in the squares")
 
 
 # ---- data --------------------------------------------------------------------------------------------------
@@ -341,44 +341,110 @@ def test_any_spread(dtype, make, shape):
         made(shape, make, size, dtype=dtype, eps=0).check()
 
 
-@pytest.mark.parametrize(
-    "power", [140, 153, *(pytest.param(p, marks=overflows) for p in (160, 200, 290, 300))]
-)
-def test_float64_up_to_1e300(power):
-    # Squares overflow beyond 1e154: y and dx are right, or there is an error before anything is written.
-    for shape in (Problem(6, 3, (5,)), Problem(40, 9), Problem(3, 2, (4097,))):
-        p = made(shape, "spread", 10.0**power / 32, dtype=FLOAT64, affine=None, eps=0)
-        out = np.full_like(p.x, 7)
-        try:
-            y, saved = p.train(out=out)
-        except ValueError:
-            assert power > 153 and (out == 7).all()
+FAR = [
+    Problem(6, 3, (5,)), Problem(6, 3, (5,), last=True), Problem(40, 9), Problem(64, 70), Problem(2004, 3),
+    Problem(3, 2, (4097,)),
+]  # fmt: skip
+FAR_OPTIONS = [
+    {}, {"virtual_batch_size": 3}, {"keep": "y"}, {"mask": True}, {"weights": True}, {"elements": True},
+    {"running": True},
+]  # fmt: skip
+
+
+def far(p, options, size):
+    """y, dx, dgamma, dbeta of a problem's data times `size`, and the statistics, in units of it."""
+    x, c = p.plain(p.x), p.channels
+    chosen = rng("far").random((x.shape[0], 1, *x.shape[2:])) > 0.3
+    call = {k: v for k, v in options.items() if k in ("virtual_batch_size", "keep")}
+    if "mask" in options:
+        call["mask"] = chosen
+    if "weights" in options:
+        call["weights"] = np.where(chosen, rng("w").random(chosen.shape) * 1e-30, 0.0)
+    if "elements" in options:
+        call["mask"] = rng("e").random(x.shape) > 0.3
+    if "running" in options:
+        call |= {"running_mean": np.zeros(c), "running_var": np.ones(c), "decay": 0.0}
+    x = np.moveaxis(x * size, 1, p.channel_axis)
+    x = np.moveaxis(np.ascontiguousarray(x), p.channel_axis, 1) if p.channel_axis != 1 else x
+    y, saved = batchnorm.batch_norm_train(x, np.full(c, 2.0), np.full(c, 0.5), eps=0, **call)
+    got = batchnorm.batch_norm_backward(p.plain(p.dy), saved)
+    if "running" in options:
+        np.testing.assert_allclose(call["running_mean"], saved.mean, rtol=1e-15)
+        with np.errstate(over="ignore"):
+            unbiased = saved.var * (saved.count / (saved.count - 1))
+        np.testing.assert_allclose(call["running_var"], unbiased, rtol=1e-15)
+    return y, got.dx * size, got.dgamma, got.dbeta, saved.mean / size, saved.inv_std * size, saved
+
+
+@pytest.mark.parametrize("options", FAR_OPTIONS, ids=str)
+@pytest.mark.parametrize("power", [450, 509, 512, 540, 700, 900, 990])
+def test_float64_up_to_1e300(power, options):
+    # Squares overflow from 2^512 on. In units of a power of two all is what it is about 1; only a variance
+    # that float64 does not hold is infinite.
+    for p in FAR:
+        p = replace(p, dtype=FLOAT64, affine=None, activation=None)
+        if "virtual_batch_size" in options and p.n % 3 == 1:
             continue
-        small = made(shape, "spread", 1.0, dtype=FLOAT64, affine=None, eps=0)
-        want = small.train()
-        np.testing.assert_allclose(y, want.y, rtol=1e-9, atol=1e-12)
-        saved = p.train().saved
-        dx = batchnorm.batch_norm_backward(p.dy, saved).dx * (10.0**power / 32)
-        np.testing.assert_allclose(
-            dx, batchnorm.batch_norm_backward(p.dy, want.saved).dx, rtol=1e-7, atol=1e-9
-        )
+        small, large = far(p, options, 1.0), far(p, options, 2.0**power)
+        for a, b in zip(small[:-1], large[:-1], strict=True):
+            np.testing.assert_allclose(b, a, rtol=1e-11, atol=1e-12)
+        with np.errstate(over="ignore"):
+            want = small[-1].var * 2.0**power * 2.0**power
+        np.testing.assert_allclose(large[-1].var, want, rtol=1e-13)
 
 
-@pytest.mark.xfail(strict=True, reason="var = eps = 0 gives NaN where x is the mean, without a word of eps")
+def test_channels_of_any_size_do_not_disturb_each_other():
+    # Those that are summed once more because of another's squares have the bits that they have alone.
+    z = rng("sizes").standard_normal((64, 9, 31))
+    sizes = np.array([1, 1e-300, 1e300, 3e200, 1e150, 1e-160, 1e155, 1e3, 0])[:, None]
+    x = z * sizes
+    x[:, 7] += 1e9  # far from its first values' mean, so summed about a better shift
+    x[0, 7] = 0
+    for v in (x, np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)):
+        y, saved = batchnorm.batch_norm_train(v, eps=0)
+        for c in range(len(sizes)):
+            alone = batchnorm.batch_norm_train(v[:, c : c + 1], eps=0)
+            np.testing.assert_allclose(y[:, c], alone.y[:, 0], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(saved.inv_std[c], alone.saved.inv_std[0], rtol=1e-12)
+        assert np.isfinite(y).all() and (y[:, 8] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_values_are_not_taken_for_far_ones(bad):
+    x = rng("bad").standard_normal((8, 4, 9))
+    x[3, 1, 2], x[5, 2, 0] = bad, 1e200
+    y, saved = batchnorm.batch_norm_train(x)
+    assert not np.isfinite(saved.mean[1]) and np.isnan(saved.var[1]) and np.isnan(y[:, 1]).any()
+    assert np.isfinite(y[:, [0, 2, 3]]).all()
+
+
 def test_var_and_eps_zero():
-    # 1 / sqrt(0) is infinite: a value at the mean stays at 0, or the call says what is wrong with eps.
-    x = np.array([[1.0, 2], [-1, 2]])
+    # A constant channel has x_hat = 0, whatever eps is: y is beta, and no gradient passes. Of given
+    # statistics that is an error, as x need not be their mean.
+    x = np.array([[1.0, 2, 3], [-1, 2, 3], [4, 2, 3]])
+    for keep, renorm in itertools.product(("x", "y"), (None, {"mean": np.ones(3), "std": np.ones(3)})):
+        call = {"keep": keep, "renorm": renorm, "eps": 0}
+        y, saved = batchnorm.batch_norm_train(x, np.full(3, 2.0), np.full(3, 0.5), **call)
+        moved = 0 if renorm is None else 2 * np.array([1.0, 2])  # gamma d, and r is 0
+        assert (y[:, 1:] == 0.5 + moved).all() and (saved.inv_std[1:] == 0).all() and np.isfinite(y).all()
+        got = batchnorm.batch_norm_backward(x, saved)
+        assert (got.dx[:, 1:] == 0).all() and np.isfinite(got.dgamma).all() and np.isfinite(got.dx).all()
+        second = batchnorm.batch_norm_double_backward(x, saved, ddx=x)
+        assert all(np.isfinite(a).all() for a in second if a is not None)
+    zero, one = np.zeros(3), np.ones(3)
+    bn = batchnorm.BatchNorm(3, eps=0, dtype=np.float64, decay=0.0)
+    assert (bn(x)[:, 1:] == 0).all()
     for call in (
-        lambda: batchnorm.batch_norm(x, np.zeros(2), np.zeros(2), eps=0),
-        lambda: batchnorm.batch_norm_train(x, mean=np.array([0.0, 2]), var=np.zeros(2), eps=0).y,
-        lambda: batchnorm.batch_norm_train(x, eps=0).y,
+        lambda: batchnorm.batch_norm(x, one, zero, eps=0),
+        lambda: batchnorm.batch_norm(x.astype(np.uint8), one, zero, eps=0),
+        lambda: batchnorm.batch_norm_train(x, mean=one, var=zero, eps=0),
+        lambda: bn(x, training=False),
     ):
-        try:
-            y = call()
-        except ValueError as error:
-            assert "eps" in str(error)
-        else:
-            assert not np.isnan(y).any()
+        with pytest.raises(ValueError, match=r"eps is 0 and var is 0 at channel [01], expected more"):
+            call()
+    with pytest.raises(ValueError, match="eps is 0 and running_var is 0 at channel 2"):
+        running = {"running_mean": one, "running_var": np.array([1.0, 1, 0])}
+        batchnorm.batch_norm_train(x, eps=0, renorm=True, **running)
 
 
 # ---- identities --------------------------------------------------------------------------------------------
