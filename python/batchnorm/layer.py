@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from itertools import compress
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, NoReturn, TypeVar, cast, overload
@@ -77,6 +78,20 @@ _ADD = (
     "saved is of a forward that came before the last backward of this layer, whose gradients are still in "
     "dgamma and dbeta: say accumulate=True to add to them, or accumulate=False to replace them"
 )
+
+
+def _saying_the_name(method: Any) -> Any:
+    """A method of a layer whose errors say the layer's name."""
+
+    @wraps(method)
+    def named(layer: BatchNorm, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(layer, *arguments, **options)
+        except Exception as error:
+            layer._explain(error)
+            raise
+
+    return named
 
 
 # ---- attributes of a layer ---------------------------------------------------------------------------------
@@ -210,9 +225,11 @@ def _checked_initial(value: Any, settings: Settings) -> dict[str, Any]:
 
 def _channels_seem_last(x: tuple[int, ...]) -> bool:
     """Whether a shape looks like (N, ..., C): images are square, or large with 1, 3 or 4 channels."""
+    if len(x) < 4:
+        return False
     inner, last = x[1:-1], x[-1]
     square, few = len(set(inner)) == 1 and last != inner[0], last in (1, 3, 4) and min(inner, default=0) >= 8
-    return len(x) > 3 and (square or few)
+    return square or few
 
 
 def _sum(name: str, old: Array | None, new: Array | None) -> Array | None:
@@ -452,15 +469,13 @@ class BatchNorm:
         ------
         RuntimeError
             The running statistics are unknown.
+        ValueError
+            They hold NaN, Inf or a negative variance, or ``var + eps`` is 0.
         """
         self._known("scale_shift()")
-        self._check_statistics()
-        gamma, beta, running = self.gamma, self.beta, self.running
-        with np.errstate(all="ignore"):  # var = eps = 0 gives inf, as in a call
-            scale = 1.0 / np.sqrt(running.var.astype(np.float64) + self.eps)
-            scale = scale if gamma is None else scale * gamma
-            shift = -running.mean * scale
-        return scale, shift if beta is None else shift + beta
+        shape = self.running.mean.shape
+        scale, shift = self._folded(np.ones(self.running.mean.size), None, 0, 1)
+        return scale.reshape(shape), shift.reshape(shape)
 
     def fold(
         self, weight: Array, bias: Array | None = None, *, out_axis: int | tuple[int, ...], groups: int = 1,
@@ -487,13 +502,19 @@ class BatchNorm:
             The running statistics are unknown.
         """
         self._known("fold()")
-        self._check_statistics()
         if activation != self.activation:
             expected = f"expected that of this layer, {self.activation!r}"
             why = "it says that you apply it behind the folded weights"
             raise ValueError(f"activation is {activation!r}, {expected}: {why}")
-        vectors = self.running_mean, self.running_var, self.gamma, self.beta
-        return fold(weight, bias, *vectors, eps=self.eps, out_axis=out_axis, groups=groups)
+        return self._folded(weight, bias, out_axis, groups)
+
+    def _folded(self, weight: Array, bias: Array | None, out_axis: Any, groups: int) -> tuple[Array, Array]:
+        self._check_statistics()
+        if (invalid := findings.invalid(self)) is not None:
+            raise ValueError(str(invalid))
+        mean, var = self.running.mean.ravel(), self.running.var.ravel()
+        gamma, beta = (None if v is None else v.ravel() for v in (self.gamma, self.beta))
+        return fold(weight, bias, mean, var, gamma, beta, eps=self.eps, out_axis=out_axis, groups=groups)
 
     # ---- modes ---------------------------------------------------------------------------------------------
 
@@ -536,11 +557,14 @@ class BatchNorm:
         """
         return self._inside(paused=True)
 
-    def using(self, stats: StatsName, observe: Observe | None = None) -> AbstractContextManager[Self]:
+    def using(
+        self, stats: StatsName, observe: Observe | None = None, name: str | None = None
+    ) -> AbstractContextManager[Self]:
         """Inside this context every call normalises with the same statistics and updates nothing.
 
         Neither the mode, freezing nor arguments of the call change that. Batch renormalisation is off, and
-        running statistics are taken as they are, known or not.
+        running statistics are taken as they are, known or not. ``backward`` stays with the forward before.
+        On an error a channel count that was learned inside is forgotten.
 
         Parameters
         ----------
@@ -548,6 +572,8 @@ class BatchNorm:
         observe : callable, optional
             Called as ``done = observe(x, mask=..., lengths=..., lengths_axis=..., weights=...)`` before each
             call computes anything. ``done()`` is called after the call has succeeded.
+        name : str, optional
+            What errors inside call the layer, if it has no name.
 
         Raises
         ------
@@ -555,15 +581,20 @@ class BatchNorm:
             Inside another such context of this layer.
         """
         if self._state.using is not None:
+            who = f"{self.name}: " if self.name else ""
             why = "using() or recalibrating() inside another one of the same layer"
-            raise RuntimeError(f"{why}: drop one of them")
-        return self._inside(using=(_stats("stats", stats), observe))
+            raise RuntimeError(f"{who}{why}: drop one of them")
+        return self._inside(using=(_stats("stats", stats), observe), name=self.name or name)
 
     @contextmanager
     def _inside(self, **changes: Any) -> Iterator[Self]:
         before = {name: getattr(self._state, name) for name in changes}
+        initial = self._state.initial
         try:
             yield self._change(**changes)
+        except BaseException:
+            self._unlearn(initial if "using" in changes else None)
+            raise
         finally:
             self._change(**before)
 
@@ -573,7 +604,10 @@ class BatchNorm:
         return self
 
     def _mode(self, training: Any, stats: Any, update: Any) -> tuple[bool, bool, bool]:
-        """What modes and arguments come to: normalise by the batch, update, keep what backward needs."""
+        """What modes and arguments come to: normalise by the batch, update, keep what backward needs.
+
+        Inside using() nothing is kept: the forward before it stays the one to go back through.
+        """
         state = self._state
         mode = state.training if training is None else flag("training", training)
         learning = mode and not state.frozen
@@ -584,7 +618,7 @@ class BatchNorm:
                 if getattr(state, context):
                     raise ValueError(f"update is True {why}")
         if state.using is not None:
-            return state.using[0] == "batch", False, mode
+            return state.using[0] == "batch", False, False
         return by_batch, updating, mode
 
     # ---- forward and backward ------------------------------------------------------------------------------
@@ -691,14 +725,13 @@ class BatchNorm:
                     lengths=lengths, lengths_axis=lengths_axis, out=out,
                 )  # fmt: skip
         except BaseException as error:
-            if initial is not None:
-                running.forget()
-                self._change(initial=initial, gamma=None, beta=None)
+            self._unlearn(initial)
             self._explain(error, x, not by_batch or settings.renorm is not None)
             raise
         # Nothing below can fail.
         state.forwards += 1
-        state.saved = _RETURNED if return_saved else _EVAL if saved is None or not keeping else saved
+        if state.using is None:
+            state.saved = _RETURNED if return_saved else _EVAL if saved is None or not keeping else saved
         if done is not None:
             done()
         if saved is None:
@@ -791,18 +824,22 @@ class BatchNorm:
 
     def _prepare(self, x: Any, reads_running: bool) -> None:
         """Look at the shape of `x`, learn the channel count from it, and look at the running statistics."""
-        settings, who = self.settings, self.name or "a BatchNorm"
-        shape = _core.channel_shape(x, **settings.where)
+        shape = _core.channel_shape(x, **self.settings.where)
         if self.running.mean is None:
-            self._allocate(shape)
-            unsaid = isinstance(settings.channel_axis, UnsaidAxis) and settings.data_format is None
-            if unsaid and _channels_seem_last(x.shape):
-                learned = f"{who} has learned {shape[0]} channels on axis 1 of x {x.shape}"
-                remedy = "Build it with channel_axis=-1 if it is; channel_axis=1 or "
-                remedy += f"BatchNorm({shape[0]}) says that it is not"
-                warnings.warn(f"{learned}, whose last axis looks like the channels. {remedy}", stacklevel=3)
+            self._learn(shape, x.shape)
         if reads_running:
             self._check_statistics(called=True)
+
+    def _learn(self, shape: tuple[int, ...], of: tuple[int, ...]) -> None:
+        """Take a channel count from an input's shape, and say so where it looks like another axis's."""
+        settings, who = self.settings, self.name or "a BatchNorm"
+        unsaid = isinstance(settings.channel_axis, UnsaidAxis) and settings.data_format is None
+        self._allocate(shape)
+        if unsaid and _channels_seem_last(of):
+            learned = f"{who} has learned {shape[0]} channels on axis 1 of x {of}"
+            remedy = "Build it with channel_axis=-1 if it is; channel_axis=1 or "
+            remedy += f"BatchNorm({shape[0]}) says that it is not"
+            warnings.warn(f"{learned}, whose last axis looks like the channels. {remedy}", stacklevel=4)
 
     def _watch(self, x: Array, measure: bool, given: dict[str, Any]) -> tuple[Any, MeanVar | None]:
         """Show `x` to an observer; measure it for the history, where the call does not."""
@@ -826,7 +863,7 @@ class BatchNorm:
         if (found := findings.never_updated(self)) is not None:
             raise RuntimeError(str(found))
         if (found := findings.cold(self)) is not None:
-            warnings.warn(str(found), ColdStatisticsWarning, stacklevel=4 if called else 3)
+            warnings.warn(str(found), ColdStatisticsWarning, stacklevel=4 if called else 5)
         running.trusted = True
 
     def _explain(self, error: BaseException, x: Any = None, reads_running: bool = False) -> None:
@@ -870,6 +907,12 @@ class BatchNorm:
         own = {"gamma": gamma if settings.scale else None, "beta": beta if settings.center else None}
         self._change(initial=None, **own)
 
+    def _unlearn(self, initial: dict[str, Any] | None) -> None:
+        """After an error: be again without a channel count, with these initial values, if they are some."""
+        if initial is not None:
+            self.running.forget()
+            self._change(initial=initial, gamma=None, beta=None)
+
     def _known(self, what: str) -> None:
         if self.running.mean is None:
             why = "needs the channel count, which is not known yet"
@@ -907,7 +950,7 @@ class BatchNorm:
         strict : bool, default True
             Whether missing and unexpected names are an error. With False the layer keeps what is missing,
             and what is unexpected is ignored, but not names of other libraries (``weight``, ``moving_mean``).
-            What is used is checked all the same.
+            What is used is checked all the same, and a state without any name of a layer's is an error.
 
         Raises
         ------
@@ -1195,9 +1238,10 @@ class BatchNorm:
         >>> bn.recalibrate([x[:4], x[4:]]).running_mean.tolist()
         [5.0, 6.0]
         """
-        new = population(self, collected(self, batches, group))
+        collector = collected(self, batches, group)
+        new = population(self, collector)
         if self.running.mean is None:
-            self._allocate(new[0].shape)
+            self._learn(new.mean.shape, collector.shape)
         self.running.replace(*new)
         return self
 
@@ -1288,11 +1332,20 @@ class BatchNorm:
     def __setattr__(self, name: str, value: Any) -> None:
         if not (hasattr(type(self), name) or hasattr(self, "__dict__")):
             self.__getattr__(name)
-        object.__setattr__(self, name, value)
+        try:
+            object.__setattr__(self, name, value)
+        except (TypeError, ValueError) as error:
+            self._explain(error)
+            raise
 
 
 for _field in fields(Settings):
     setattr(BatchNorm, _field.name, _option(_field.name, _field.metadata["assignable"]))
+for _name_of_it in (
+    "parameters", "buffers", "scale_shift", "fold", "state_dict", "load_state_dict", "save", "snapshot",
+    "rollback", "clone", "apply", "diagnose", "recalibrate", "plot_statistics",
+):  # fmt: skip
+    setattr(BatchNorm, _name_of_it, _saying_the_name(getattr(BatchNorm, _name_of_it)))
 _shown = inspect.signature(BatchNorm.__call__)  # for help(), without **unknown
 _shown = _shown.replace(parameters=[*_shown.parameters.values()][:-1])
 BatchNorm.__call__.__signature__ = _shown  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from batchnorm import BatchNorm
+from batchnorm import BatchNorm, Moments
 from batchnorm.io.npz import read_arrays, write_arrays
 
 from support.archives import same_arrays
@@ -277,7 +277,7 @@ BAD_STATES = {
     "no layout": ({"data_format": None}, "missing data_format"),
     "layout": ({"data_format": np.array("nhwc")}, "data_format is 'nhwc', expected"),
     "two layouts": ({"data_format": np.array("NHWC")}, "channel_axis is 1 but data_format is 'NHWC'"),
-    "both": ({"running_mean": None, "mean": np.ones(C)}, "missing running_mean; unexpected mean"),
+    "both": ({"running_mean": None, "mean": np.ones(C)}, "mean is called running_mean here"),
     "length": ({"beta": np.ones(C + 1, "f4")}, r"beta has shape \(6,\), expected \(5,\), one value"),
     "no channels": (dict.fromkeys(VECTORS, np.ones(0, "f4")), r"gamma has shape \(0,\), expected"),
     "dtype": ({"beta": np.ones(C)}, "beta has dtype float64, expected an array of float32"),
@@ -319,7 +319,7 @@ BAD_STATES = {
     "slope": ({"slope": np.array(0.5)}, "slope is given with activation=None"),
     "name": ({"name": np.array(3)}, r"name is 3 \(int\), expected"),
     "no scale": ({"scale": np.array(0)}, "unexpected gamma"),
-    "nothing": ({name: None for name in trained().state_dict()}, "missing gamma, beta, .* and 2. more"),
+    "nothing": ({name: None for name in trained().state_dict()}, "the state has no names, expected some of"),
 }  # fmt: skip
 
 
@@ -385,6 +385,9 @@ OF_OTHERS = [
     (["gamma", "beta", "moving_mean", "moving_variance"], "moving_mean is called running_mean here"),
     (["bn/gamma:0", "bn/moving_variance:0"], "moving_variance is called running_var here"),
     (["scale", "bias", "mean", "var"], "scale is called gamma here, bias is called beta here"),
+    (["mean", "var"], "mean is called running_mean here, var is called running_var here"),  # Flax
+    (["mean_", "var_", "n_samples_seen_"], "mean_ is called running_mean here"),  # scikit-learn
+    (["bn_gamma", "bn_beta", "bn_moving_mean", "bn_moving_var"], "moving_mean is called running_mean here"),
 ]
 
 
@@ -400,3 +403,33 @@ def test_a_state_of_another_library_is_explained_first(tmp_path, names, match):
     if all(name.isidentifier() for name in names):
         write_arrays(tmp_path / "theirs.npz", state)
         refused(tmp_path / "theirs.npz", match)
+
+
+def test_a_state_of_no_name_of_ours_is_an_error_even_if_not_strict():
+    # strict=False would load nothing of it, without a word.
+    state = trained().state_dict()
+    network = {f"{layer}.{name}": value for layer in ("bn1", "bn2") for name, value in state.items()}
+    one = {k: v for k, v in network.items() if k.startswith("bn1.")}
+    vectors = {"gamma": state["gamma"]}
+    for bad, match in (
+        (network, r"they are those of 2 layers: pass \{k.removeprefix\(p\): .*\} with p = 'bn1\.'"),
+        (one, r"they are a layer's with a prefix: pass .* with p = 'bn1\.'"),
+        ({"params": vectors, "batch_stats": vectors}, "its values are mappings: take the arrays out"),
+        (
+            {"runing_mean": state["running_mean"]},
+            "the state has the names 'runing_mean', expected some of gamma",
+        ),
+        ({"0": state["gamma"], "1": state["beta"]}, r"pass what state_dict\(\) of a BatchNorm gives"),
+        (
+            Moments().update(np.ones((4, C))).state_dict(),
+            "has the names 'channel_axis'|the state has the names",
+        ),
+        ({}, "the state has no names"),
+    ):
+        for strict in (True, False):
+            with pytest.raises(ValueError, match=match):
+                BatchNorm(C).load_state_dict(bad, strict=strict)
+    p = "bn1."  # as advised
+    stripped = {k.removeprefix(p): v for k, v in network.items() if k.startswith(p)}
+    loaded = BatchNorm(C).load_state_dict(stripped)
+    assert loaded.running_mean.tobytes() == state["running_mean"].tobytes()

@@ -396,7 +396,7 @@ def test_errors_of_apply_change_nothing():
     layer = randomized(BatchNorm(C))
     state, before = layer.state_dict(), everything(layer)
     for arguments, options, error, match in (
-        (({}, X), {}, ValueError, "missing"),
+        (({}, X), {}, ValueError, "the state has no names"),
         ((state, X[:, :2]), {}, ValueError, "x has 2 channels"),
         ((state, X), {"training": False}, RuntimeError, "never updated"),
         ((state, X), {"out": X.copy()}, TypeError, r"apply\(\) has no argument 'out'"),

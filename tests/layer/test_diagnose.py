@@ -221,7 +221,7 @@ def test_a_small_batch():
     finding = diagnosed(fitted(), data(9, seed=3), "small_batch")
     assert finding.numbers == {"count": 9, "mean_error": 1 / 3, "var_error": 0.5} and finding.channels == ()
     assert "9 values per channel: " in finding.text
-    assert "0.33 standard deviations" in finding.text and "50 %" in finding.text
+    assert "0.33 of a standard deviation" in finding.text and "50 %" in finding.text
     assert "batch renormalisation" in finding.remedy
     assert "renormalisation" not in diagnosed(fitted(renorm=True), data(9, seed=3), "small_batch").remedy
     assert diagnosed(fitted(), data(1)).codes == ("small_batch",)

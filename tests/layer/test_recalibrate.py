@@ -180,7 +180,7 @@ def test_moments_that_do_not_fit_change_nothing():
         (Moments(), "bn1: batches hold no values"),
         (
             Moments().update(exact_data()[:, :2]),
-            r"bn1: the Moments has 2 channels on axis 1, expected 3, the num_",
+            r"bn1: the Moments has 2 channels, expected 3, the num_",
         ),
         (Moments().update(exact_data()[:1, :, :1]), "bn1: batches hold 1 values"),
     ):

@@ -206,13 +206,15 @@ def never_updated(layer: LayerLike) -> Finding | None:
     if layer.settings.allow_initial_statistics or not untouched.any():
         return None
     some, skipped = _some(np.flatnonzero(untouched), untouched), running.num_skipped
+    when = "of a frozen layer" if layer.frozen else "in eval mode"
     why = f"; {_times(skipped, 'batch', 'es')} with NaN or Inf left out" if skipped else ""
     text = (
-        f"{' and '.join(running.untouched_names())} never updated{some[0]}: calls in eval mode would use the "
+        f"{' and '.join(running.untouched_names())} never updated{some[0]}: calls {when} would use the "
         f"initial values, mean 0 and variance 1 as a rule, whatever the data are{why}"
     )
+    train = "Call unfreeze() and train" if layer.frozen else "Train"
     remedy = (
-        "Train in training mode; or load a state; or assign running_mean and running_var; or call "
+        f"{train} in training mode; or load a state; or assign running_mean and running_var; or call "
         f"{_RECALIBRATE}. If initial values are meant, build the layer with allow_initial_statistics=True"
     )
     return Finding("never_updated", text, remedy, some[1], _counts(layer), layer.name or "")
@@ -252,6 +254,12 @@ def cold(layer: LayerLike, bound: float = COLD) -> Finding | None:
 def _counts(layer: LayerLike) -> dict[str, float]:
     running = layer.running
     return {"num_updates": running.num_updates, "initial_weight": float(running.initial_weight.max())}
+
+
+def invalid(layer: LayerLike) -> Finding | None:
+    """That the running statistics are no statistics."""
+    found = next(_invalid(layer), None)
+    return found and replace(found, layer=layer.name or "")
 
 
 def _invalid(layer: LayerLike) -> Iterator[Finding]:
@@ -372,7 +380,7 @@ def _small(layer: LayerLike, collector: Collector, counts: Vector) -> Iterator[F
         mean_error, var_error = (1 / count) ** 0.5, (2 / max(count - 1, 1)) ** 0.5
         some, renorm = _some(where, per_batch), "" if layer.settings.renorm else ", or batch renormalisation"
         what = "a batch" if size >= samples else f"a part of {_times(size, 'sample')}"
-        by = f"{mean_error:.2g} standard deviations, the variance by {100 * var_error:.0f} %"
+        by = f"{mean_error:.2g} of a standard deviation, the variance by {100 * var_error:.0f} %"
         has = f"{what} has {count:.3g} value{'s' * (count > 1)} per channel{some[0]}"
         text = f"{has}: the mean is uncertain by {by}"
         more = "diagnose more values than these, which prove little"

@@ -66,7 +66,7 @@ def watching(layers: Mapping[str, LayerLike]) -> Iterator[dict[str, Collector]]:
     collectors = {name: shared[id(layer.running)] for name, layer in layers.items()}
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
-            stack.enter_context(layer.using("batch", collectors[name]))
+            stack.enter_context(layer.using("batch", collectors[name], name))
         yield collectors
 
 
@@ -138,6 +138,7 @@ class Collector:
         self.moments = Moments(**self._where)
         self.counts: Any = 0  # values per channel, whatever they weigh
         self.batches = self.samples = 0  # that had values
+        self.shape: tuple[int, ...] = ()  # of the first of them
 
     def __call__(self, x: Array, *, weights: Array | None = None, **positions: Any) -> Callable[[], None]:
         """Measure one input; what is returned adds it."""
@@ -145,11 +146,13 @@ class Collector:
         part = values if weights is None else Moments(**self._where).update(x, weights=weights, **positions)
         if part.channels is None:
             return lambda: None
-        check_channels(self._layer, part, f"x has shape {x.shape} with", self.moments)
+        axis = f" on axis {self._layer.settings.channel_axis}"
+        check_channels(self._layer, part, f"x has shape {x.shape} with", axis, self.moments)
 
         def add() -> None:
             self.moments.merge(part)
             self.counts = self.counts + values.counts
+            self.shape = self.shape or x.shape
             self.batches += 1
             others = reduced_axes(x.ndim, self._layer.settings.channel_axis)
             self.samples += x.shape[others[0]]
@@ -157,12 +160,14 @@ class Collector:
         return add
 
 
-def check_channels(layer: LayerLike, part: Moments, what: str, before: Moments | None = None) -> None:
+def check_channels(
+    layer: LayerLike, part: Moments, what: str, where: str = "", before: Moments | None = None
+) -> None:
     """Raise if these are not moments of the layer's channels, or, while it knows none, of those before."""
     own, shape = layer.running.mean, part.counts.shape
     if own is None and before is not None and before.channels is not None:
         own = before.counts
     if own is not None and own.shape != shape:
         got, expected = (" x ".join(map(str, each)) for each in (shape, own.shape))
-        where = f"on axis {layer.settings.channel_axis}, expected {expected}, the num_features of this layer"
-        raise ValueError(f"{what} {got} channels {where}")
+        whose = f"expected {expected}, the num_features of this layer"
+        raise ValueError(f"{what} {got} channels{where}, {whose}")

@@ -63,8 +63,9 @@ def population(layer: LayerLike, collector: Collector, name: str | None = None) 
         var = total.variance(layer.settings.running_ddof).astype(layer.dtype)
         std = np.sqrt(total.var + layer.settings.eps)
     for word, values in (("mean", mean), ("variance", var)):
-        if (bad := np.flatnonzero(known & ~np.isfinite(values))).size:
-            got = f"{word} is {values.flat[bad[0]]} at channel {bad[0]}, expected finite {layer.dtype} values"
+        for bad in map(tuple, np.argwhere(known & ~np.isfinite(values))[:1]):
+            at = ", ".join(map(str, bad))
+            got = f"{word} is {values[bad]} at channel {at}, expected finite {layer.dtype} values"
             raise ValueError(f"{who}{got}: a batch holds NaN, Inf or huge values; {unchanged}")
     return New(mean, var, std, counts, collector.batches, known)
 
@@ -141,10 +142,10 @@ def recalibrate(
             if id(layer.running) not in done:
                 collector = Collector(layer)
                 with contextlib.ExitStack() as stack:
-                    for each in chosen.values():
+                    for own, each in chosen.items():
                         stats: StatsName = "running" if id(each.running) in done else "batch"
                         observe = collector if each.running is layer.running else None
-                        stack.enter_context(each.using(stats, observe))
+                        stack.enter_context(each.using(stats, observe, own))
                     run(forward, batches)
                 layer.running.replace(*population(layer, collector, name))
                 done.add(id(layer.running))

@@ -51,8 +51,12 @@ _FORMAT_1 = ("eps", "decay", "running_ddof", "activation", "data_format", "chann
 _KEPT = ("channel_axis", "data_format", "scale", "center", "activation", "slope")
 _FOREIGN = {
     "weight": "gamma", "scale": "gamma", "bias": "beta", "offset": "beta", "moving_mean": "running_mean",
-    "moving_variance": "running_var", "num_batches_tracked": "num_updates",
+    "moving_variance": "running_var", "moving_var": "running_var", "mean": "running_mean",
+    "mean_": "running_mean", "var": "running_var", "var_": "running_var",
+    "num_batches_tracked": "num_updates",
 }  # fmt: skip
+# What a layer may take over.
+_TAKEN = {*_VECTORS, *COUNTERS, *_ENTRIES, "save_memory"}.difference(_KEPT)
 
 
 class New(NamedTuple):
@@ -147,6 +151,7 @@ def _upgraded(state: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise TypeError(f"state is {kind(state)}, expected a mapping of names to arrays")
     _refuse_foreign(state)
+    _check_for_names(state)
     version = _python("format_version", state.get("format_version", FORMAT_VERSION))
     expected = f"1 to {FORMAT_VERSION}, which this batchnorm reads"
     if integer("format_version", version, 1, FORMAT_VERSION, expected) == FORMAT_VERSION:
@@ -211,6 +216,7 @@ def _refuse_foreign(state: Mapping[str, Any]) -> None:
     found = {}
     for key, value in state.items():
         last = re.split("[./]", str(key))[-1].removesuffix(":0")
+        last = last[last.find("moving_") :] if "_moving_" in last else last  # of MXNet
         if last in _FOREIGN and (last != "scale" or np.ndim(value)):  # a number is the setting
             found[last] = f"{last} is called {_FOREIGN[last]} here"
     if found:
@@ -230,5 +236,26 @@ def _check_names(state: Mapping[str, Any], expected: Sequence[str]) -> None:
         words = [
             f"{what} {', '.join(n[:8])}{f' and {len(n) - 8} more' * (len(n) > 8)}" for what, n in both if n
         ]
-        found = "; ".join(words)
-        raise ValueError(f"the state does not fit the layer: {found} (strict=False loads what fits)")
+        hint = " (strict=False loads what fits)" * (not set(_VECTORS).isdisjoint(state))
+        raise ValueError(f"the state does not fit the layer: {'; '.join(words)}{hint}")
+
+
+def _check_for_names(state: Mapping[str, Any]) -> None:
+    """Refuse a state that has no name of a layer's: nothing would be loaded."""
+    names = [str(name) for name in state]
+    if not _TAKEN.isdisjoint(names):
+        return
+    prefixes = dict.fromkeys(n.removesuffix(v) for n in names for v in _VECTORS if n.endswith(v))
+    remedy, example = "pass what state_dict() of a BatchNorm gives", next(iter(prefixes), "")
+    if example:
+        whose = f"those of {len(prefixes)} layers" if len(prefixes) > 1 else "a layer's with a prefix"
+        strip = "{k.removeprefix(p): v for k, v in state.items() if k.startswith(p)}"
+        remedy = f"they are {whose}: pass {strip} with p = {example!r}"
+    elif any(isinstance(value, Mapping) for value in state.values()):
+        remedy = (
+            "its values are mappings: take the arrays out of them, and assign bn.gamma, bn.running_mean ..."
+        )
+    shown = (
+        f"the names {', '.join(map(repr, names[:6]))}{', ...' * (len(names) > 6)}" if names else "no names"
+    )
+    raise ValueError(f"the state has {shown}, expected some of {', '.join(_VECTORS[:4])}; {remedy}")
