@@ -97,7 +97,7 @@ def draw(photos: Photos, planes: Planes, path: Path) -> None:
     """Each photo before and after, with the histogram of every channel."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 3.1 * len(photos) + 0.7), dpi=110, layout="constrained")
-        title = "normalize_images: uint8 pixels in, float32 planes of mean 0 and standard deviation 1 out"
+        title = "normalize_images: uint8 in, float32 planes out, of mean 0 and std 1 over both photos"
         figure.suptitle(title, fontsize=15, fontweight="bold")
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.12)
         rows = figure.subplots(len(photos), 4, squeeze=False, width_ratios=(1.5, 1, 1.5, 1))
@@ -105,7 +105,7 @@ def draw(photos: Photos, planes: Planes, path: Path) -> None:
         for photo, plane, (left, pixels, right, values) in zip(photos, planes, rows, strict=True):
             show(left, photo, f"before: {photo.dtype} {photo.shape}")
             histogram(pixels, np.moveaxis(photo, -1, 0), np.linspace(0, 256, BINS + 1), "pixel value")
-            show(right, shown(plane), f"after: {plane.dtype} {plane.shape}")
+            show(right, shown(plane), f"after: {plane.dtype} {plane.shape}, 0 is grey")
             histogram(values, plane, widest, "normalised value")
             values.axvline(0, color="#6B6B6B", linewidth=0.8, linestyle=":", zorder=0)
         rows[0, 1].legend(loc="upper center")
@@ -130,7 +130,7 @@ def histogram(axes: Axes, channels: NDArray[np.generic], edges: NDArray[np.float
         axes.stairs(share, edges, color=colour, label=name, linewidth=1.6)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel(label)
-    axes.set_title("share of pixels")
+    axes.set_ylabel("share of pixels")
 
 
 # --- the program --------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
     equal = float(np.mean(planes == want))
     worst = float(np.abs(usual - want).max())
     print(f"equal to float64 arithmetic rounded once: {equal:.3%} of {planes.size:,} values")
-    print(f"NumPy's float32 lines: {np.mean(usual == want):.1%}, largest difference {worst:.1e}")
+    print(f"so are {np.mean(usual == want):.1%} of NumPy's float32 lines; their largest error is {worst:.1e}")
     if not np.allclose(planes, want, rtol=1e-6, atol=1e-12):
         raise SystemExit("the two results differ")
 

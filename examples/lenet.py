@@ -4,9 +4,13 @@
     python examples/lenet.py --data FOLDER        # MNIST, Fashion-MNIST or CIFAR-10 files in FOLDER
     python examples/lenet.py --optimizer sgd      # without batch norm, this hardly gets off the ground
 
-Both networks start from the same weights and see the same batches; batch normalization stands after every
-convolution and every dense layer but the last. Start reading at `build_lenet` and `Training`. The other
-layers are in numpy_layers.py; image_data.py reads the files and lenet_picture.py draws.
+Both networks start from the same weights and see the same batches, from several seeds; batch normalization
+stands after every convolution and every dense layer but the last. With it an epoch takes longer. The test
+accuracy is above 90 % after two epochs, without it after five, and ends higher. The learning rate is the
+best one without batch norm: 0.005 ends lower, and with 0.02 most runs learn nothing.
+
+Start reading at `build_lenet` and `Training`. The other layers are in numpy_layers.py; image_data.py reads
+the files and lenet_picture.py draws.
 
 Needs the extra `demo` of batchnorm: scikit-learn (digits), rich (progress bars), matplotlib (the picture).
 """
@@ -41,7 +45,7 @@ from numpy_layers import (
 
 try:
     from batchnorm import BatchNorm, moments
-    from lenet_picture import draw
+    from lenet_picture import draw, spread
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Table
@@ -50,7 +54,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"this example needs {error.name}: pip install '.[demo]'") from error
 
 OPTIMIZERS = {"adam": Adam, "sgd": SGD}
-LEARNING_RATES = {"adam": 0.005, "sgd": 0.1}
+LEARNING_RATES = {"adam": 0.01, "sgd": 0.1}
 RATE_DECAY = 0.85  # the learning rate shrinks by this factor per epoch, a little at every step
 MAX_SHIFT = 1  # training images are moved by up to this many pixels
 WATCHED = ("conv2", "bn2")  # the layer whose statistics are drawn, after the one that feeds it
@@ -159,7 +163,6 @@ class History:
     network: Sequential
     step_loss: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
-    train_accuracy: list[float] = field(default_factory=list)
     test_accuracy: list[float] = field(default_factory=list)
     statistics: StatisticsLog = field(default_factory=StatisticsLog)
     seconds: float = 0.0
@@ -173,46 +176,41 @@ class Training:
     """One training run of LeNet: `run()` trains it, reports every epoch and returns the history."""
 
     def __init__(
-        self, images: Images, options: argparse.Namespace, console: Console, *, batch_norm: bool
+        self, images: Images, options: argparse.Namespace, console: Console, seed: int, *, batch_norm: bool
     ) -> None:
-        self.images, self.options, self.console = images, options, console
-        self.network = build_lenet(images.data.train_images.shape[1:], options.seed, batch_norm=batch_norm)
+        self.images, self.options, self.console, self.seed = images, options, console, seed
+        self.network = build_lenet(images.data.train_images.shape[1:], seed, batch_norm=batch_norm)
         self.history = History("with batch norm" if batch_norm else "without batch norm", self.network)
         self.optimizer = OPTIMIZERS[options.optimizer]()
-        self.rng = np.random.default_rng(options.seed + 1)
+        self.rng = np.random.default_rng(seed + 1)
 
     def run(self) -> History:
-        self.console.print(f"\n[bold]{self.history.title}[/bold]")
-        start = time.perf_counter()
-        with np.errstate(over="raise", invalid="raise"):  # a FloatingPointError when training diverges
-            for epoch in range(self.options.epochs):
-                self.train_epoch(epoch)
+        start, epochs = time.perf_counter(), self.options.epochs
+        total = epochs * (len(self.images.data.train_images) // self.options.batch)
+        # errstate: a FloatingPointError when training diverges
+        with np.errstate(over="raise", invalid="raise"), progress_bar(self.console) as bar:
+            task = bar.add_task(f"seed {self.seed}, {self.history.title:18}", total=total, report="")
+            for epoch in range(epochs):
+                self.train_epoch(epoch, lambda: bar.advance(task))
+                report = f"loss {self.history.loss[-1]:.4f}  test {self.history.test_accuracy[-1]:6.1%}"
+                bar.update(task, report=report)
         self.history.seconds = time.perf_counter() - start
         return self.history
 
-    def train_epoch(self, epoch: int) -> None:
+    def train_epoch(self, epoch: int, advance: Callable[[], None]) -> None:
         """Show the network every training image once, then evaluate it on the test images."""
         batch, history = self.options.batch, self.history
         steps = len(self.images.data.train_images) // batch
-        losses, hits = [], 0
         self.network.train()
-        with progress_bar(self.console) as bar:
-            task = bar.add_task(f"epoch {epoch + 1:2d}/{self.options.epochs}", total=steps, report="")
-            for step, (x, labels) in enumerate(self.images.training_batches(batch, self.rng)):
-                rate = self.options.lr * RATE_DECAY ** (epoch + step / steps)
-                loss, right = self.train_step(x, labels, rate)
-                losses.append(loss)
-                hits += right
-                report = f"loss {np.mean(losses):6.4f}  train {hits / (batch * len(losses)):6.1%}"
-                bar.update(task, advance=1, report=report)
-            history.test_accuracy.append(self.evaluate())
-            bar.update(task, report=f"{report}  test [bold]{history.test_accuracy[-1]:6.1%}[/bold]")
-        history.step_loss += losses
-        history.loss.append(float(np.mean(losses)))
-        history.train_accuracy.append(hits / (batch * steps))
+        for step, (x, labels) in enumerate(self.images.training_batches(batch, self.rng)):
+            rate = self.options.lr * RATE_DECAY ** (epoch + step / steps)
+            history.step_loss.append(self.train_step(x, labels, rate))
+            advance()
+        history.loss.append(float(np.mean(history.step_loss[-steps:])))
+        history.test_accuracy.append(self.evaluate())
 
-    def train_step(self, x: Array, labels: Labels, rate: float) -> tuple[float, int]:
-        """Take one step of the optimiser; return the loss and how many images the network got right."""
+    def train_step(self, x: Array, labels: Labels, rate: float) -> float:
+        """Take one step of the optimiser; return the loss."""
         scores = self.network(x)
         loss, gradient = cross_entropy(scores, labels)
         self.network.backward(gradient)
@@ -220,7 +218,7 @@ class Training:
         before, watched = WATCHED
         if watched in self.network.layers:
             self.history.statistics.record(self.network.outputs[before], self.network.layers[watched])
-        return loss, int((scores.argmax(axis=1) == labels).sum())
+        return loss
 
     def evaluate(self) -> float:
         """Return the share of test images that the network gets right in evaluation mode."""
@@ -229,6 +227,9 @@ class Training:
         self.network.eval()
         hits = sum(int((self.network(x).argmax(axis=1) == y).sum()) for x, y in self.images.test_batches())
         return hits / len(self.images.data.test_images)
+
+
+Results = list[list[History]]  # the runs with batch norm and those without, a run for each seed
 
 
 # --- reports ------------------------------------------------------------------------------------------------
@@ -247,21 +248,18 @@ def print_setting(images: Images, options: argparse.Namespace, console: Console)
     console.print(f"{options.optimizer}, batches of {options.batch}, learning rate {rate}")
 
 
-def print_summary(histories: Sequence[History], images: Images, console: Console) -> None:
-    table = Table(title=f"LeNet on {images.data.name}, epoch {len(histories[0].loss)}")
-    for heading in ("", "loss", "train", "test", "90% reached", "time"):
+def print_summary(results: Results, images: Images, console: Console) -> None:
+    table = Table(title=f"Test accuracy on {images.data.name} after epoch {len(results[0][0].loss)}")
+    for heading in ("", "mean ± std", "90% in epoch", "time per epoch"):
         table.add_column(heading, justify="right" if heading else "left")
-    for history in histories:
-        epochs = history.epochs_to(0.9)
+    for runs in results:
+        epochs = (run.epochs_to(0.9) for run in runs)
         table.add_row(
-            history.title,
-            f"{history.loss[-1]:.4f}",
-            f"{history.train_accuracy[-1]:.1%}",
-            f"[bold]{history.test_accuracy[-1]:.1%}[/bold]",
-            "never" if epochs is None else f"epoch {epochs}",
-            f"{history.seconds:.1f} s",
+            runs[0].title,
+            f"[bold]{spread(runs)}[/bold]",
+            " ".join("-" if epoch is None else str(epoch) for epoch in epochs),
+            f"{np.mean([run.seconds / len(run.loss) for run in runs]):.2f} s",
         )
-    console.print()
     console.print(table)
 
 
@@ -278,7 +276,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", metavar="N", type=whole_number(2), default=32, help="images per step (default: 32)")
     add("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="default: %(default)s")
     add("--lr", metavar="RATE", type=positive_number, help=f"first learning rate (default: {rates})")
-    add("--seed", metavar="N", type=whole_number(0), default=0, help="for all that is random (default: 0)")
+    add(
+        "--seed",
+        metavar="N",
+        type=whole_number(0),
+        default=0,
+        help="the first seed, also of the test set (default: 0)",
+    )
+    add("--seeds", metavar="N", type=whole_number(1), help="how many seeds (default: 3 for digits, else 1)")
     add("--limit", metavar="N", type=whole_number(20), help="take at most N training and N test images")
     add("--out", metavar="PATH", type=Path, default=Path("lenet.png"), help="default: %(default)s")
     return parser
@@ -317,6 +322,7 @@ def complete(options: argparse.Namespace) -> None:
     if options.out.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out is {options.out}, expected a name that ends in .png, .pdf or .svg")
     options.epochs = options.epochs or (20 if options.data is None else 3)
+    options.seeds = options.seeds or (3 if options.data is None else 1)
     options.lr = options.lr or LEARNING_RATES[options.optimizer]
 
 
@@ -328,8 +334,8 @@ def load_images(options: argparse.Namespace) -> Images:
     return Images(ImageData(data.name, *(array[: options.limit] for array in data[1:])))
 
 
-def main(arguments: Sequence[str] | None = None) -> list[History]:
-    """Train both networks, print a table, write the picture; return the histories, with batch norm first."""
+def main(arguments: Sequence[str] | None = None) -> Results:
+    """Train both networks from each seed, print a table, write the picture; return the histories."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
@@ -343,13 +349,16 @@ def main(arguments: Sequence[str] | None = None) -> list[History]:
     try:
         # Matrix products this small gain nothing from more threads, which on a busy machine mostly wait.
         with threadpool_limits(1, user_api="blas"):
-            histories = [Training(images, options, console, batch_norm=on).run() for on in (True, False)]
+            results: Results = [[], []]
+            for seed in range(options.seed, options.seed + options.seeds):
+                for on, runs in zip((True, False), results, strict=True):
+                    runs.append(Training(images, options, console, seed, batch_norm=on).run())
     except FloatingPointError as error:
         raise SystemExit(f"training diverged ({error}): try a --lr below {options.lr:g}") from error
-    print_summary(histories, images, console)
-    draw(histories, images, WATCHED, options.out)
+    print_summary(results, images, console)
+    draw(results, images, WATCHED, options.out)
     console.print(f"picture: [bold]{options.out}[/bold]")
-    return histories
+    return results
 
 
 if __name__ == "__main__":

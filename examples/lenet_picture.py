@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 if TYPE_CHECKING:
-    from lenet import History, Images, StatisticsLog
+    from lenet import History, Images, Results, StatisticsLog
 
 # Okabe and Ito's palette: tells apart for all kinds of colour vision.
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -33,75 +32,59 @@ STYLE = {
 }
 CHANNELS_SHOWN = 6
 STEPS_SHOWN = 120
-DIP = 0.02  # a fall of the test accuracy that calls for a note
 
 
-def draw(histories: Sequence[History], images: Images, watched: tuple[str, str], path: str | Path) -> None:
-    """Write the picture of the runs `histories` (the first one with batch norm) to `path`."""
+def draw(results: Results, images: Images, watched: tuple[str, str], path: str | Path) -> None:
+    """Write the picture of `results` (the runs with batch norm first) to `path`."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 13), dpi=110, layout="constrained")
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
-        results = ", ".join(f"{history.test_accuracy[-1]:.1%} {history.title}" for history in histories)
-        figure.suptitle(f"LeNet on {images.data.name}: {results}", fontsize=15, fontweight="bold")
+        accuracies = ", ".join(f"{spread(runs)} {runs[0].title}" for runs in results)
+        title = f"Test accuracy of LeNet on {images.data.name}:\n{accuracies}"
+        figure.suptitle(title, fontsize=15, fontweight="bold")
         curves, statistics, maps = figure.subfigures(3, 1, height_ratios=(1.05, 1, 1.05))
-        draw_learning_curves(curves, histories)
-        draw_statistics(statistics, histories[0].statistics, watched[1])
-        draw_feature_maps(maps, histories[0], images)
+        draw_learning_curves(curves, results, len(images.data.test_images))
+        draw_statistics(statistics, results[0][0].statistics, watched[1])
+        draw_feature_maps(maps, results[0][0], images)
         figure.savefig(path)
+
+
+def spread(runs: Sequence[History]) -> str:
+    """Mean and standard deviation of the test accuracy over the runs, after the last epoch."""
+    last = [100 * run.test_accuracy[-1] for run in runs]
+    return f"{np.mean(last):.1f}%" + (f" ± {np.std(last, ddof=1):.1f}" if len(last) > 1 else "")
 
 
 # --- learning curves ----------------------------------------------------------------------------------------
 
 
-def draw_learning_curves(figure: SubFigure, histories: Sequence[History]) -> None:
-    loss, accuracy, upper_end = figure.subplots(1, 3)
-    draw_loss(loss, histories)
-    draw_accuracy(accuracy, histories)
-    draw_accuracy(upper_end, histories)
-    best = max(max(history.test_accuracy) for history in histories)
-    upper_end.set(title="Its upper end, enlarged", ylim=(best - 0.1, best + 0.005))
-    mark_dip(upper_end, histories[0])
-    accuracy.axhline(0.1, color=GREY, linestyle=":", label="guessing")
-    figure.legend(handles=accuracy.lines, loc="outside upper center", ncols=3, fontsize=11)
-
-
-def draw_loss(axes: Axes, histories: Sequence[History]) -> None:
-    """Draw the loss of each step (thin) and the mean over each epoch, at the middle of the epoch."""
-    for history, colour in zip(histories, RUNS, strict=False):
-        epochs = np.arange(1, len(history.loss) + 1)
-        steps = np.arange(1, len(history.step_loss) + 1) * (len(epochs) / len(history.step_loss))
-        axes.plot(steps, history.step_loss, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(epochs - 0.5, history.loss, color=colour, marker="o", markersize=4)
-    axes.set(title="Training loss (thin: each step)", yscale="log")
-    axes.set(xlabel="epoch", ylabel="cross-entropy", xlim=(0, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def draw_accuracy(axes: Axes, histories: Sequence[History]) -> None:
-    for history, colour in zip(histories, RUNS, strict=False):
-        epochs = np.arange(1, len(history.test_accuracy) + 1)
-        axes.plot(epochs, history.test_accuracy, color=colour, marker="o", markersize=4, label=history.title)
-    axes.set(title="Test accuracy", xlabel="epoch", ylabel="share of test images right")
-    axes.set(xlim=(0, None), ylim=(0, 1.03))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-
-
-def mark_dip(axes: Axes, history: History) -> None:
-    """Ring the deepest fall of the accuracy with batch norm if the panel shows it, and say a possible cause.
-
-    In the default run the note is true: 92% at epoch 10 become 97% when the same weights are evaluated with
-    the statistics of each test batch, or with running statistics taken anew while the weights stand still.
-    """
-    accuracy = np.array(history.test_accuracy)
-    falls = np.maximum.accumulate(accuracy) - accuracy
-    falls[accuracy < axes.get_ylim()[0]] = 0
-    epoch = int(falls.argmax())
-    if falls[epoch] < DIP:
-        return
-    axes.plot(epoch + 1, accuracy[epoch], "o", markersize=13, markerfacecolor="none", markeredgecolor=GREY)
-    axes.set_xlabel("epoch\nring: a dip; running statistics can lag\nbehind quickly moving weights")
+def draw_learning_curves(figure: SubFigure, results: Results, tested: int) -> None:
+    """Draw loss and test error of each run (thin) and their means (dots), on axes that hold every point."""
+    loss, error = figure.subplots(1, 2)
+    for runs, colour in zip(results, RUNS, strict=True):
+        epochs = np.arange(1, len(runs[0].loss) + 1)
+        losses = np.array([run.loss for run in runs])
+        wrong = 1 - np.array([run.test_accuracy for run in runs])
+        wrong = np.maximum(wrong, 0.5 / tested)  # a logarithmic axis has no 0
+        for axes, values in ((loss, losses), (error, wrong)):
+            axes.plot(epochs, values.T, color=colour, alpha=0.4, linewidth=1)
+            style = {"color": colour, "marker": "o", "markersize": 4, "label": runs[0].title}
+            axes.plot(epochs, values.mean(axis=0), **style)
+    error.axhline(0.9, color=GREY, linestyle=":", label="guessing")
+    loss.set(title="Training loss, mean over each epoch", ylabel="cross-entropy")
+    error.set(title=f"Share of the {tested} test images named wrongly", ylabel="test error")
+    for axes in (loss, error):
+        axes.set(xlabel="epoch", yscale="log", xlim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    loss.yaxis.set_major_formatter("{x:g}")
+    error.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+    figure.legend(
+        handles=[line for line in error.lines if not line.get_label().startswith("_")],
+        loc="outside upper center", ncols=3, fontsize=11,
+        title=f"dots: mean of the runs ({len(results[0])}); thin: each run", title_fontsize=11,
+    )  # fmt: skip
 
 
 # --- running statistics -------------------------------------------------------------------------------------
@@ -111,7 +94,7 @@ def draw_statistics(figure: SubFigure, log: StatisticsLog, layer: str) -> None:
     """Draw batch statistics (dots) and running statistics (lines) of three channels over the first steps."""
     total = len(log.batch_mean)
     steps = np.arange(1, total + 1)[:STEPS_SHOWN]
-    shown = f"first {STEPS_SHOWN} of {total} steps" if total > STEPS_SHOWN else f"all {total} steps"
+    shown = f"the first {STEPS_SHOWN} of {total}" if total > STEPS_SHOWN else f"all {total}"
     order = np.argsort(np.mean(log.batch_mean[:STEPS_SHOWN], axis=0))
     channels = order[[-1, len(order) // 2, 0]]
     mean, variance = figure.subplots(1, 2)
@@ -122,10 +105,10 @@ def draw_statistics(figure: SubFigure, log: StatisticsLog, layer: str) -> None:
         for channel, (colour, style) in zip(channels, CHANNELS, strict=True):
             dots, line = np.stack([batch[:STEPS_SHOWN], running[:STEPS_SHOWN]])[:, :, channel]
             axes.plot(steps, dots, ".", color=colour, alpha=0.5, markersize=5)
-            label = f"channel {channel} of {layer}"
+            label = f"channel {channel} of {layer}'s input"
             axes.plot(steps, line, style, color=colour, linewidth=2, label=label)
-        axes.set(title=f"{name.capitalize()} at {layer}, {shown}")
-        axes.set(xlabel="training step", ylabel=name, xlim=(0, None))
+        axes.set(title=f"The running {name} follows the batches")
+        axes.set(xlabel=f"training step ({shown})", ylabel=f"{name} of the channel", xlim=(0, None))
     figure.legend(
         handles=mean.lines[1::2], loc="outside upper center", ncols=3, fontsize=11, handlelength=3,
         title="dots: statistics of each batch; lines: running statistics", title_fontsize=11,
@@ -163,7 +146,7 @@ def draw_feature_maps(figure: SubFigure, history: History, images: Images) -> No
         cell.spines[:].set_visible(False)
     figure.colorbar(shown, ax=axes, shrink=0.8, label="value", extend="both")
     figure.suptitle(
-        f"Feature maps of a test image around bn1 (numbers: mean ± std over {len(x)} test images)",
+        f"bn1 brings the channels to similar scales (numbers: mean ± std over {len(x)} test images)",
         x=0.01, ha="left", fontsize=11, fontweight="bold",
     )  # fmt: skip
     figure.supxlabel(

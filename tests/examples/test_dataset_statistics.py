@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -24,7 +25,13 @@ def test_short_run(example, capsys, monkeypatch):
     assert report.one_pass.count == 3 * 20 * example.SIDE**2
     assert report.normalised.shape == (1, example.SIDE, example.SIDE, 3)
     printed = capsys.readouterr().out
-    for words in ("3 files", "one pass", "2 processes: the same bits", "the first image normalised"):
+    for words in (
+        "3 files",
+        "one pass",
+        "2 processes: the same bits",
+        "starting them",
+        "first image normalised",
+    ):
         assert words in printed
 
 
@@ -42,13 +49,19 @@ def test_a_folder_of_ones_own(example, tmp_path, monkeypatch):
 
 
 def test_a_folder_of_pictures(example, tmp_path, monkeypatch):
+    """Its claim to be exact, too: of integers, only the last operation rounds."""
     image = pytest.importorskip("PIL.Image", reason="the example needs Pillow for pictures")
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(example.__file__))
-    for i in range(3):
-        pixels = np.random.default_rng(i).integers(0, 256, (5 + i, 4, 3), dtype=np.uint8)
-        image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    pixels = [np.random.default_rng(i).integers(0, 256, (5 + i, 4, 3), dtype=np.uint8) for i in range(3)]
+    for i, x in enumerate(pixels):
+        image.fromarray(x).save(tmp_path / f"{i}.png")
     report = example.main(["--data", str(tmp_path)])
     assert_report(report)
+    for channel in range(3):
+        values = [Fraction(int(v)) for x in pixels for v in x[..., channel].flat]
+        mean = sum(values) / len(values)
+        assert report.merged.mean[channel] == float(mean)
+        assert report.merged.var[channel] == float(sum((v - mean) ** 2 for v in values) / len(values))
     assert report.one_pass.count == (5 + 6 + 7) * 4 and 0 < report.one_pass.mean.min() < 1
     assert report.normalised.shape == (1, 5, 4, 3)
 
