@@ -136,11 +136,12 @@ def test_isa_units_include_no_library_code() -> None:
 
 @needs_source
 def test_one_place_for_each() -> None:
-    assert files_with(r"\bomp\.h|#pragma omp|\bomp_\w+\(") == {"core/parallel.cpp"}
+    assert files_with(r"\bomp\.h|#pragma omp|\bomp_\w+\(") == {"core/team_openmp.cpp"}
     assert {n for n in files_with(r"\bthrow\b") if not n.startswith("bind/")} == {"core/check.cpp"}
-    assert files_with(r"immintrin|\b_mm\d*_|\b__m\d+") == {"kernels/vec.h"}
+    assert files_with(r"mmintrin|\b_mm\d*_|\b__m\d+") == {"kernels/vec.h", "core/float_mode.h"}
     # limits.cpp: OMP_NUM_THREADS is OpenMP's to read, but whether it is set decides on the CPU quota.
-    assert files_with(r"\bgetenv\b") <= {"core/check.cpp", "core/limits.cpp", "kernels/dispatch.cpp"}
+    readers = {"core/check.cpp", "core/limits.cpp", "kernels/dispatch.cpp"}
+    assert files_with(r"\bgetenv\b") <= {*readers, "core/team_openmp.cpp", "core/team_threads.cpp"}
     assert files_with(r"\bmmap\b|\bmadvise\b") == {"core/memory.cpp"}
     assert files_with(r"(?m)^#(?:el)?if.*(?:__AVX|__SSE|VECTOR_BYTES)") == {"kernels/vec.h"}
 

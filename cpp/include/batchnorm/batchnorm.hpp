@@ -6,9 +6,10 @@
 //
 //     y = act((x - mean) / sqrt(var + eps) * gamma + beta)
 //
-// Statistics are computed and returned in double. Results depend on the inputs only: same bits for any number of threads,
-// instruction set or alignment. Bad arguments throw Error, whose message names the argument, before anything is written. All
-// functions may be called from several threads at once.
+// Statistics are computed and returned in double; double data may reach 1e300, of which var is infinite where a double does not hold it.
+// Where var and eps are both 0, x_hat is 0 (of given statistics that is an error). Results depend on the inputs only: same bits for any
+// number of threads, instruction set or alignment, any floating-point mode of the caller's. Bad arguments throw Error, whose message names
+// the argument, before anything is written. All functions may be called from several threads at once.
 //
 // A call is described by one struct, Forward or Backward. Each member is an independent choice, and all of them combine; what is left
 // out means the plain thing.
@@ -356,8 +357,8 @@ BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::sp
 // Moments of more data than one call sees. moment_sums makes of a batch, for each channel, its count, sum x and sum x^2, in
 // moment_sums_size(C) doubles; merge_moment_sums adds `others` to `sums`, in any order and grouping; moments_from_sums makes of the result
 // count, mean and m2, the sum of squared deviations: divide by count, or that less 1. Every sum is three doubles, so that merging
-// rounds by 2^-159 of the largest sum alone, and m2 keeps its digits for |mean| / std far beyond 1e6. For |x| below 1e150. Batches without
-// values add nothing; of nothing, mean and m2 are NaN.
+// rounds by 2^-159 of the largest sum alone, and m2 keeps its digits for |mean| / std far beyond 1e6. For |x| below 1e150; squares that
+// add up to more than 1.8e308 are an error. Batches without values add nothing; of nothing, mean and m2 are NaN.
 constexpr std::int64_t moment_sums_size(std::int64_t channels) { return 9 * channels; }
 BATCHNORM_API void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads = 0, const Positions& positions = {});
 BATCHNORM_API void merge_moment_sums(std::span<double> sums, std::span<const double> others);  // others may be sums itself
