@@ -294,6 +294,9 @@ TEST(errors_of_running_statistics) {
               (a.renorm = {.enabled = true}, a.running = {}));
     BAD_VALUE(renorm, "running_mean is nan at channel 0", (a.renorm = {.enabled = true}, e.running_mean[0] = kNaNf));
     BAD_VALUE(renorm, "running_var is -1 at channel 2, expected values >= 0", (a.renorm = {.enabled = true}, e.running_var[2] = -1));
+    BAD_VALUE(inference, "eps is 0 and var is 0 at channel 1, expected more than 0, to divide by their sum; pass an eps such as 1e-5",
+              (a.eps = 0, e.var[1] = 0));
+    BAD_VALUE(renorm, "eps is 0 and running_var is 0 at channel 2", (a.renorm = {.enabled = true}, a.eps = 0, e.running_var[2] = 0));
     BAD_VALUE(renorm, "renorm decay is given without a reference of its own, expected mean and std as well",
               a.renorm.mean = a.renorm.std = {});
     BAD_VALUE(renorm, "renorm decay is 1.5, expected a number in [0, 1]", a.renorm.decay = 1.5);
@@ -390,6 +393,14 @@ TEST(errors_of_moments) {
         REFUSED(value, "others " + has, merge_moment_sums(sums, all.first(n)));
         REFUSED(value, "sums " + has, moments_from_sums(all.first(n), e.count, mean, var));
     }
+    Vector far(60), held(27), more(27);
+    for (size_t i = 0; i < far.size(); ++i) far[i] = i % 5 < 2 ? 1 : 1e153;
+    moment_sums(runs(far), held), moment_sums(runs(far), more);
+    far[0] = 1e300;
+    REFUSED(value, "x holds values at channel 0 whose squares add up to more than 1.8e308, expected magnitudes up to 1e150; add up x * 2",
+            moment_sums(runs(far), sums));
+    for (int i = 0; i < 3; ++i) merge_moment_sums(more, more);
+    REFUSED(value, "others holds values at channel 0 whose squares", (merge_moment_sums(held, more), merge_moment_sums(held, more)));
     REFUSED(value, "others has 2 channels, expected 3 as sums has", merge_moment_sums(sums, all.first(18)));
     REFUSED(value, "sums overlaps others", merge_moment_sums(tensor.first(27), tensor.subspan(1, 27)));
     REFUSED(value, "count has 2 values, expected 3", moments_from_sums(sums, two, mean, var));

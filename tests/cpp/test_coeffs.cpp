@@ -29,6 +29,20 @@ TEST(moments_of_sums) {
     CHECK(coeffs::from_sums(kInf, kInf, 0, 3, 4).trusted);
 }
 
+TEST(moments_of_sums_that_overflow) {
+    const double w = coeffs::kFarWeight, unit = 0x1p990;  // of 11, 12, 13 units about 10, each with the weight w
+    const coeffs::Moments m = coeffs::from_far_sums(6 * unit * w, 14 * unit * (unit * w), 10 * unit, 3);
+    CHECK(m.mean == 12 * unit && m.trusted && near(m.var, 2.0 / 3 * unit * (unit * w), 1e-15));
+    CHECK(near(coeffs::far_inv_std(m.var, 1e-5), std::sqrt(1.5) / unit, 1e-15));
+    CHECK(near(coeffs::far_inv_std(4 * w, 12), 0.25, 1e-15));  // eps is weighed alike
+}
+
+TEST(nothing_is_divided_by_0) {
+    CHECK(coeffs::inv_std(0, 0) == 0 && coeffs::inv_std(0, 4) == 0.5 && coeffs::inv_std(5e-324, 0) > 1e161);
+    const coeffs::Renorm k = coeffs::renorm(3, 0, 1, 2, 0.25, 4, 5);
+    CHECK(k.r == 0.25 && k.d == 1);
+}
+
 TEST(ratios_of_integers_are_correctly_rounded) {
     using Wide = coeffs::Uint128;
     Random random(1);

@@ -1,4 +1,6 @@
 // The library as a whole: what it says of itself, threads, tuning, interrupts.
+#include <cfenv>
+
 #include "example.h"
 
 namespace test {
@@ -24,6 +26,32 @@ TEST(tuning_is_set_by_name) {
     CHECK(tuning() == defaults);
     set_tuning(changed);
     CHECK(tuning() == changed);
+}
+
+// The caller's mode changes no bit, and is as before afterwards, flags included.
+TEST(the_floating_point_mode_is_the_librarys_own) {
+    set_tuning("parallel_elements=0");
+    const auto results = [](int n_threads, int mode) {
+        Example e;
+        for (float& v : e.dy) v *= 1e-40f;  // denormals
+        Forward f = e.all(e.saved);
+        Backward b = e.back();
+        f.execution.num_threads = b.execution.num_threads = n_threads;
+        std::fesetround(mode);
+        batch_norm_train(f);
+        batch_norm_backward(b);
+        update_running(e.update());
+        CHECK(std::fegetround() == mode);
+        std::fesetround(FE_TONEAREST);
+        return e.bytes();
+    };
+    for (const int n : {1, 3}) {
+        const auto want = results(n, FE_TONEAREST);
+        std::feclearexcept(FE_ALL_EXCEPT);
+        for (const int mode : {FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO}) CHECK(results(n, mode) == want);
+        CHECK(std::fetestexcept(FE_INVALID | FE_DIVBYZERO | FE_OVERFLOW) == 0);
+    }
+    set_tuning("");
 }
 
 // A number of threads for one call changes neither its result nor the default.
