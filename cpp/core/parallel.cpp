@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <limits>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -83,14 +84,20 @@ bool for_each(std::int64_t n, const How& how, Body body) {
         body(0);
         return true;
     }
-    std::atomic<bool> stopped{false};
-    const auto stretch = [&](std::int64_t t, std::int64_t team) {
+    std::atomic<bool> stopped{false}, failed{false};
+    std::exception_ptr error;  // of the first item that failed: for want of memory
+    const auto stretch = [&](std::int64_t t, std::int64_t team) noexcept {
         const FloatMode mode;
         Poll asked(how.interruptible && t == 0);
         const std::int64_t first = n * t / team, last = n * (t + 1) / team;
-        for (std::int64_t i = first; i < last && !stopped.load(std::memory_order_relaxed); ++i) {
-            body(how.backwards ? first + last - 1 - i : i);
-            if (asked.stop()) stopped = true;
+        try {
+            for (std::int64_t i = first; i < last && !stopped.load(std::memory_order_relaxed); ++i) {
+                body(how.backwards ? first + last - 1 - i : i);
+                if (asked.stop()) stopped = true;
+            }
+        } catch (...) {
+            if (!failed.exchange(true)) error = std::current_exception();
+            stopped = true;
         }
     };
     if (!how.worth_it || n < 1 || forked.load(std::memory_order_relaxed) || team::inside()) {
@@ -102,6 +109,7 @@ bool for_each(std::int64_t n, const How& how, Body body) {
         const int active = static_cast<int>(std::min<std::int64_t>(size, n));
         active == 1 ? stretch(0, 1) : team::run(active, size, stretch);
     }
+    if (error) std::rethrow_exception(error);
     return !stopped;
 }
 

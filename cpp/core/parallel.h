@@ -33,8 +33,8 @@ struct How {
     bool interruptible = true;  // by the poll
 };
 
-// Calls body(i) for i in [0, n), on up to threads() threads, or what a Limit says. The body must not throw. Returns false if the poll asked
-// to stop: some items were then not run.
+// Calls body(i) for i in [0, n), on up to threads() threads, or what a Limit says. Returns false if the poll asked to
+// stop: some items were then not run. Nor are they if one throws, which for_each then does.
 [[nodiscard]] bool for_each(std::int64_t n, const How& how, Body body);
 
 }  // namespace batchnorm::parallel

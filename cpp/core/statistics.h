@@ -21,7 +21,7 @@ struct StatisticsOf {
     const Counting& counting;
     kernels::Weights weights;  // counting.all_weights<double>
     double eps;
-    bool far;                      // whether double data is summed once more where its squares overflow
+    bool far;                      // whether double data is summed once more where its squares leave the range of doubles
     double *mean, *var, *inv_std;  // out, parts * channels; inv_std may be null
 };
 
@@ -63,7 +63,7 @@ public:
     }
     void begin(int round) {
         if (round < 2) return;
-        args_.weights = of_.counting.weights<double>(of_.counting.all_weights<double>(ws_, coeffs::kFarWeight), part_);
+        args_.weights = of_.counting.weights<double>(of_.counting.all_weights<double>(ws_, weight_of(round).w), part_);
         if (!of_.counting.by_element()) args_.kept = {};
     }
     void sums(const Where& where, int round, double* sum, double* sum_sq) {
@@ -76,13 +76,11 @@ public:
         kernel_(a);
     }
     // Round 1 is about better shifts: summed again for another channel's sake, a trusted channel gives the same numbers, as its shift
-    // stayed. Round 2 is of channels whose squares overflow.
+    // stayed. Round 2 is of channels whose squares overflow, round 3 of those whose squares underflow.
     bool finish(int64_t c0, int64_t c1, int round) {
         bool content = true;
-        by_columns(c0, c1, [&](int64_t c, int64_t n) {
-            if (round == 2) return from_far_sums(c, n);
-            content &= from_sums(c, n, round == 1);
-        });
+        by_columns(c0, c1,
+                   [&](int64_t c, int64_t n) { content &= round < 2 ? from_sums(c, n, round == 1) : from_weighted_sums(c, n, round); });
         return content;
     }
     bool maps() const { return false; }
@@ -128,7 +126,7 @@ private:
         const Counts& counts = of_.call.counts;
         const double scale = of_.counting.scale(), most = most_amplification_;
         Column<double> mean, var, better;
-        int64_t distrusted = 0, far = 0;
+        int64_t distrusted = 0, beyond = 0;
         const auto take = [&](const auto& values) {
             for_entries(n, [&](int64_t i) {
                 const coeffs::Moments m = coeffs::from_sums(sum[i], sum_sq[i], shift[i], values(i), most);
@@ -148,12 +146,13 @@ private:
         }
         put(c, n, mean, var, inv_std_of(var, n, of_.eps));
         for (int64_t i = 0; of_.far && is_double_ && i < n; ++i) {
+            if (is_near(var[i])) ++beyond;
             if (std::isfinite(sum_sq[i])) continue;
-            ++far;
+            ++beyond;
             if (!std::isfinite(mean[i]) && std::isfinite(shift[i])) better[i] = shift[i];
         }
-        if (again) return far == 0;
-        if (distrusted + far == 0 || (is_integer(of_.x.dtype) && !of_.counting.weighted())) return true;
+        if (again) return beyond == 0;
+        if (distrusted + beyond == 0 || (is_integer(of_.x.dtype) && !of_.counting.weighted())) return true;
         for_entries(n, [&](int64_t i) {
             // A float for float data: then a constant differs from it by exactly 0.
             if (!is_double_) better[i] = static_cast<float>(better[i]);
@@ -162,19 +161,27 @@ private:
         return false;
     }
 
-    // The same of the channels whose squares had overflowed, and of no others.
-    void from_far_sums(int64_t c, int64_t n) {
+    static const coeffs::Weight& weight_of(int round) { return round == 2 ? coeffs::kFar : coeffs::kNear; }
+    // Whether inv_std of this variance has lost digits to underflow.
+    bool is_near(double var) const { return of_.inv_std != nullptr && of_.eps < coeffs::kNearest && var < coeffs::kNearest; }
+    // The same as from_sums of the channels whose squares had overflowed, or underflowed, and of no others.
+    bool from_weighted_sums(int64_t c, int64_t n, int round) {
         const Column<double> sum = sums_.first(0, c, n), sum_sq = sums_.second(0, c, n), shift = shift_.column(c, n);
         Column<double> mean(of_.mean + first_ + c, n), var(of_.var + first_ + c, n), inv_std = inv_std_of(var, n, of_.eps);
+        if (of_.inv_std != nullptr) inv_std = {of_.inv_std + first_ + c, n};
+        const coeffs::Weight& weight = weight_of(round);
+        bool content = true;
         for (int64_t i = 0; i < n; ++i) {
-            if (std::isfinite(var[i])) continue;
+            content &= round == 3 || !is_near(var[i]);
+            if (round == 2 ? std::isfinite(var[i]) : !is_near(var[i])) continue;
             const double count = of_.call.counts.weight(part_, c + i) * of_.counting.scale();
-            const coeffs::Moments m = coeffs::from_far_sums(sum[i], sum_sq[i], shift[i], count);
+            const coeffs::Moments m = coeffs::from_weighted_sums(sum[i], sum_sq[i], shift[i], count, weight.w);
             mean[i] = m.mean;
-            var[i] = m.var / coeffs::kFarWeight;
-            inv_std[i] = coeffs::far_inv_std(m.var, of_.eps);
+            var[i] = m.var / weight.w;
+            inv_std[i] = coeffs::inv_std(m.var, of_.eps, weight);
         }
         put(c, n, mean, var, inv_std);
+        return content;
     }
     void put(int64_t c, int64_t n, const Column<double>& mean, const Column<double>& var, const Column<double>& inv_std) const {
         mean.put(of_.mean + first_ + c, n);

@@ -6,10 +6,10 @@
 //
 //     y = act((x - mean) / sqrt(var + eps) * gamma + beta)
 //
-// Statistics are computed and returned in double; double data may reach 1e300, of which var is infinite where a double does not hold it.
-// Where var and eps are both 0, x_hat is 0 (of given statistics that is an error). Results depend on the inputs only: same bits for any
-// number of threads, instruction set or alignment, any floating-point mode of the caller's. Bad arguments throw Error, whose message names
-// the argument, before anything is written. All functions may be called from several threads at once.
+// Statistics are computed and returned in double; double data may reach from 1e-300 to 1e300, of which var is 0 or infinite where a double
+// does not hold it. Where var and eps are both 0, x_hat is 0 (of given statistics that is an error). Results depend on the inputs only:
+// same bits for any number of threads, instruction set or alignment, any floating-point mode of the caller's. Bad arguments throw Error,
+// whose message names the argument, before anything is written. All functions may be called from several threads at once.
 //
 // A call is described by one struct, Forward or Backward. Each member is an independent choice, and all of them combine; what is left
 // out means the plain thing.
