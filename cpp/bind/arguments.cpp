@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <set>
 
 namespace batchnorm::bind {
 namespace {
@@ -17,9 +18,11 @@ constexpr const char* kWords[kNames] = {
 static_assert(kWords[kNames - 1] != nullptr);
 
 std::array<PyObject*, kNames> interned;  // the words as Python's compiler makes them: equal words are one object
-py::object* explain_keyword = nullptr;
 
 constexpr std::size_t index(Name name) { return static_cast<std::size_t>(name); }
+
+// A function of the module that has the words of messages.
+py::object hints(const char* name) { return py::module_::import("batchnorm._hints").attr(name); }
 
 }  // namespace
 
@@ -29,7 +32,14 @@ void start_keywords() {
     for (std::size_t i = 0; i < kNames; ++i) interned[i] = PyUnicode_InternFromString(kWords[i]);
 }
 
-void use_hints(py::object explain) { explain_keyword = new py::object(std::move(explain)); }
+std::string refusal(py::handle function, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) {
+    py::tuple given(n);
+    py::dict named;
+    for (Py_ssize_t i = 0; i < n; ++i) given[static_cast<std::size_t>(i)] = py::handle(arguments[i]);
+    const Py_ssize_t n_keywords = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
+    for (Py_ssize_t i = 0; i < n_keywords; ++i) named[py::handle(PyTuple_GET_ITEM(keywords, i))] = py::handle(arguments[n + i]);
+    return py::str(hints("refusal")(function, given, named));
+}
 
 // ---- keywords
 
@@ -77,7 +87,7 @@ void Signature::set_required() {
     }
 }
 
-Name Signature::find(PyObject* keyword, PyObject* value, std::size_t& from) const {
+Name Signature::find(PyObject* keyword, std::size_t& from) const {
     const std::span<const Name> names = operation_->names;
     // Callers keep to the order of the signature more often than not.
     for (std::size_t k = 0; k < names.size(); ++k) {
@@ -87,26 +97,12 @@ Name Signature::find(PyObject* keyword, PyObject* value, std::size_t& from) cons
     for (const Name name : names) {
         if (PyUnicode_CompareWithASCIIString(keyword, word(name)) == 0) return name;
     }
-    if (explain_keyword == nullptr) type_error("", say(operation_->name, "() has no argument ", std::string(py::repr(keyword))));
-    py::tuple known(names.size());
-    for (std::size_t i = 0; i < names.size(); ++i) known[i] = py::handle(interned[index(names[i])]);
-    type_error("", std::string(py::str((*explain_keyword)(operation_->name, py::handle(keyword), py::handle(value), known))));
+    return Name::none;
 }
 
-// Too many arguments by position, too few, or one twice: in Python's words, which the stub has for the same signature.
 void Signature::refuse(PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const {
-    std::string text = say(operation_->name, "() got arguments that it does not take, or lacks one");
-    if (stub_) {
-        const auto none =
-            py::reinterpret_steal<py::object>(PyObject_Vectorcall(stub_.ptr(), arguments, static_cast<std::size_t>(n), keywords));
-        py::error_already_set e;
-        text = py::str(e.value());
-    }
-    if (operation_->names[0] == Name::dy && n > operation_->positional) {
-        text +=
-            say("; with statistics of your own: saved = Saved.of(x, mean, inv_std, gamma, ...), then ", operation_->name, "(dy, saved)");
-    }
-    type_error("", text);
+    const std::string text = say(operation_->name, "() got arguments that it does not take, or lacks one");
+    type_error("", stub_ ? refusal(stub_, arguments, n, keywords) : text);
 }
 
 void Signature::parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const {
@@ -120,8 +116,8 @@ void Signature::parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, P
     const Py_ssize_t n_keywords = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
     std::size_t from = static_cast<std::size_t>(n);
     for (Py_ssize_t i = 0; i < n_keywords; ++i) {
-        const Name name = find(PyTuple_GET_ITEM(keywords, i), arguments[n + i], from);
-        if (to.given(name)) refuse(arguments, n, keywords);
+        const Name name = find(PyTuple_GET_ITEM(keywords, i), from);
+        if (name == Name::none || to.given(name)) refuse(arguments, n, keywords);
         set(name, arguments[n + i]);
     }
     if ((required_ & ~to.given_) != 0) refuse(arguments, n, keywords);
@@ -140,25 +136,7 @@ PyObject* Signature::call(PyObject* const* arguments, Py_ssize_t n, PyObject* ke
 void type_error(const char* argument, const std::string& message) { throw Error(Error::type, argument, message); }
 void value_error(const char* argument, const std::string& message) { throw Error(Error::value, argument, message); }
 
-std::string kind_of(PyObject* value) {
-    if (value == Py_None) return "None";
-    const py::handle type(reinterpret_cast<PyObject*>(Py_TYPE(value)));
-    const std::string module = py::str(type.attr("__module__"));
-    std::string name = py::str(type.attr("__name__"));
-    if (module != "builtins") name.insert(0, module.substr(0, module.find('.')) + ".");
-    const bool plain = PyUnicode_Check(value) || PyLong_Check(value) || PyFloat_Check(value) || PyComplex_Check(value) ||
-                       py::isinstance(value, py::module_::import("numpy").attr("generic"));
-    if (!plain) return "of type " + name;
-    try {
-        std::string text = py::repr(value);
-        std::size_t most = 40;
-        while (most < text.size() && (text[most] & 0xc0) == 0x80) ++most;  // UTF-8 has more bytes than characters
-        if (text.size() > most) text.replace(most, std::string::npos, "...");
-        return text + " (" + name + ")";
-    } catch (const py::error_already_set&) {
-        return "of type " + name;  // an int of too many digits
-    }
-}
+std::string kind_of(PyObject* value) { return py::str(hints("kind")(py::handle(value))); }
 
 std::string shape_text(std::span<const py::ssize_t> sizes) {
     std::string s = "(";
@@ -174,16 +152,10 @@ std::string dtype_text(PyObject* array) {
     return dtype.attr("isnative").cast<bool>() ? py::str(dtype) : py::str(dtype.attr("str"));
 }
 
-std::string did_you_mean(std::string_view given, std::span<const std::string_view> known) {
+std::string suggestion(py::handle word, std::span<const std::string_view> known) {
     py::list words;
     for (const std::string_view w : known) words.append(py::str(w.data(), w.size()));
-    const py::object close = py::module_::import("difflib").attr("get_close_matches");
-    const py::str text(given.data(), given.size());
-    for (const char* form : {"upper", "lower"}) {
-        const py::list found = close(text.attr(form)(), words, py::arg("n") = 1);
-        if (!found.empty()) return "; did you mean " + std::string(py::repr(found[0])) + "?";
-    }
-    return "";
+    return py::str(hints("suggestion")(word, words));
 }
 
 std::string listed(std::span<const std::string_view> words, const char* last) {
@@ -254,7 +226,7 @@ int threads(PyObject* value) {
     return static_cast<int>(n);
 }
 
-std::size_t one_of(PyObject* value, const char* name, std::span<const std::string_view> words, bool or_none, Hint* hint) {
+std::size_t one_of(PyObject* value, const char* name, std::span<const std::string_view> words, bool or_none) {
     if (PyUnicode_Check(value)) {
         for (std::size_t i = 0; i < words.size(); ++i) {
             if (PyUnicode_CompareWithASCIIString(value, words[i].data()) == 0) return i;
@@ -263,26 +235,12 @@ std::size_t one_of(PyObject* value, const char* name, std::span<const std::strin
     std::string expected = (or_none ? "None, " : "") + listed(words, "or");
     if (!PyUnicode_Check(value) && !or_none) expected.insert(0, "a str, one of ");
     if (!PyUnicode_Check(value)) type_error(name, say(name, " is ", kind_of(value), ", expected ", expected));
-    std::string remedy = hint == nullptr ? "" : hint(value);
-    if (remedy.empty()) remedy = did_you_mean(std::string(py::str(value)), words);
-    value_error(name, say(name, " is ", std::string(py::repr(value)), ", expected ", expected, remedy));
+    value_error(name, say(name, " is ", std::string(py::repr(value)), ", expected ", expected, suggestion(value, words)));
 }
 
 namespace {
 
 constexpr std::string_view kActivations[] = {"relu", "leaky_relu", "relu6", "sigmoid", "tanh", "silu"};  // Activation, from 1
-
-// What to do about activations that are not among these.
-std::string activation_hint(PyObject* value) {
-    const std::string name = py::str(py::handle(value).attr("lower")());
-    if (name == "swish") return "; did you mean 'silu'?";
-    if (name == "lrelu" || name == "leakyrelu") return "; did you mean 'leaky_relu'?";
-    if (name == "linear" || name == "identity" || name == "none") return "; did you mean None?";
-    for (const char* known : {"gelu", "elu", "selu", "celu", "mish", "softplus", "softmax", "hardswish", "prelu", "softsign"}) {
-        if (name == known) return "; apply it outside, and multiply dy by its derivative before backward";
-    }
-    return "";
-}
 
 constexpr double kTooLargeForFloat = 0x1p128 - 0x1p103;  // rounds to infinity from here on
 
@@ -291,9 +249,8 @@ constexpr double kTooLargeForFloat = 0x1p128 - 0x1p103;  // rounds to infinity f
 const char* word(Activation activation) { return kActivations[static_cast<std::size_t>(activation) - 1].data(); }
 
 Activation activation(const Arguments& a, Dtype dtype, double& slope) {
-    const auto known = a.has(Name::activation)
-                           ? static_cast<Activation>(one_of(a[Name::activation], "activation", kActivations, true, &activation_hint) + 1)
-                           : Activation::none;
+    const auto known = a.has(Name::activation) ? static_cast<Activation>(one_of(a[Name::activation], "activation", kActivations, true) + 1)
+                                               : Activation::none;
     if (!a.has(Name::slope)) return known;
     constexpr const char* kExpected = "a finite number, leaky_relu's factor for values below 0";
     slope = real(a[Name::slope], "slope", kExpected);
@@ -356,7 +313,9 @@ void set_tuple(PyObject* tuple, Subject& s) {
     }
     value_error("channel_axis",
                 say(got, ", among them axis 0, the samples, expected the axes that hold the channels; axes to reduce, as NumPy's axis=",
-                    std::string(py::repr(tuple)), ", are channel_axis=", axes_text(others), " here"));
+                    std::string(py::repr(tuple)), ", are channel_axis=", axes_text(others),
+                    " here; for statistics of each sample pass x[i : i + 1] and channel_axis=",
+                    axes_text({s.where.axes.data() + 1, static_cast<std::size_t>(s.where.n - 1)})));
 }
 
 }  // namespace
@@ -432,9 +391,19 @@ const char* wide_enough(py::handle dtype) {
     return nullptr;
 }
 
+// Python for what a message calls "renorm mean".
+std::string expression(const std::string& name) {
+    const std::size_t space = name.find(' ');
+    return space == std::string::npos ? name : say(name.substr(0, space), "['", name.substr(space + 1), "']");
+}
+
 std::string conversion(const char* name, PyObject* array) {
-    const char* const to = wide_enough(py::handle(array).attr("dtype"));
-    return to == nullptr ? "" : say("; use ", name, ".astype(", to, ")");
+    const py::object dtype = py::handle(array).attr("dtype");
+    const char* const to = wide_enough(dtype);
+    if (to == nullptr) return "";
+    const bool rounds = std::string_view(name) == "x" && dtype.attr("itemsize").cast<int>() >= 8;
+    return say("; use ", expression(name), ".astype(", to, ")",
+               rounds ? ", exact up to 2**53: of larger values first subtract an offset, which the mean then lacks" : "");
 }
 
 // Tells why this is not a tensor that can be used.
@@ -511,17 +480,33 @@ bool is_vector_type(Dtype t) { return t == Dtype::float32 || t == Dtype::float64
     type_error(name, say(name, " has dtype ", dtype_text(value), ", expected float32 or float64", hint));
 }
 
-[[noreturn]] void explain_shape(const Array& v, const char* name, const Subject& s, bool with_rows) {
+// What makes a vector of this shape one of another; nothing if that would have to guess the order of its values.
+std::string reshaping(std::span<const py::ssize_t> from, std::span<const py::ssize_t> to) {
+    const auto without_ones = [](std::span<const py::ssize_t> shape) {
+        std::vector<py::ssize_t> rest;
+        std::copy_if(shape.begin(), shape.end(), std::back_inserter(rest), [](py::ssize_t n) { return n != 1; });
+        return rest;
+    };
+    const auto place = [&](py::ssize_t n) { return std::find(from.begin(), from.end(), n) - from.begin(); };
+    if (from.size() == 1 || without_ones(from) == without_ones(to)) return ".reshape" + (to.size() == 1 ? "(-1)" : shape_text(to));
+    const std::set<py::ssize_t> lengths(from.begin(), from.end());
+    if (lengths.size() < from.size() || lengths != std::set<py::ssize_t>(to.begin(), to.end())) return "";
+    std::vector<py::ssize_t> axes;
+    for (const py::ssize_t n : to) axes.push_back(place(n));
+    return ".transpose" + shape_text(axes);
+}
+
+[[noreturn]] void explain_shape(const Array& v, const char* name, const Subject& s, bool with_rows, bool is_written = false) {
     std::string expected = shape_text(s.shape());
     if (with_rows && !s.where.hold(0)) {
         std::vector<py::ssize_t> wide(s.shape().begin(), s.shape().end());
         wide.insert(wide.begin(), s.x.shape[0]);
         expected += " or " + shape_text(wide);
     }
-    std::string hint;
-    if (v.size() == s.channels && v.ndim > 0) {
-        hint = say("; use ", name, ".reshape", s.where.n == 1 ? "(-1)" : shape_text(s.shape()));
-    }
+    const bool fits = v.size() == s.channels && v.ndim > 0;
+    std::string hint = fits ? reshaping({v.shape, static_cast<std::size_t>(v.ndim)}, s.shape()) : "";
+    const bool copied = is_written && hint.starts_with(".transpose");
+    if (!hint.empty()) hint = say("; use ", expression(name), hint, copied ? ".copy() and keep it" : "");
     value_error(name, say(name, " has shape ", shape_text(v), ", expected ", expected, " ", s.match(), hint));
 }
 
@@ -607,15 +592,17 @@ Subject channels_of(PyObject* running_mean) {
 Channels written(PyObject* value, const char* name, const Subject& s) {
     constexpr const char* kExpected = "a writable float32 or float64 array, updated in place";
     const Array v = vector_array(value, name, s, true);
-    if (!has_shape(v, 0, s)) explain_shape(v, name, s, false);
-    if (!v.writable) value_error(name, say(name, " is read-only, expected ", kExpected, "; pass ", name, ".copy() and keep it"));
+    if (!has_shape(v, 0, s)) explain_shape(v, name, s, false, true);
+    if (!v.writable)
+        value_error(name, say(name, " is read-only, expected ", kExpected, "; pass ", expression(name), ".copy() and keep it"));
     const std::optional<std::int64_t> stride = merged_stride(v, 0);
     if (!stride) {
-        value_error(name, say(name, " has strides ", shape_text({v.strides, static_cast<std::size_t>(v.ndim)}), " for shape ",
-                              shape_text(v), ", expected a contiguous array, updated in place; pass ", name, ".copy() and keep it"));
+        value_error(name,
+                    say(name, " has strides ", shape_text({v.strides, static_cast<std::size_t>(v.ndim)}), " for shape ", shape_text(v),
+                        ", expected a contiguous array, updated in place; pass ", expression(name), ".copy() and keep it"));
     }
     if (!v.direct) {
-        value_error(name, say(name, " is not aligned to its element size, expected an aligned array; use ", name, ".copy()"));
+        value_error(name, say(name, " is not aligned to its element size, expected an aligned array; use ", expression(name), ".copy()"));
     }
     return {v.data, v.dtype == Dtype::float64, s.channels, *stride};
 }

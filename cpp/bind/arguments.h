@@ -23,7 +23,7 @@ namespace batchnorm::bind {
 enum class Name : std::uint8_t {
     x, dy, saved, running_mean, running_var, mean, var, inv_std, gamma, beta, stats, needs, decay, seen, running_ddof, count, ddof,
     eps, channel_axis, data_format, activation, slope, residual, ddx, ddgamma, ddbeta, ddresidual, mask, lengths, lengths_axis, weights,
-    renorm, virtual_batch_size, keep, group, all_reduce, on_nonfinite, dtype, out_format, num_threads, out, out_residual
+    renorm, virtual_batch_size, keep, group, all_reduce, on_nonfinite, dtype, out_format, num_threads, out, out_residual, none
 };
 // clang-format on
 inline constexpr std::size_t kNames = static_cast<std::size_t>(Name::out_residual) + 1;
@@ -52,7 +52,7 @@ public:
 
 private:
     void parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const;
-    Name find(PyObject* keyword, PyObject* value, std::size_t& from) const;
+    Name find(PyObject* keyword, std::size_t& from) const;  // none: there is no such parameter
     [[noreturn]] void refuse(PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const;
 
     void set_required();
@@ -76,8 +76,9 @@ private:
     std::uint64_t given_ = 0;
 };
 
-void start_keywords();               // once, at import
-void use_hints(py::object explain);  // (function, keyword, value, known names) -> the text of the TypeError for an unknown keyword
+void start_keywords();  // once, at import
+// Why Python cannot bind these arguments to a function's parameters, and what to write instead.
+std::string refusal(py::handle function, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords);
 
 // ---- messages
 
@@ -89,7 +90,7 @@ std::string shape_text(std::span<const py::ssize_t> sizes);
 std::string shape_text(const Array& a);
 std::string dtype_text(PyObject* array);
 // "; did you mean 'relu'?", or nothing.
-std::string did_you_mean(std::string_view word, std::span<const std::string_view> known);
+std::string suggestion(py::handle word, std::span<const std::string_view> known);
 std::string listed(std::span<const std::string_view> words, const char* last);  // 'a', 'b' or 'c'
 
 template <class... Parts>
@@ -135,8 +136,7 @@ bool flag(PyObject* value, const char* name);
 int ddof_of(PyObject* value, const char* name);
 int threads(PyObject* value);  // None: 0, the default
 // Which of some words a str is; TypeError for another kind, ValueError for another word.
-using Hint = std::string(PyObject* value);  // "; what to do", or nothing
-std::size_t one_of(PyObject* value, const char* name, std::span<const std::string_view> words, bool or_none = false, Hint* hint = nullptr);
+std::size_t one_of(PyObject* value, const char* name, std::span<const std::string_view> words, bool or_none = false);
 Activation activation(const Arguments& a, Dtype dtype, double& slope);
 const char* word(Activation activation);
 

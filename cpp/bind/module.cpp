@@ -30,7 +30,8 @@ bool poll_signals() {
 struct OperationObject {
     PyObject_HEAD vectorcallfunc vectorcall;
     PyObject *dict, *weakrefs;
-    const Signature* signature;
+    const Signature* signature;  // nullptr: an entrance, which calls
+    PyObject* function;
 };
 
 PyTypeObject* operation_type = nullptr;
@@ -39,6 +40,18 @@ OperationObject& self(PyObject* o) { return *reinterpret_cast<OperationObject*>(
 
 PyObject* vectorcall(PyObject* o, PyObject* const* arguments, std::size_t n, PyObject* keywords) {
     return self(o).signature->call(arguments, PyVectorcall_NARGS(n), keywords);
+}
+
+// Calls a Python function. What its binding refuses, before it has a frame for a traceback, is told in the words of the hints.
+PyObject* enter(PyObject* o, PyObject* const* arguments, std::size_t n, PyObject* keywords) {
+    PyObject* const function = self(o).function;
+    PyObject* const result = PyObject_Vectorcall(function, arguments, n, keywords);
+    if (result != nullptr || PyErr_ExceptionMatches(PyExc_TypeError) == 0) return result;
+    return guarded([&]() -> py::object {
+        py::error_already_set e;
+        if (e.trace()) throw e;
+        type_error("", refusal(function, arguments, PyVectorcall_NARGS(n), keywords));
+    });
 }
 
 // As an attribute of a class it binds, as functions do; inspect takes it for a routine for having this.
@@ -57,6 +70,7 @@ PyObject* repr(PyObject* o) {
 PyObject* reduce(PyObject* o, PyObject*) { return PyObject_GetAttrString(o, "__qualname__"); }
 
 PyObject* keywords(PyObject* o, void*) {
+    if (self(o).signature == nullptr) return PyErr_SetString(PyExc_AttributeError, "keywords"), nullptr;
     return guarded([&] {
         const std::span<const Name> names = self(o).signature->operation().names;
         py::tuple words(names.size());
@@ -68,6 +82,7 @@ PyObject* keywords(PyObject* o, void*) {
 void dealloc(PyObject* o) {
     if (self(o).weakrefs != nullptr) PyObject_ClearWeakRefs(o);
     Py_CLEAR(self(o).dict);
+    Py_CLEAR(self(o).function);
     PyTypeObject* const type = Py_TYPE(o);
     type->tp_free(o);
     Py_DECREF(type);
@@ -92,17 +107,27 @@ PyObject* make_operation_type() {
                            {Py_tp_members, members},
                            {0, nullptr}};
     PyType_Spec spec{"batchnorm._core.Operation", static_cast<int>(sizeof(OperationObject)), 0,
-                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE, slots};
+                     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_METHOD_DESCRIPTOR | Py_TPFLAGS_DISALLOW_INSTANTIATION |
+                         Py_TPFLAGS_IMMUTABLETYPE,
+                     slots};
     operation_type = reinterpret_cast<PyTypeObject*>(PyType_FromSpec(&spec));
     if (operation_type == nullptr) throw py::error_already_set();
     return reinterpret_cast<PyObject*>(operation_type);
 }
 
-py::object new_operation(const Signature* signature) {
+py::object new_operation(const Signature* signature, py::handle function = {}) {
     auto made = py::reinterpret_steal<py::object>(operation_type->tp_alloc(operation_type, 0));
     if (!made) throw py::error_already_set();
-    self(made.ptr()).vectorcall = &vectorcall;
+    self(made.ptr()).vectorcall = signature == nullptr ? &enter : &vectorcall;
     self(made.ptr()).signature = signature;
+    self(made.ptr()).function = function.inc_ref().ptr();
+    return made;
+}
+
+// The decorator of a Python function that users call.
+py::object entrance(const py::object& function) {
+    py::object made = new_operation(nullptr, function);
+    py::module_::import("functools").attr("update_wrapper")(made, function);
     return made;
 }
 
@@ -188,7 +213,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         m.add_object(raw.name, made);
     }
     m.def("operation", &operation);
-    m.def("use_hints", &use_hints);
+    m.def("entrance", &entrance);
     m.def("use_results", [](const py::type& train, const py::type& backward, const py::type& double_backward) {
         const auto type = [](const py::type& t) { return reinterpret_cast<PyTypeObject*>(t.ptr()); };
         use_results(type(train), type(backward), type(double_backward));

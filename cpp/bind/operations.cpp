@@ -55,11 +55,15 @@ std::int64_t number_after(const std::string& text, std::string_view words, std::
 }
 
 // The core knows neither shapes nor several channel axes, nor how positions lie in an array.
-Error retold(const Error& e, const Subject& s, const PositionArguments* positions) {
+// `part`: samples of a part, where x has several.
+Error retold(const Error& e, const Subject& s, const PositionArguments* positions, std::int64_t part) {
     std::string text = e.what();
     std::size_t begin, end;
     if (text.starts_with(kOneValue)) {
-        text.replace(0, kOneValue.size(), say("x has shape ", shape_text(s.x), " with one value per channel"));
+        const std::string x = part == 0 ? "x has shape " + shape_text(s.x) + " with"
+                                        : say("virtual_batch_size is ", part, " and a part of x ", shape_text(s.x), " has");
+        text.replace(0, kOneValue.size(), x + " one value per channel");
+        if (part != 0) text.replace(text.find("use a larger batch"), std::string::npos, "use a larger virtual_batch_size, or drop it");
         const std::size_t counts = text.find(" that counts");
         if (counts != std::string::npos) text.insert(counts + 12, " by mask, lengths or weights");
     }
@@ -76,11 +80,11 @@ Error retold(const Error& e, const Subject& s, const PositionArguments* position
 }
 
 template <class F>
-void run(const ConstTensor& x, const Subject& s, F f, const PositionArguments* positions = nullptr) {
+void run(const ConstTensor& x, const Subject& s, F f, const PositionArguments* positions = nullptr, std::int64_t part = 0) {
     try {
         without_gil(x, f);
     } catch (const Error& e) {
-        throw retold(e, s, positions);
+        throw retold(e, s, positions, part);
     }
 }
 
@@ -132,6 +136,7 @@ struct ForwardCall {
     Numbers numbers;
     py::object dtype;  // of an image's result
     bool has_parts = false;
+    std::int64_t part = 0;  // its samples, if there are several
 
     ForwardCall(const Arguments& arguments, Kinds kinds)
         : a(arguments), s(subject(arguments, kinds)), tensors(s, "x", f.x), positions(arguments, s) {}
@@ -232,8 +237,8 @@ void ForwardCall::set_renorm_option(const std::string& name, PyObject* value) {
     double* const numbers_of[] = {nullptr, nullptr, &r.decay, &r.rmin, &r.rmax, &r.dmax};
     const auto option = std::find(std::begin(kOptions), std::end(kOptions), name);
     if (option == std::end(kOptions)) {
-        value_error("renorm",
-                    say("renorm has no option '", name, "', expected mean, std, decay, rmin, rmax, dmax", did_you_mean(name, kOptions)));
+        value_error("renorm", say("renorm has no option '", name, "', expected mean, std, decay, rmin, rmax, dmax",
+                                  suggestion(py::str(name), kOptions)));
     }
     if (double* const number = numbers_of[option - std::begin(kOptions)]) {
         if (number == &r.decay && value == Py_None) return;
@@ -299,10 +304,11 @@ std::int64_t ForwardCall::part_size() {
 void ForwardCall::see() {
     if (a.has(Name::residual)) tensors.read("residual", a[Name::residual], f.residual);
     positions.add_to(tensors, f.positions);
-    const std::int64_t part = part_size(), samples = s.x.shape[0];
+    const std::int64_t size = part_size(), samples = s.x.shape[0];
     tensors.see(has_parts || f.gamma.rows != 0 || f.beta.rows != 0);
     positions.flatten(tensors.layout(), f.positions);
-    if (has_parts && samples > 0) f.part_outer = std::min(part, samples) * (f.x.outer / samples);
+    part = size < samples ? size : 0;
+    if (has_parts && samples > 0) f.part_outer = std::min(size, samples) * (f.x.outer / samples);
 }
 
 // The empty Saved of this call, which the core fills.
@@ -316,6 +322,12 @@ py::object ForwardCall::saved(Keeps keeps) {
     return made;
 }
 
+// Whether the same forward takes keep='y'; eps is not known of Saved.of, which has no keep.
+bool takes_y(const SavedObject& o) {
+    const bool told = o.activation == Activation::none || (o.activation == Activation::leaky_relu && o.slope > 0);
+    return told && !o.has_residual && !std::isnan(o.eps);
+}
+
 // After the call: refers to what backward reads.
 void ForwardCall::keep(SavedObject& o, Keeps keeps, const py::object& y) const {
     if (keeps == Keeps::nothing) return;
@@ -325,7 +337,8 @@ void ForwardCall::keep(SavedObject& o, Keeps keeps, const py::object& y) const {
     };
     const bool any = f.x.outer != 0;
     if (keeps == Keeps::x && any && f.y.data == f.x.data) {
-        o.lost = "out= of the forward was x itself; use keep='y', or another out";
+        o.lost = takes_y(o) ? "out= of the forward was x itself; use keep='y', or another out"
+                            : "out= of the forward was x itself; use another out";
     } else {
         refer(o.tensor, o.mark, keeps == Keeps::x ? a[Name::x] : y.ptr());
     }
@@ -385,7 +398,7 @@ py::object batch_norm_train(const Arguments& a) {
     c.tensors.write("out", a[Name::out], f.y);
     c.see();
     py::object saved = c.saved(keeps);
-    run(f.x, c.s, [&] { batchnorm::batch_norm_train(f); }, &c.positions);
+    run(f.x, c.s, [&] { batchnorm::batch_norm_train(f); }, &c.positions, c.part);
     py::object y = c.tensors.result(1);
     c.keep(saved_of(saved.ptr(), ""), keeps, y);
     return named(train_result, std::move(y), std::move(saved));
@@ -450,11 +463,11 @@ struct Kept {
     Kept(SavedObject& o, const Arguments& a);
 };
 
-[[noreturn]] void overwritten(const char* name) {
-    const bool y = std::string_view(name) == "y";
+[[noreturn]] void overwritten(const char* name, const SavedObject& o) {
+    const bool x = std::string_view(name) == "x";
     throw Misuse(say(
-        name, " has been overwritten since the forward, expected it unchanged until backward; leave it alone, call the forward with a copy",
-        y ? ", or use keep='x'" : ", or use keep='y'"));
+        name, " has been overwritten since the forward, expected it unchanged until backward; leave it alone, or call the forward with ",
+        o.keeps == Keeps::y ? "keep='x'" : "a copy", x && takes_y(o) ? ", or with keep='y'" : ""));
 }
 
 Kept::Kept(SavedObject& o, const Arguments& a) : held(o.keeps != Keeps::nothing), name(o.keeps == Keeps::y ? "y" : "x") {
@@ -479,7 +492,7 @@ Kept::Kept(SavedObject& o, const Arguments& a) : held(o.keeps != Keeps::nothing)
         throw Error(same_type ? Error::value : Error::type, "x", what);
     }
     s.set_channels();
-    if (!o.mark.matches(s.x)) overwritten(name);
+    if (!o.mark.matches(s.x)) overwritten(name, o);
 }
 
 // Adds the forward's residual if it is read; the object that holds it.
@@ -496,7 +509,7 @@ py::object add_residual(Tensors& tensors, SavedObject& o, const Arguments& a, Co
         throw Misuse(say("saved holds no residual: ", o.lost_residual != nullptr ? o.lost_residual : "pass residual=, the forward's"));
     }
     tensors.read("residual", residual.ptr(), view);
-    if (!o.residual_mark.matches(shape_of(residual.ptr()))) overwritten("residual");
+    if (!o.residual_mark.matches(shape_of(residual.ptr()))) overwritten("residual", o);
     return residual;
 }
 

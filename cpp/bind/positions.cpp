@@ -76,7 +76,12 @@ void PositionArguments::explain_shape(const Array& given, const char* name) cons
     for (int i = 0; i < x.ndim; ++i) {
         if (!where.hold(i)) rest.push_back(x.shape[i]);
     }
-    std::string expected = shape_text(rest) + " or " + shape_text(x);
+    const bool by_position = std::string_view(name) == "weights";  // in every channel
+    std::vector<py::ssize_t> full(x.shape, x.shape + x.ndim);
+    for (int i = 0; i < x.ndim; ++i) {
+        if (by_position && where.hold(i)) full[static_cast<std::size_t>(i)] = 1;
+    }
+    std::string expected = shape_text(rest) + " or " + shape_text(full);
     if (rest.size() > 1 && !where.hold(0)) expected.insert(0, shape_text({x.shape, 1}) + ", ");
     // What fits x's last axes, or one of its axes alone, as NumPy would broadcast it.
     std::string hint;
@@ -84,7 +89,7 @@ void PositionArguments::explain_shape(const Array& given, const char* name) cons
     if (given.ndim > 0 && given.ndim < x.ndim) {
         for (int shift = x.ndim - given.ndim; shift >= 0 && hint.empty(); --shift) {
             bool fits = true;
-            for (int i = 0; i < given.ndim; ++i) fits &= given.shape[i] == 1 || given.shape[i] == x.shape[shift + i];
+            for (int i = 0; i < given.ndim; ++i) fits &= given.shape[i] == 1 || given.shape[i] == full[static_cast<std::size_t>(shift + i)];
             if (!fits) continue;
             std::copy(given.shape, given.shape + given.ndim, wide.begin() + shift);
             hint = say("; for axes from ", shift, " on use ", name, ".reshape", shape_text(wide));

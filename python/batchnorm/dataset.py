@@ -9,26 +9,20 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from ._hints import refuse_keywords
-from .moments import (
-    FIRST_AXIS,
-    POSITIVE,
-    MeanVar,
-    Moments,
-    common_count,
-    reduced_axes,
-    refuse_group,
-)
-from .settings import flag, integer, kind, real
+from . import _core
+from .images import CHANNEL_AXES, GREY
+from .moments import FIRST_AXIS, MeanVar, Moments, array_of, common_count, reduced_axes, refuse_group, unit
+from .settings import UnsaidAxis, flag, integer, kind
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
 
 __all__ = ["DatasetMoments", "dataset_moments"]
 
 _CHUNK_BYTES = 64 << 20
+_FEW = 4  # channels of grey pictures and colours, with alpha
 
 
 class DatasetMoments(MeanVar):
@@ -58,13 +52,13 @@ class DatasetMoments(MeanVar):
         return common_count(self.counts)
 
 
+@_core.entrance
 def dataset_moments(
     batches: object, *, channel_axis: ChannelAxis = FIRST_AXIS, data_format: DataFormatName | None = None,
     ddof: int = 0, read: Callable[[Any], Any] | None = None, transform: Callable[[Any], Array] | None = None,
     mask: Callable[[Array], Mask] | None = None, nodata: float | Sequence[float] | Array | None = None,
     max_value: float | None = None, chunk_bytes: int = _CHUNK_BYTES, moments: Moments | None = None,
     group: Group | None = None, progress: bool | None = None, num_threads: int | None = None,
-    **unknown: NoReturn,
 ) -> DatasetMoments:  # fmt: skip
     """Mean and variance of each channel of a data set, read once, piece by piece.
 
@@ -75,20 +69,26 @@ def dataset_moments(
         slices, such as a dataset of h5py or zarr or an array of dask. Files are memory-mapped, never
         unpickled. An iterable, a generator for example, is gone through once. With ``read`` or ``transform``
         it may hold anything.
-    channel_axis, data_format
+    channel_axis : int or tuple of int, default 1
         The axis that holds the channels of the arrays, as in :func:`batch_norm`.
+    data_format : str, optional
+        Another way to say it, as there. With "NHWC" and "NCHW" also single images of at most 4 channels, and
+        grey ones (H, W). Arrays that ``read`` or ``transform`` made of something else and that may be
+        pictures or tables need one of the two.
     ddof : int
         The variance divides by ``count - ddof``.
     read : callable, optional
-        Makes an array of a path, or of another element of ``batches`` that is no array: ``read=imread`` with
-        paths of pictures. Masked arrays (``numpy.ma``) are welcome. A large array is cut into pieces.
+        Makes an array of a path, or of another element of ``batches`` that is no array: ``read=imread`` or
+        ``read=PIL.Image.open`` with paths of pictures. What it returns is an array, also a masked one
+        (``numpy.ma``), or makes one by ``__array__`` or ``__array_interface__``, as pictures do. Pillow's
+        pictures with a palette need ``.convert("RGB")``. A large array is cut into pieces.
     transform : callable, optional
         Applied to each piece before it is taken in; returns an array that :meth:`Moments.update` takes.
         Elements that are neither arrays nor paths go to it as they are, so ``lambda b: b[0]`` picks the
         images from pairs.
     mask : callable, optional
-        Called with each piece as it is taken in; returns a ``mask`` for it as in :func:`moments`, True where
-        a value counts.
+        Called with each piece as it is taken in, a single image with a batch axis; returns a ``mask`` for it
+        as in :func:`moments`, True where a value counts.
     nodata : float, or one per channel, optional
         Values equal to it do not count, as in :func:`moments`.
     max_value : float, optional
@@ -117,8 +117,9 @@ def dataset_moments(
     Raises
     ------
     TypeError, ValueError
-        As :func:`moments`; also elements of other kinds, arrays with different numbers of channels, files
-        that are no .npy without ``read``, no values at all.
+        As :func:`moments`; also elements of other kinds, arrays with different numbers of channels, or whose
+        channels cannot be told, files that are no .npy without ``read``, no values at all, and a
+        ``max_value`` below 1 for integers.
     OSError
         A file cannot be opened.
     ImportError
@@ -143,8 +144,6 @@ def dataset_moments(
     >>> result.mean.shape, result.mean.tolist(), result.count
     ((3,), [0.5, 0.5, 0.5], 24576)
     """
-    if unknown:
-        refuse_keywords("dataset_moments", unknown, dataset_moments.__kwdefaults__)
     refuse_group(group)
     total = Moments(channel_axis=channel_axis, data_format=data_format, nodata=nodata)
     if moments is not None:
@@ -160,19 +159,26 @@ def dataset_moments(
     for name, function in (("read", read), ("transform", transform), ("mask", mask)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} is {kind(function)}, expected a function, or None")
-    unit = 1.0 if max_value is None else real("max_value", max_value, *POSITIVE)
+    top = unit(1 if max_value is None else max_value)
     show = None if progress is None else flag("progress", progress)
     elements = _elements(batches)
+    form = str(total.state_dict()["data_format"])
+    cut = CHANNEL_AXES.get(form, total.channel_axis)  # also of single images
+    said = total.channels is not None or form or not isinstance(total.channel_axis, UnsaidAxis)
     with _bar(show, None if read is not None else _bytes_of(batches)) as advance:
         for element in elements:
-            for piece in _pieces_of(element, total.channel_axis, chunk, read, transform):
-                x = piece if transform is None else transform(piece)
+            made = not _is_array(element) and (read is not None or not _is_path(element))
+            for piece in _pieces_of(element, cut, chunk, read, transform):
+                x = array_of(piece if transform is None else transform(piece))
+                if isinstance(x, np.ndarray):
+                    unit(top, x.dtype)
+                    x = _batch(x, form, total.channel_axis if said else None, made)
                 total.update(x, mask=None if mask is None else mask(x), num_threads=num_threads)
                 advance(getattr(piece, "nbytes", 0))
     if total.channels is None:
-        hint = "a generator that was gone through before is empty"
+        hint = "all is masked or nodata, or a generator was gone through before"
         raise ValueError(f"batches holds no values that count, expected at least one; {hint}")
-    result = DatasetMoments(total.mean / unit, total.variance(delta) / unit**2)
+    result = DatasetMoments(total.mean / top, total.variance(delta) / top**2)
     result.counts, result.moments = total.counts, total
     return result
 
@@ -204,19 +210,39 @@ def _pieces_of(
     element: Any, axis: ChannelAxis, chunk: int, read: Callable[[Any], Any] | None, transform: object
 ) -> Iterator[Any]:
     """What an element of the data set is taken in as."""
+    expected = "arrays or paths of .npy files; pass read= or transform= to make arrays of other things"
+    what = "an element of batches"
     if read is not None and not _is_array(element):
-        element = read(element)
+        element, what, expected = read(element), "what read returned", "an array; use numpy.asarray there"
     elif _is_path(element):
         element = _open_npy(element)
+    if transform is None and not _is_array(element):
+        element = array_of(element)
     if _is_array(element):
         yield from map(np.asanyarray, _pieces(element, axis, chunk))
     elif transform is not None:
         yield element
-    elif read is not None:
-        raise TypeError(f"read returned {kind(element)}, expected an array")
     else:
-        expected = "arrays or paths of .npy files; pass read= or transform= to make arrays of other things"
-        raise TypeError(f"batches contains {kind(element)}, expected {expected}")
+        raise TypeError(f"{what} is {kind(element)}, expected {expected}")
+
+
+def _batch(x: Array, form: str, axis: ChannelAxis | None, made: bool) -> Array:
+    """x as an accumulator takes it, an image with a batch axis; an error if its channels cannot be told."""
+    if form in CHANNEL_AXES and x.ndim in (2, 3):
+        of = CHANNEL_AXES[form]
+        if x.ndim == 2 or x.shape[of] <= _FEW:
+            return np.expand_dims(x, (0, of) if x.ndim == 2 else 0)
+        got = f"data_format is {form!r} and an array has shape {x.shape}, expected 4 dimensions"
+        remedy = f"pass transform=lambda x: x[None] for one image of {x.shape[of]} channels"
+        raise ValueError(f"{got}; {remedy}, transform=lambda x: {GREY[form]} for grey images")
+    vague = axis is None or (axis == -1 and x.ndim == 2)
+    if made and vague and x.ndim > 1 and x.shape[1] > _FEW and (x.ndim < 4 or x.shape[-1] <= _FEW):
+        got = f"channel_axis is {'not given' if axis is None else axis} and an array has shape {x.shape}"
+        remedy = "pass (to Moments, if given) data_format='NHWC' for images"
+        palette = " (.convert('RGB') in read those with a palette)"
+        remedy += palette if x.ndim == 2 else ", channel_axis=0 for rasters (bands, rows, columns)"
+        raise ValueError(f"{got}, expected to be told its channels; {remedy}, channel_axis=1 for (N, C, ...)")
+    return x
 
 
 def _nbytes(array: Any) -> int:
@@ -268,7 +294,8 @@ def _open_npy(path: str | os.PathLike[str]) -> Array:
         raise
     except Exception as error:
         what = f"cannot read {name!r} as an .npy file: {str(error) or type(error).__name__}"
-        raise ValueError(f"{what}; pass read=, a function that makes an array of a path") from error
+        remedy = "pass read=, a function that makes an array of a path, such as PIL.Image.open"
+        raise ValueError(f"{what}; {remedy}") from error
 
 
 # ---- progress ----------------------------------------------------------------------------------------------

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 
+from . import _core
 from .settings import checked_vector, integer, kind, real
 from .typing import Array
 
 __all__ = ["fold"]
 
 _FLOATS = ("float16", "float32", "float64", "bfloat16")
+# Where layers have their outputs, for the error about an axis that has others. The first two may be dense.
+_LAYERS: dict[int | tuple[int, ...], str] = {
+    0: "a layer (outputs, inputs, ...)",
+    -1: "a layer (..., inputs, outputs)",
+    1: "a transposed convolution (inputs, outputs / groups, ...)",
+    -2: "a transposed convolution (..., outputs, inputs)",
+    (-2, -1): "a depthwise convolution (..., inputs, multiplier)",
+}
 
 
+@_core.entrance
 def fold(
     weight: Array, bias: Array | None, mean: Array, var: Array, gamma: Array | None = None,
     beta: Array | None = None, *, eps: float, out_axis: int | tuple[int, ...], groups: int = 1,
@@ -33,8 +44,8 @@ def fold(
     eps : float
         The normalisation's, 1e-5 in PyTorch and here, 1e-3 in Keras. It has no default.
     out_axis : int or tuple of int
-        The axis of ``weight`` that holds the C output channels. With a square weight the wrong axis has the
-        right shape, so it has no default:
+        The axis of ``weight`` that holds the C output channels, or several, of which the first one varies
+        slowest. With a square weight the wrong axis has the right shape, so it has no default:
 
         ======================================= ==============
         weight                                   out_axis
@@ -43,10 +54,11 @@ def fold(
         PyTorch and ONNX ConvTranspose           1
         Keras and Flax Dense, Conv               -1
         Keras Conv2DTranspose                    -2
-        Keras DepthwiseConv2D (H, W, C, M)       (2, 3)
+        Keras DepthwiseConv2D (H, W, inputs, M)  (2, 3)
         ======================================= ==============
     groups : int, default 1
-        Of a grouped transposed convolution, whose weight has shape (inputs, C / groups, ...).
+        Of a grouped transposed convolution, whose weight has shape (inputs, C / groups, ...) and out_axis=1.
+        The weights of other grouped layers hold all outputs on one axis.
 
     Returns
     -------
@@ -57,8 +69,12 @@ def fold(
     Raises
     ------
     TypeError, ValueError
-        Wrong kinds, dtypes or shapes; ``var + eps`` that is 0 or negative; ``out_axis`` whose length is not
-        that of ``mean``.
+        Wrong kinds, dtypes or shapes; a negative ``var``; ``var + eps`` that is 0; ``out_axis`` and
+        ``groups`` that do not make as many outputs as ``mean`` has; results beyond the range of their dtype.
+
+    See Also
+    --------
+    BatchNorm.fold : The same of a layer.
 
     Notes
     -----
@@ -76,8 +92,9 @@ def fold(
     >>> weight.shape, bias.shape
     ((64, 16, 3, 3), (64,))
     """
-    if not isinstance(weight, np.ndarray) or weight.dtype.name not in _FLOATS:
-        got = f"has dtype {weight.dtype}" if isinstance(weight, np.ndarray) else f"is {kind(weight)}"
+    plain = isinstance(weight, np.ndarray) and not isinstance(weight, np.ma.MaskedArray)
+    if not plain or weight.dtype.name not in _FLOATS:
+        got = f"has dtype {weight.dtype}" if plain else f"is {kind(weight)}"
         raise TypeError(f"weight {got}, expected an array of float16, float32, float64 or bfloat16")
     wide = np.dtype(np.float64)
     channels = checked_vector("mean", mean, None, wide, cast=True).size
@@ -88,14 +105,20 @@ def fold(
         else checked_vector(name, value, (channels,), wide, cast=True).astype(wide)
         for name, value in vectors.items()
     )
-    v += real("eps", eps, 0, math.inf, "a finite number >= 0")
-    if not (v > 0).all():
-        channel = int((v > 0).argmin())
-        raise ValueError(f"var + eps is {v[channel]} at channel {channel}, expected more than 0")
-    scale = g / np.sqrt(v)
-    folded = (weight * _spread(scale, weight.shape, out_axis, groups)).astype(weight.dtype)
+    delta = real("eps", eps, 0, sys.float_info.max, "a finite number >= 0")
+    for name, values, bad in (("var", v, v < 0), ("var + eps", v + delta, v + delta == 0)):
+        if bad.any():
+            got = f"{name} is {values[bad][0]} at channel {bad.argmax()}"
+            raise ValueError(f"{got}, expected var >= 0 and var + eps > 0")
+    scale = g / np.sqrt(v + delta)
     like = bias.dtype if bias is not None else wide if weight.dtype == wide else np.dtype(np.float32)
-    return folded, ((c - m) * scale + b).astype(like)
+    spread = _spread(scale, weight.shape, out_axis, groups)
+    with np.errstate(over="ignore"):
+        folded = (weight * spread).astype(weight.dtype), ((c - m) * scale + b).astype(like)
+    if not all(np.isfinite(result).all() for result in folded):
+        what = f"folded weight and bias are not finite in {weight.dtype} and {like}, expected finite numbers"
+        raise ValueError(f"{what}; pass finite ones, of float64 where these are too large")
+    return folded
 
 
 def _spread(scale: Array, shape: tuple[int, ...], out_axis: object, groups: int) -> Array:
@@ -106,15 +129,24 @@ def _spread(scale: Array, shape: tuple[int, ...], out_axis: object, groups: int)
     axes = [integer("out_axis", axis, -rank, rank - 1, expected) % rank for axis in given]
     if not axes or len(set(axes)) != len(axes):
         raise ValueError(f"out_axis is {out_axis}, expected {expected}")
-    lengths = [shape[axis] for axis in axes]
-    if math.prod(lengths) == scale.size:
-        place = [shape[axis] if axis in axes else 1 for axis in range(rank)]
-        return scale.reshape(lengths).transpose(np.argsort(axes)).reshape(place)
-    if count > 1 and axes == [1] and lengths[0] * count == scale.size and shape[0] % count == 0:
-        rows = np.repeat(scale.reshape(count, lengths[0]), shape[0] // count, axis=0)
+    lengths, parts = [shape[axis] for axis in axes], count if axes == [1] else 1
+    if math.prod(lengths) * parts != scale.size or scale.size % count or shape[0] % parts:
+        got = f"out_axis is {out_axis} and groups is {count} with weight {shape}"
+        remedy = _fitting(shape, scale.size) or "weight and mean are not of the same layer"
+        raise ValueError(f"{got}, expected what makes the {scale.size} channels of mean: {remedy}")
+    if parts > 1:
+        rows = np.repeat(scale.reshape(parts, lengths[0]), shape[0] // parts, axis=0)
         return rows.reshape(*rows.shape, *[1] * (rank - 2))
-    hint = "" if count == 1 else f"; with groups={count} it may be 1 of (inputs, {scale.size / count:g}, ...)"
-    raise ValueError(
-        f"out_axis is {out_axis}, of length {math.prod(lengths)} in weight {shape}, expected the axis of the "
-        f"{scale.size} channels of mean{hint}"
-    )
+    place = [shape[axis] if axis in axes else 1 for axis in range(rank)]
+    return scale.reshape(lengths).transpose(np.argsort(axes)).reshape(place)
+
+
+def _fitting(shape: tuple[int, ...], channels: int) -> str:
+    """What to pass for each layer with so many outputs that could have a weight of this shape."""
+    found = []
+    for axes, layer in list(_LAYERS.items())[: None if len(shape) > 2 else 2]:
+        length = int(np.prod(np.take(shape, axes)))
+        groups = channels // length if axes == 1 and length else 1
+        if length * groups == channels and shape[0] % groups == 0:
+            found.append(f"out_axis={axes}, groups={groups} for {layer}")
+    return ", or ".join(found)

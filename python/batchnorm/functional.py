@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from numpy.typing import DTypeLike
 
-from . import _core, _hints
+from . import _core
 from ._core import Saved
 from .typing import (
     ActivationName,
@@ -37,8 +37,6 @@ __all__ = [
     "batch_norm_double_backward",
     "batch_norm_train",
 ]
-
-_core.use_hints(_hints.explain)
 
 
 class TrainResult(NamedTuple):
@@ -318,7 +316,9 @@ def batch_norm_train(
 
     See Also
     --------
+    batch_norm_backward : The gradients, from ``saved``.
     batch_norm : With given statistics, and nothing kept.
+    BatchNorm : The layer, which holds the state.
 
     Notes
     -----
@@ -400,6 +400,10 @@ def batch_norm_backward(
         in ``needs``, ``out`` without "dx" in it.
     RuntimeError
         ``saved`` holds no tensor, or its tensor was overwritten after the forward pass.
+
+    See Also
+    --------
+    batch_norm_double_backward : Gradients of these.
 
     Notes
     -----

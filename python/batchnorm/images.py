@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ._hints import refuse_keywords
+from . import _core
 from .functional import batch_norm
-from .moments import POSITIVE
+from .moments import array_of, unit
 from .settings import kind, real, word
 from .typing import Array, Vector
 
@@ -19,19 +19,20 @@ __all__ = ["normalize_images"]
 
 ImageFormatName = Literal["NHWC", "NCHW"]
 
-_CHANNEL_AXES = {"NHWC": -1, "NCHW": -3}
-_DTYPES = (np.uint8, np.int16, np.uint16)
+CHANNEL_AXES = {"NHWC": -1, "NCHW": -3}
+GREY = {"NHWC": "x[..., None]", "NCHW": "x[..., None, :, :]"}  # grey images with a channel axis
+_DTYPES = tuple(map(np.dtype, ("uint8", "int16", "uint16")))
 _MOST = sys.float_info.max
 _TINY = 1e-300  # whose reciprocal is a float64
 # How far beyond its bound a standard deviation may be: that of a sample of n divides by n - 1.
 _SLACK = 1.001
 
 
+@_core.entrance
 def normalize_images(
     x: Array, mean: Sequence[float] | Array, std: Sequence[float] | Array, *, max_value: float | None = None,
     data_format: ImageFormatName = "NHWC", out_format: ImageFormatName = "NCHW",
     dtype: DTypeLike | None = None, num_threads: int | None = None, out: Array | None = None,
-    **unknown: NoReturn,
 ) -> Array:  # fmt: skip
     """Preprocess images in one pass: ``(x / max_value - mean) / std``, pixels to planes.
 
@@ -45,8 +46,8 @@ def normalize_images(
         0.225]`` of ImageNet, or what ``dataset_moments(..., max_value=255)`` gives of images of your own.
         Finite; ``std > 0``. Statistics that no image of this dtype can have are an error.
     max_value : float, optional
-        The value that becomes 1; absent means the largest of the dtype: 255, 32767, 65535. Pass 1 for
-        ``mean`` and ``std`` in units of the pixels.
+        The value that becomes 1, so at least 1; absent means the largest of the dtype: 255, 32767, 65535.
+        Pass 1 for ``mean`` and ``std`` in units of the pixels.
     data_format, out_format : "NHWC" or "NCHW"
         Layout of ``x`` and of the result.
     dtype : dtype, optional
@@ -71,6 +72,10 @@ def normalize_images(
         or a standard deviation of more than half their distance, all over ``max_value``: with uint8 and 255 a
         mean outside [0, 1] or a ``std`` above 0.5.
 
+    See Also
+    --------
+    dataset_moments : Mean and standard deviation of a data set.
+
     Notes
     -----
     ``y = (x - max_value * mean) * (1 / (max_value * std))``, per-channel numbers and arithmetic in float64,
@@ -86,16 +91,15 @@ def normalize_images(
     >>> y.shape, y.dtype
     ((8, 3, 32, 48), dtype('float32'))
     """
-    if unknown:
-        refuse_keywords("normalize_images", unknown, normalize_images.__kwdefaults__)
-    images, expected = _images(x), word(*_CHANNEL_AXES)
-    from_axis = _CHANNEL_AXES[expected("data_format", data_format)]
-    expected("out_format", out_format)
+    expected = word(*CHANNEL_AXES)
+    from_axis = CHANNEL_AXES[expected("data_format", data_format)]
+    to_axis = CHANNEL_AXES[expected("out_format", out_format)]
+    images = _images(array_of(x), max_value, data_format, to_axis)
     channels, info = images.shape[from_axis], np.iinfo(images.dtype)
     if channels == 0:
         raise ValueError(f"x has shape {images.shape} with 0 channels ({data_format}), expected at least 1")
-    top = float(info.max) if max_value is None else real("max_value", max_value, *POSITIVE)
-    m, s = _per_channel("mean", mean, channels), _per_channel("std", std, channels)
+    top = float(info.max) if max_value is None else unit(max_value, images.dtype)
+    m, s = (_per_channel(name, v, images, data_format) for name, v in (("mean", mean), ("std", std)))
     low, high = info.min / top, info.max / top
     of_mean = "mean", m, low, high, f"{low:.6g} to"
     of_std = "std", s, _TINY / top, (high - low) / 2, "more than 0, up to"
@@ -116,22 +120,37 @@ def normalize_images(
     return out if out is not None else y[0] if one is None else y
 
 
-def _images(x: object) -> Array:
-    expected = "uint8, int16 or uint16"
-    if not isinstance(x, np.ndarray) or isinstance(x, np.ma.MaskedArray):
+def _images(x: Any, max_value: float | None, data_format: str, to_axis: int) -> Array:
+    """x, if it is images; else an error with what to do instead."""
+    expected, from_axis = "uint8, int16 or uint16", CHANNEL_AXES[data_format]
+    if not isinstance(x, np.ndarray):
         raise TypeError(f"x is {kind(x)}, expected an array of {expected}")
-    if x.dtype not in _DTYPES:
-        floating = x.dtype.kind == "f" or x.dtype.name == "bfloat16"
-        hint = "; normalise floating images with batch_norm(x, mean, std**2, eps=0)" * floating
-        raise TypeError(f"x has dtype {x.dtype}, expected {expected}{hint}")
+    moved = "{}" if from_axis == to_axis else f"numpy.moveaxis({{}}, {from_axis}, {to_axis})"
+    if isinstance(x, np.ma.MaskedArray):
+        use = f"pass x.data for y, and then set y[{moved.format('numpy.ma.getmaskarray(x)')}] = 0"
+        raise TypeError(f"x is {kind(x)}, expected an array of {expected} without a mask; {use}")
     if x.ndim not in (3, 4):
-        hint = "; use x[..., None] for grey images" * (x.ndim == 2)
+        hint = f"; use {GREY[data_format]} for grey images" * (x.ndim == 2)
         raise ValueError(f"x has shape {x.shape}, expected 4 dimensions, or 3 for one image{hint}")
+    if x.dtype not in _DTYPES:
+        hint = _instead(x, max_value, moved, to_axis)
+        raise TypeError(f"x has dtype {x.dtype}, expected {expected}{hint}")
     return x
 
 
-def _per_channel(name: str, value: Any, channels: int) -> Vector:
+def _instead(x: Array, max_value: float | None, moved: str, axis: int) -> str:
+    """What to do with numbers of another dtype."""
+    if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
+        return "; pass x.astype of one that holds its values, and max_value, the value that becomes 1"
+    called = moved.format("x" if x.dtype.isnative and x.itemsize <= 8 else "x.astype(numpy.float64)")
+    scale = "" if max_value is None else f" * {max_value}"
+    statistics = f"numpy.array(mean, float){scale}, (numpy.array(std, float){scale})**2"
+    return f"; use batch_norm({called}, {statistics}, eps=0, channel_axis={axis})"
+
+
+def _per_channel(name: str, value: Any, x: Array, data_format: str) -> Vector:
     """A sequence of numbers or an array, as float64."""
+    channels = x.shape[CHANNEL_AXES[data_format]]
     if isinstance(value, list | tuple):
         value = np.array([real(name, v, -_MOST, _MOST, "finite numbers") for v in value])
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
@@ -139,5 +158,7 @@ def _per_channel(name: str, value: Any, channels: int) -> Vector:
         shown = f"of dtype {value.dtype}" if isinstance(value, np.ndarray) else kind(value)
         raise TypeError(f"{name} is {shown}, expected a sequence of {channels} floats, one per channel{hint}")
     if value.shape != (channels,):
-        raise ValueError(f"{name} has shape {value.shape}, expected ({channels},), one per channel of x")
+        hint = f"; for grey images use {GREY[data_format]}" * (value.size == 1 and x.ndim == 3)
+        what = f"({channels},), one per channel of x {x.shape} in {data_format}"
+        raise ValueError(f"{name} has shape {value.shape}, expected {what}{hint}")
     return value.astype(np.float64)

@@ -8,7 +8,6 @@ returned.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import warnings
@@ -18,13 +17,12 @@ from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from itertools import compress
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, NoReturn, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar, cast, overload
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from . import _core, _hints, functional
-from ._hints import refuse_keywords
 from .diagnose import Diagnosis, History, findings
 from .diagnose.history import plot
 from .diagnose.recalibrate import collected, population, recalibrating
@@ -405,6 +403,7 @@ class BatchNorm:
     dbeta = _Part["Array | Any"]("beta's gradient of the last backward, or None.", _any)
     dresidual = _Part["Array | Any"]("The residual's gradient of the last backward, or None.", _any)
 
+    @_core.entrance
     def __init__(
         self, num_features: int | tuple[int, ...] | None = None, *, name: str | None = None,
         decay: float | None = 0.9, warmup: bool = False, zero_debias: bool = False, eps: float = 1e-5,
@@ -414,13 +413,9 @@ class BatchNorm:
         virtual_batch_size: int | None = None, keep: Literal["x", "y"] = "x", group: None = None,
         on_nonfinite: OnNonfinite = "propagate", allow_initial_statistics: bool = False,
         initial: Mapping[str, Initial] | None = None, history: int | None = None,
-        dtype: DTypeLike = np.float32, **unknown: NoReturn,
+        dtype: DTypeLike = np.float32,
     ) -> None:  # fmt: skip
         given = dict(locals())
-        if unknown:
-            refuse_keywords(
-                "BatchNorm", unknown, ("num_features", *(BatchNorm.__init__.__kwdefaults__ or ()))
-            )
         refuse_group(group)
         settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
         values = _checked_initial(initial, settings)
@@ -445,6 +440,10 @@ class BatchNorm:
 
         They are views: their ``grad`` is always the latest, so one list serves the whole training. After
         ``freeze(parameters=True)`` there are none. :func:`weight_decay_groups` tells which to decay.
+
+        Returns
+        -------
+        list of Parameter
         """
         self._known("parameters()")
         own = {"gamma": self.scale, "beta": self.center}
@@ -454,6 +453,11 @@ class BatchNorm:
         """The running statistics, by name: the layer's own arrays, which no optimiser should touch.
 
         To give them values, assign (``bn.running_mean = array``). Then the layer knows that they are known.
+
+        Returns
+        -------
+        dict of str to ndarray
+            ``running_mean`` and ``running_var``, shape (C,), of the layer's dtype.
         """
         self._known("buffers()")
         return {name: getattr(self, name) for name in STATISTICS}
@@ -477,6 +481,7 @@ class BatchNorm:
         scale, shift = self._folded(np.ones(self.running.mean.size), None, 0, 1)
         return scale.reshape(shape), shift.reshape(shape)
 
+    @_core.entrance
     def fold(
         self, weight: Array, bias: Array | None = None, *, out_axis: int | tuple[int, ...], groups: int = 1,
         activation: ActivationName | None = None,
@@ -485,8 +490,14 @@ class BatchNorm:
 
         Parameters
         ----------
-        weight, bias, out_axis, groups
+        weight : array of float16, float32, float64 or bfloat16
             As in :func:`batchnorm.fold`.
+        bias : array of float32 or float64, shape (C,), optional
+            As there.
+        out_axis : int or tuple of int
+            As there.
+        groups : int, default 1
+            As there.
         activation : str, optional
             This layer's activation, if it has one: it says that you apply that behind the folded weights.
 
@@ -518,17 +529,35 @@ class BatchNorm:
 
     # ---- modes ---------------------------------------------------------------------------------------------
 
+    @_core.entrance
     def train(self, mode: bool = True) -> Self:
         """Let calls use and update statistics as in training (or not, with False); return the layer.
 
         A layer that is frozen stays so.
+
+        Parameters
+        ----------
+        mode : bool, default True
+            False does what ``eval()`` does.
+
+        Returns
+        -------
+        BatchNorm
+            This layer.
         """
         return self._change(training=flag("mode", mode))
 
     def eval(self) -> Self:
-        """Let calls normalise with the running statistics and change nothing; return the layer."""
+        """Let calls normalise with the running statistics and change nothing; return the layer.
+
+        Returns
+        -------
+        BatchNorm
+            This layer.
+        """
         return self.train(False)
 
+    @_core.entrance
     def freeze(self, *, parameters: bool = False) -> Self:
         """Let calls use the running statistics and update nothing, in training mode too; return the layer.
 
@@ -541,12 +570,23 @@ class BatchNorm:
         parameters : bool, default False
             Whether gamma and beta are frozen as well: ``parameters()`` then gives none, and ``backward``
             computes no gradients for them (None).
+
+        Returns
+        -------
+        BatchNorm
+            This layer.
         """
         both = flag("parameters", parameters)
         return self._change(frozen=("statistics", "parameters") if both else ("statistics",))
 
     def unfreeze(self) -> Self:
-        """End what ``freeze`` began, for statistics and parameters; return the layer."""
+        """End what ``freeze`` began, for statistics and parameters; return the layer.
+
+        Returns
+        -------
+        BatchNorm
+            This layer.
+        """
         return self._change(frozen=())
 
     def no_update(self) -> AbstractContextManager[Self]:
@@ -554,6 +594,11 @@ class BatchNorm:
 
         For forwards that are repeated (gradient checkpointing) or only looked at. ``update=True`` at a call
         is an error there. For a whole network see :func:`batchnorm.no_update`.
+
+        Returns
+        -------
+        context manager
+            Of this layer.
         """
         return self._inside(paused=True)
 
@@ -574,6 +619,11 @@ class BatchNorm:
             call computes anything. ``done()`` is called after the call has succeeded.
         name : str, optional
             What errors inside call the layer, if it has no name.
+
+        Returns
+        -------
+        context manager
+            Of this layer.
 
         Raises
         ------
@@ -633,12 +683,13 @@ class BatchNorm:
         self, x: Array, *, return_saved: Literal[True], **options: Unpack[CallOptions]
     ) -> TrainResult: ...
 
+    @_core.entrance
     def __call__(
         self, x: Array, *, training: bool | np.bool_ | None = None, stats: StatsName | None = None,
         update: bool | np.bool_ | None = None, gamma: Array | None = None, beta: Array | None = None,
         residual: Array | None = None, mask: Mask | None = None, lengths: Array | None = None,
         lengths_axis: int | None = None, weights: Array | None = None, return_saved: bool = False,
-        out: Array | None = None, **unknown: Any,
+        out: Array | None = None,
     ) -> Array | TrainResult:  # fmt: skip
         """Normalise `x`.
 
@@ -661,9 +712,14 @@ class BatchNorm:
             gradients in `dgamma` and `dbeta`.
         residual : ndarray like x, optional
             Added before the activation, in the same pass. ``backward`` leaves its gradient in `dresidual`.
-        mask, lengths, lengths_axis, weights : optional
-            Which positions count, and in the batch's statistics how often, as in :func:`batch_norm_train`.
-            In `mask` True counts.
+        mask : bool array, optional
+            Which positions count, as in :func:`batch_norm_train`: True counts.
+        lengths : int array of shape (N,), optional
+            The same for padded sequences, as there.
+        lengths_axis : int, optional
+            The axis of the steps, as there.
+        weights : array of floats or ints, optional
+            How often positions count in the batch's statistics, as there.
         return_saved : bool, default False
             Return what ``backward(dy, saved)`` needs instead of keeping it: for a layer that is used several
             times in a step, and for gradients in eval mode.
@@ -689,8 +745,6 @@ class BatchNorm:
         initial, saved, done, measured, renorm = state.initial, None, None, None, None
         decay: Any = 1.0
         try:
-            if unknown:
-                refuse_keywords("BatchNorm.__call__", unknown, BatchNorm.__call__.__kwdefaults__)
             by_batch, updating, keeping = self._mode(training, stats, update)
             if initial is not None or settings.data_format is not None or not (by_batch or running.trusted):
                 self._prepare(x, not by_batch)
@@ -745,6 +799,7 @@ class BatchNorm:
                 state.history.add(running, *of_batch, saved.count, settings.running_ddof)
         return TrainResult(y, saved) if return_saved else y
 
+    @_core.entrance
     def backward(
         self, dy: Array, saved: Saved | None = None, *, accumulate: bool | np.bool_ | None = None,
         all_reduce: bool = False, out: Array | None = None, out_residual: Array | None = None,
@@ -935,6 +990,7 @@ class BatchNorm:
         self._known("state_dict()")
         return layer_state.state_of(self)
 
+    @_core.entrance
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> Self:
         """Take over a state of ``state_dict``; return the layer.
 
@@ -951,6 +1007,11 @@ class BatchNorm:
             Whether missing and unexpected names are an error. With False the layer keeps what is missing,
             and what is unexpected is ignored, but not names of other libraries (``weight``, ``moving_mean``).
             What is used is checked all the same, and a state without any name of a layer's is an error.
+
+        Returns
+        -------
+        BatchNorm
+            This layer.
 
         Raises
         ------
@@ -975,6 +1036,11 @@ class BatchNorm:
 
         A file of that name is replaced at the end, in one step: a failure leaves it as it was.
 
+        Parameters
+        ----------
+        path : str or PathLike
+            The file.
+
         Raises
         ------
         ValueError
@@ -993,6 +1059,15 @@ class BatchNorm:
         ``bn.load_state_dict(BatchNorm.load(path).state_dict())``. No pickle is ever read. The ``__init__`` of
         a subclass is not called.
 
+        Parameters
+        ----------
+        path : str or PathLike
+            The file.
+
+        Returns
+        -------
+        BatchNorm
+
         Raises
         ------
         FileNotFoundError, IsADirectoryError
@@ -1007,6 +1082,11 @@ class BatchNorm:
 
     def snapshot(self) -> RunningStatistics:
         """Copy the running statistics and their counters, all that a training forward changes.
+
+        Returns
+        -------
+        RunningStatistics
+            For ``rollback``.
 
         Examples
         --------
@@ -1031,6 +1111,16 @@ class BatchNorm:
 
         Parameters, gradients and what backward needs stay as they are, and so does the snapshot.
 
+        Parameters
+        ----------
+        snapshot : RunningStatistics
+            What ``snapshot()`` returned.
+
+        Returns
+        -------
+        BatchNorm
+            This layer.
+
         Raises
         ------
         TypeError, ValueError
@@ -1045,6 +1135,7 @@ class BatchNorm:
             self.history.forget_after(snapshot.num_updates, now)
         return self
 
+    @_core.entrance
     def clone(self, *, share: Share | tuple[Share, ...] | None = None) -> Self:
         """A new layer with the same settings and values, in the same mode.
 
@@ -1106,7 +1197,7 @@ class BatchNorm:
             As ``state_dict`` gives it.
         x : ndarray
             As in a call.
-        options
+        **options : CallOptions
             Keywords of a call, but for ``out`` and ``return_saved``.
 
         Returns
@@ -1158,6 +1249,7 @@ class BatchNorm:
         """
         return findings.report(self)
 
+    @_core.entrance
     def diagnose(
         self, x: Array, *, mask: Mask | None = None, lengths: Array | None = None,
         lengths_axis: int | None = None, weights: Array | None = None,
@@ -1173,8 +1265,14 @@ class BatchNorm:
         ----------
         x : ndarray
             An input of this layer, as of a call: best a large one of the data that tests badly.
-        mask, lengths, lengths_axis, weights : optional
+        mask : bool array, optional
             Which positions count, as in a call.
+        lengths : int array of shape (N,), optional
+            As in a call.
+        lengths_axis : int, optional
+            As in a call.
+        weights : array of floats or ints, optional
+            As in a call.
 
         Returns
         -------
@@ -1207,6 +1305,7 @@ class BatchNorm:
         positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis, "weights": weights}
         return findings.diagnose_layer(self, x, **positions)
 
+    @_core.entrance
     def recalibrate(self, batches: Iterable[Array] | Moments, *, group: None = None) -> Self:
         """Replace the running statistics by those of the data; return the layer.
 
@@ -1217,6 +1316,11 @@ class BatchNorm:
             For a layer inside a network use :func:`batchnorm.recalibrate` or ``recalibrating()``.
         group : None
             Statistics over processes: pass a merged :class:`Moments`.
+
+        Returns
+        -------
+        BatchNorm
+            This layer.
 
         Raises
         ------
@@ -1275,8 +1379,18 @@ class BatchNorm:
     def record_history(self, limit: int | None = 500) -> Self:
         """Keep batch and running statistics of up to `limit` updates from now on; return the layer.
 
-        They are evenly spread over all updates from now on: memory stays below ``16 * limit * C`` bytes. None
-        ends the recording and forgets. What has been recorded is no part of the state.
+        They are evenly spread over all updates from now on: memory stays below ``16 * limit * C`` bytes. What
+        has been recorded is no part of the state.
+
+        Parameters
+        ----------
+        limit : int or None, default 500
+            None ends the recording and forgets.
+
+        Returns
+        -------
+        BatchNorm
+            This layer.
         """
         return self._change(history=None if limit is None else History(limit))
 
@@ -1330,7 +1444,8 @@ class BatchNorm:
         raise AttributeError(text, name=name, obj=self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (hasattr(type(self), name) or hasattr(self, "__dict__")):
+        own = hasattr(type(self), name) or (hasattr(self, "__dict__") and not _hints.foreign_attribute(name))
+        if not own:
             self.__getattr__(name)
         try:
             object.__setattr__(self, name, value)
@@ -1346,6 +1461,3 @@ for _name_of_it in (
     "rollback", "clone", "apply", "diagnose", "recalibrate", "plot_statistics",
 ):  # fmt: skip
     setattr(BatchNorm, _name_of_it, _saying_the_name(getattr(BatchNorm, _name_of_it)))
-_shown = inspect.signature(BatchNorm.__call__)  # for help(), without **unknown
-_shown = _shown.replace(parameters=[*_shown.parameters.values()][:-1])
-BatchNorm.__call__.__signature__ = _shown  # type: ignore[attr-defined]

@@ -7,43 +7,47 @@ makes these sums and merges them. Here is what surrounds that: which values coun
 from __future__ import annotations
 
 import copy
+import inspect
 import math
-import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.ma import MaskedArray
 
 from . import _core
-from ._hints import refuse_keywords
 from .functional import batch_norm
-from .settings import Settings, UnsaidAxis, flag, integer, kind
+from .settings import Settings, UnsaidAxis, flag, integer, kind, real
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
 
 __all__ = ["MeanVar", "Moments", "moments"]
 
 FIRST_AXIS = UnsaidAxis(1)
-POSITIVE = (5e-324, sys.float_info.max, "a finite number > 0, the value that becomes 1")  # of max_value
 _PARTS = 3  # float64 per sum
 _filled = tuple.__new__  # makes a MeanVar of a pair without the detour of its own constructor
 _VERSION = 1  # of `Moments.to_array`
 
 
 class MeanVar(NamedTuple):
-    """Mean and variance, what :func:`moments` returns."""
+    """Mean and variance, what :func:`moments` returns.
+
+    Attributes
+    ----------
+    mean, var : array of float64, shape (C,)
+    """
 
     mean: Vector
     var: Vector
 
 
+@_core.entrance
 def moments(
     x: Array, *, channel_axis: ChannelAxis = FIRST_AXIS, data_format: DataFormatName | None = None,
     ddof: int = 0, keepdims: bool = False, mask: Mask | None = None, lengths: Array | None = None,
     lengths_axis: int | None = None, weights: Array | None = None,
     nodata: float | Sequence[float] | Array | None = None, group: Group | None = None,
-    num_threads: int | None = None, **unknown: NoReturn,
+    num_threads: int | None = None,
 ) -> MeanVar:  # fmt: skip
     """Mean and variance of each channel of ``x``.
 
@@ -52,18 +56,27 @@ def moments(
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
         Any strides. Or an image of uint8, int16 or uint16. Or a masked array of these (``numpy.ma``): what it
         masks does not count.
-    channel_axis, data_format
+    channel_axis : int or tuple of int, default 1
         The axis that holds the channels, as in :func:`batch_norm`. All other axes are reduced.
+    data_format : str, optional
+        Another way to say it, as there.
     ddof : int
         The variance divides by ``n - ddof``.
     keepdims : bool
         Keep the reduced axes with length 1, so that the results broadcast against ``x``.
-    mask, lengths, lengths_axis, weights
-        Which values count, and how often, as in :func:`batch_norm_train`. ``mask`` is True where a value
-        counts; those of ``numpy.ma`` are the other way round. ``n`` is the sum of weights, of each channel
-        its own if ``mask`` has x's shape.
+    mask : bool array, optional
+        Which values count, as in :func:`batch_norm_train`: True where a value counts; those of ``numpy.ma``
+        are the other way round.
+    lengths : int array of shape (N,), optional
+        The same for padded sequences, as there.
+    lengths_axis : int, optional
+        The axis of the steps, as there.
+    weights : array of floats or ints, optional
+        How often each value counts, as there. ``n`` is their sum, of each channel its own if ``mask`` has x's
+        shape.
     nodata : float, or one per channel, optional
-        Values equal to it do not count. It is rounded to x's dtype before it is compared. NaN matches NaN.
+        Values equal to it do not count. It is rounded to x's dtype before it is compared. NaN matches NaN;
+        one of several, it says of integers that this channel has none.
     group : None
         Statistics over processes: see :meth:`Moments.to_array`.
     num_threads : int, optional
@@ -111,8 +124,6 @@ def moments(
     >>> batchnorm.moments(bands, channel_axis=0, nodata=-9999).mean.tolist()
     [2.0, 6.0]
     """
-    if unknown:
-        refuse_keywords("moments", unknown, moments.__kwdefaults__)
     if group is not None:
         refuse_group(group)
     if type(x) is np.ndarray and keepdims is False and nodata is None and data_format is None:
@@ -136,7 +147,7 @@ class Moments:
 
     Parameters
     ----------
-    channel_axis : int or tuple of int
+    channel_axis : int or tuple of int, default 1
         The channel axis of the batches. Their other axes are reduced and may differ in number and size.
     data_format : str, optional
         Alias of ``channel_axis``, as in :func:`batch_norm`.
@@ -182,12 +193,11 @@ class Moments:
 
     __slots__ = ("_channel_axis", "_nodata", "_shape", "_sums", "_where")
 
+    @_core.entrance
     def __init__(
         self, *, channel_axis: ChannelAxis = FIRST_AXIS, data_format: DataFormatName | None = None,
-        nodata: float | Sequence[float] | Array | None = None, **unknown: NoReturn,
+        nodata: float | Sequence[float] | Array | None = None,
     ) -> None:  # fmt: skip
-        if unknown:
-            refuse_keywords("Moments", unknown, Moments.__init__.__kwdefaults__)
         settings = Settings(channel_axis=channel_axis, data_format=data_format)
         self._channel_axis, self._where = settings.channel_axis, settings.where
         self._nodata = _nodata(nodata)
@@ -197,6 +207,7 @@ class Moments:
 
     # ---- filling -------------------------------------------------------------------------------------------
 
+    @_core.entrance
     def update(
         self, x: Array, *, mask: Mask | None = None, lengths: Array | None = None,
         lengths_axis: int | None = None, weights: Array | None = None, num_threads: int | None = None,
@@ -208,8 +219,14 @@ class Moments:
         x : array, at least 2 dimensions
             As :func:`moments` takes it. Sums of integers are exact: however such data is cut into batches,
             the result is the same. A batch without values changes nothing.
-        mask, lengths, lengths_axis, weights
-            Which values count, and how often, as in :func:`moments`. ``counts`` grow by the sum of weights.
+        mask : bool array, optional
+            Which values count, as in :func:`moments`.
+        lengths : int array of shape (N,), optional
+            As there.
+        lengths_axis : int, optional
+            As there.
+        weights : array of floats or ints, optional
+            How often each value counts, as there. ``counts`` grow by their sum.
         num_threads : int, optional
             As in :func:`batch_norm`.
 
@@ -281,7 +298,12 @@ class Moments:
         return total
 
     def copy(self) -> Moments:
-        """An accumulator of the same state that goes its own way."""
+        """An accumulator of the same state that goes its own way.
+
+        Returns
+        -------
+        Moments
+        """
         return copy.copy(self)
 
     def _add(self, name: str, sums: Vector, shape: tuple[int, ...]) -> Moments:
@@ -343,6 +365,7 @@ class Moments:
         """Sum of squared deviations from the mean per channel, float64 of shape (C,)."""
         return self._moments()[2]
 
+    @_core.entrance
     def variance(self, ddof: int = 0) -> Vector:
         """Variance per channel, ``m2 / (counts - ddof)``.
 
@@ -429,7 +452,8 @@ class Moments:
             raise TypeError(f"array is {getattr(array, 'dtype', kind(array))}, expected an array of float64")
         try:
             version, channels, k = map(int, array[:3])
-            axes, shape = array[3 : 3 + 2 * k].astype(int).reshape(2, k).tolist()
+            with np.errstate(invalid="ignore"):  # a number that no int can be is none of an accumulator's
+                axes, shape = array[3 : 3 + 2 * k].astype(int).reshape(2, k).tolist()
             sums = array[3 + 2 * k :].copy()
             count, _, squares = sums.reshape(3, _PARTS, channels)
             good = version == _VERSION and min(shape) >= 0 and channels == math.prod(shape)
@@ -505,6 +529,26 @@ class Moments:
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
+def unit(max_value: object, dtype: np.dtype[Any] | None = None) -> float:
+    """`max_value`, checked: what becomes 1, of data of a dtype if that is known."""
+    top = real("max_value", max_value, 1e-300, 1e300, "a finite number > 0, the value that becomes 1")
+    if top < 1 and dtype is not None and dtype.kind in "iu":
+        got = f"max_value is {top:.6g}, expected the value of {dtype} that becomes 1, so at least 1"
+        raise ValueError(f"{got}; to multiply by {top:.6g} pass max_value={1 / top:.6g}")
+    return top
+
+
+def array_of(value: Any) -> Any:
+    """The array that something says it can be made, as a picture of Pillow does; other things as they are."""
+    makes = any(hasattr(type(value), name) for name in ("__array__", "__array_interface__"))
+    if isinstance(value, np.ndarray | np.generic) or not makes:
+        return value
+    if getattr(value, "mode", None) in ("P", "PA"):
+        got = f"a picture has mode {value.mode!r}, numbers of colours in its palette, expected colours"
+        raise ValueError(f"{got}; use picture.convert('RGB')")
+    return np.asanyarray(value)
+
+
 def refuse_group(group: object) -> None:
     """Statistics are shared by exchanging accumulators, which no function does yet by itself."""
     if group is not None:
@@ -561,21 +605,28 @@ def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int
     """Where x holds what stands for no data; `others` are the axes that are not the channels'."""
     if nodata.ndim and nodata.shape != shape:
         raise ValueError(f"nodata has shape {nodata.shape}, expected a number, or {shape}, one per channel")
-    value = np.expand_dims(nodata, others) if nodata.ndim else nodata
-    if x.dtype.kind not in "iu":
-        with np.errstate(over="ignore"):
-            value = value.astype(x.dtype)
-    match: Mask = x == value
-    if np.isnan(value).any():
-        match |= np.isnan(x) & np.isnan(value)
+    whole, none = x.dtype.kind in "iu", np.isnan(nodata)
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = nodata.astype(x.dtype)
+    held = (value == nodata) | (none & ~none.all()) if whole else np.isfinite(value) | ~np.isfinite(nodata)
+    if not held.all():
+        got = f"nodata is {nodata[~held][0]:.9g}, expected a value that {x.dtype} can hold"
+        raise ValueError(f"{got}; drop it, or pass what stands for no data in x")
+    value, none = (np.expand_dims(v, others) if nodata.ndim else v for v in (value, none))
+    match: Mask = (x == value) & ~none
+    if none.any():
+        match |= (x != x) & none
     found = match.any(axis=others)
-    if x.dtype.kind in "if" and not found.all():
-        least = np.iinfo(x.dtype).min if x.dtype.kind == "i" else np.finfo(np.float32).min
-        suspect = (x <= least).any(axis=others) & ~found
+    if x.dtype.kind != "u" and not found.all():
+        lowest = np.iinfo(x.dtype).min if whole else np.nextafter(x.dtype.type(-np.inf), x.dtype.type(0))
+        least = x.dtype.type(max(float(lowest), float(np.finfo(np.float32).min)))
+        low = x <= least
+        suspect = low.any(axis=others) & ~found
         if suspect.any():
             got = f"nodata={nodata.tolist()} matched nothing in {suspect.sum()} of {found.size} channels"
-            hint = f"which hold {x.min():.9g}, the end of a range: is that what stands for no data?"
-            warnings.warn(f"{got}, {hint}", stacklevel=4)
+            hint = f"{float(x[low].min()):.9g}, the end of a range: is that what stands for no data?"
+            inside = [str(f[0].f_globals.get("__name__")).startswith("batchnorm.") for f in inspect.stack(0)]
+            warnings.warn(f"{got}, which hold {hint}", stacklevel=inside.index(False) + 1)
     return match
 
 

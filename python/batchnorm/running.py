@@ -11,13 +11,12 @@ import copy
 import math
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _core
-from ._hints import refuse_keywords
 from .settings import Settings, check_decay, check_schedule, flag, integer, kind, real
 from .typing import Array, Mask, Vector
 
@@ -120,10 +119,10 @@ def _amount(name: str, value: Any, low: float) -> Any:
     return value.astype(np.float64)
 
 
+@_core.entrance
 def effective_decay(
     decay: float | None, *, updates: int | NDArray[np.integer[Any]] = 0, warmup: bool = False,
     zero_debias: bool = False, seen: float | Array | None = None, count: float | Array | None = None,
-    **unknown: NoReturn,
 ) -> float | Vector:  # fmt: skip
     """The weight of the old running value at one step of a schedule.
 
@@ -172,8 +171,6 @@ def effective_decay(
     >>> batchnorm.effective_decay(None, seen=300, count=100)
     0.75
     """
-    if unknown:
-        refuse_keywords("effective_decay", unknown, effective_decay.__kwdefaults__)
     number = check_decay("decay", decay)
     early, debiased = flag("warmup", warmup), flag("zero_debias", zero_debias)
     check_schedule(number, early, debiased)

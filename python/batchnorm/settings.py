@@ -13,20 +13,19 @@ import numbers
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ._hints import kind as kind
+from ._hints import suggestion
 from .typing import ActivationName, ChannelAxis, DataFormatName, OnNonfinite
 
 __all__ = ["Settings"]
 
 _MAX = sys.float_info.max
 _FLOATS = np.dtype(np.float32), np.dtype(np.float64)
-# Words of other libraries for activations of ours.
-_ALIASES = {"swish": "'silu'", "lrelu": "'leaky_relu'", "linear": "None", "identity": "None", "none": "None"}
 
 
 Check = Callable[[str, Any], Any]
@@ -37,18 +36,6 @@ class UnsaidAxis(int):
 
 
 # ---- checks of one value -----------------------------------------------------------------------------------
-
-
-def kind(value: object) -> str:
-    """What a value is, for a message: its type, and of short plain values the value."""
-    if value is None:
-        return "None"
-    module, name = type(value).__module__.partition(".")[0], type(value).__name__
-    name = name if module == "builtins" else f"{module}.{name}"
-    if isinstance(value, str | int | float | complex | np.generic):
-        text = repr(value)
-        return f"{text if len(text) <= 40 else text[:40] + '...'} ({name})"
-    return f"of type {name}"
 
 
 def real(name: str, value: Any, low: float, high: float, expected: str) -> float:
@@ -85,11 +72,7 @@ def word(*words: str, none: bool = False) -> Check:
             return None if value is None else str(value)
         if not isinstance(value, str):
             raise TypeError(f"{name} is {kind(value)}, expected {expected}")
-        close = [repr(c) for v in (value.lower(), value.upper()) for c in get_close_matches(v, words, 1)]
-        if "silu" in words and value.lower() in _ALIASES:
-            close = [_ALIASES[value.lower()]]
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name} is {value!r:.60}, expected {expected}{hint}")
+        raise ValueError(f"{name} is {value!r:.60}, expected {expected}{suggestion(value, words)}")
 
     return check
 
@@ -117,10 +100,10 @@ def checked_vector(
     dtypes = _FLOATS if cast else (dtype,)
     expected = f"an array of {' or '.join(map(str, dtypes))}, one value per channel"
     if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-        use = f"; use numpy.array({name}, numpy.{dtype})" * isinstance(value, list | tuple)
+        use = f"; use numpy.array({_expression(name)}, numpy.{dtype})" * isinstance(value, list | tuple)
         raise TypeError(f"{name} is {kind(value)}, expected {expected}{use}")
     if value.dtype not in dtypes:
-        use = f"; use {name}.astype(numpy.{dtype})" * (value.dtype.kind in "fiub")
+        use = f"; use {_expression(name)}.astype(numpy.{dtype})" * (value.dtype.kind in "fiub")
         shown = value.dtype if value.dtype.isnative else value.dtype.str
         raise TypeError(f"{name} has dtype {shown}, expected {expected}{use}")
     if not value.ndim or not value.size or value.shape != (shape or value.shape):
@@ -132,6 +115,12 @@ def checked_vector(
         rule = f"finite {dtype} values" + " >= 0" * (least == 0)
         raise ValueError(f"{name} is {value[where]} at channel {', '.join(map(str, where))}, expected {rule}")
     return vector
+
+
+def _expression(name: str) -> str:
+    """Python for what a message calls "initial gamma"."""
+    whole, _, key = name.partition(" ")
+    return f"{whole}[{key!r}]" if key else name
 
 
 def check_schedule(decay: float | None, warmup: bool, zero_debias: bool) -> None:
@@ -157,9 +146,10 @@ def _channel_axis(name: str, value: Any) -> ChannelAxis:
     if not axes or len(set(axes)) < len(axes):
         raise ValueError(f"{name} is {axes}, expected {expected}, each once")
     if 0 in axes and len(axes) > 1:
-        left = [axis for axis in range(1, max(axes)) if axis not in axes]
-        hint = f"; NumPy's axis={axes}, the axes to reduce, is {name}={left[0]}" if len(left) == 1 else ""
-        raise ValueError(f"{name} is {axes}, expected several axes to be without 0, the samples{hint}")
+        hint = f"if these are axes to reduce, as NumPy's axis=, pass those that they leave out as {name}="
+        raise ValueError(f"{name} is {axes}, expected several axes to be without 0, the samples; {hint}")
+    if min(axes) >= 0 or max(axes) < 0:  # in x's order, which values of several axes have
+        axes = tuple(sorted(axes))
     return axes[0] if len(axes) == 1 else axes
 
 
@@ -172,7 +162,8 @@ def _renorm(name: str, value: Any) -> dict[str, Any] | None:
     given: Mapping[Any, Any] = {} if value is True else value
     for key in given:
         if key not in _LIMITS:
-            raise ValueError(f"{name} names {key!r}, expected names among {', '.join(_LIMITS)}")
+            hint = suggestion(str(key), _LIMITS)
+            raise ValueError(f"{name} names {key!r}, expected names among {', '.join(_LIMITS)}{hint}")
     return {limit: check(limit, given.get(limit, default)) for limit, (default, check) in _LIMITS.items()}
 
 

@@ -43,11 +43,8 @@ def expected(x, has):
 @pytest.mark.parametrize("nodata", [0, -9999, LOWEST, np.nan])
 def test_nodata(dtype, nodata):
     x, has = bands(dtype)
-    info = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else np.finfo(dtype)
-    if not info.min <= nodata <= info.max and (np.dtype(dtype).kind in "iu"):
-        # No value of an integer dtype is equal to it.
-        assert same_bits(ways(x, nodata=nodata).mean, batchnorm.moments(x, channel_axis=0).mean)
-        return
+    if np.dtype(dtype).kind in "iu" and not np.iinfo(dtype).min <= nodata <= np.iinfo(dtype).max:
+        return  # an error: see below
     dirty = np.where(has, x, np.array(nodata, dtype))
     got = ways(dirty, nodata=nodata)
     np.testing.assert_allclose(got, expected(x, has), rtol=1e-11)
@@ -81,7 +78,7 @@ def test_nodata_of_each_channel(nodata):
         batchnorm.moments(last, channel_axis=-1, nodata=nodata).mean, ways(x, nodata=nodata).mean
     )
     whole = np.round(np.where(np.isnan(x), 3, x)).astype(np.int16)
-    assert Moments(channel_axis=0, nodata=nodata).update(whole).counts[1] == 256, "an integer is never NaN"
+    assert Moments(channel_axis=0, nodata=nodata).update(whole).counts[1] == 256, "that band has none"
 
 
 def test_nodata_of_several_channel_axes():
@@ -175,21 +172,58 @@ def test_the_lowest_value_that_nodata_misses_gets_a_warning():
         (np.float64, LOWEST),
         (np.float64, np.finfo(float).min),
         (np.int16, -32768),
+        (np.float16, -65504),
+        (np.float16, -np.inf),  # what a wider no-data value became
+        *([(BFLOAT16, -3.3895314e38)] if BFLOAT16 is not None else []),
     ):
         dirty = np.where(has, x.astype(dtype), np.array(lowest, dtype))
         with pytest.warns(
-            UserWarning, match=r"nodata=-9999.0 matched nothing in 2 of 3 channels, which hold -[13]"
+            UserWarning, match=r"nodata=-9999.0 matched nothing in 2 of 3 channels, which hold -[136i]"
         ) as caught:
             batchnorm.moments(dirty, channel_axis=0, nodata=-9999)
         assert caught[0].filename == __file__
         with pytest.warns(UserWarning, match="matched nothing in 1 of 3"):
             Moments(channel_axis=0, nodata=[lowest, 5, 5]).update(dirty)
-        with pytest.warns(UserWarning, match="matched nothing in 2 of 3"):
+        with pytest.warns(UserWarning, match="matched nothing in 2 of 3") as caught:
             dataset_moments(dirty, channel_axis=0, nodata=-9999)
+        assert caught[0].filename == __file__
+        batchnorm.moments(dirty, channel_axis=0, nodata=lowest)  # what the warning asks for
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batchnorm.moments(x, channel_axis=0, nodata=-9999)
         batchnorm.moments(np.zeros((2, 3), np.uint8), nodata=255)  # 0 is the lowest, and black
+
+
+NOT_HELD = [
+    (np.uint8, 256), (np.uint16, -1), (np.int16, np.nan), (np.int16, 0.5), (np.int16, -32769),
+    (np.uint8, LOWEST), (np.int16, np.inf), (np.uint8, [0, 0, 300]), (np.uint8, [np.nan] * 3),
+    (np.float16, 1e6), (np.float16, LOWEST), (np.float32, 1e39), (BFLOAT16 or np.float32, [0, -3.5e38, 0]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "nodata"), NOT_HELD)
+def test_nodata_that_the_dtype_cannot_hold(dtype, nodata):
+    # Rounded, it would be another value, or match infinities that were measured.
+    x, total = np.ones((3, 2, 2), dtype), Moments(channel_axis=0, nodata=nodata)
+    for call in (
+        lambda: batchnorm.moments(x, channel_axis=0, nodata=nodata),
+        lambda: total.update(x),
+        lambda: dataset_moments(x, channel_axis=0, nodata=nodata),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"nodata is .*expected a value that {x.dtype} can hold; drop it"
+        ):
+            call()
+    assert total.channels is None
+    batchnorm.moments(x, channel_axis=0)
+
+
+def test_infinities_of_16_bits_are_values_or_nodata_as_said():
+    for dtype in (np.float16, BFLOAT16 or np.float16):
+        x = np.array([[1, 3, np.inf], [2, 4, 6]], dtype)
+        assert batchnorm.moments(x, channel_axis=0).mean.tolist() == [np.inf, 4]
+        assert batchnorm.moments(x, channel_axis=0, nodata=4).mean.tolist() == [np.inf, 4]
+        assert batchnorm.moments(x, channel_axis=0, nodata=np.inf).mean.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize(

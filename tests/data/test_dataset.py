@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import re
 import signal
 import sys
 
@@ -151,8 +152,154 @@ def test_read_gets_every_path(tmp_path):
     assert len(seen) > 2, "what a reader returns is cut into pieces as well"
     with pytest.raises(ValueError, match=r"cannot read '.*a\.ppm' as an \.npy file.*pass read="):
         of(names)
-    with pytest.raises(TypeError, match="read returned None, expected an array"):
+    with pytest.raises(TypeError, match=r"what read returned is None, expected an array; use numpy\.asarray"):
         of(names, read=lambda path: None)
+
+
+class Picture:
+    """What readers return that is no array: it makes one, or says where its memory is."""
+
+    def __init__(self, pixels, mode="RGB"):
+        self.pixels, self.mode = pixels, mode
+
+
+class ByArray(Picture):
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.pixels, dtype)
+
+
+class ByInterface(Picture):
+    @property
+    def __array_interface__(self):
+        return self.pixels.__array_interface__
+
+
+@pytest.mark.parametrize("kind", [ByArray, ByInterface])
+def test_what_makes_an_array_is_taken_as_one(kind):
+    photos = rng("photos").integers(0, 256, (6, 8, 9, 3)).astype(np.uint8)
+    pictures = [kind(photo) for photo in photos]
+    want = dataset_moments(photos, channel_axis=-1).moments
+    for batches, options in (
+        (pictures, {}),
+        (range(6), {"read": lambda i: pictures[i]}),
+        (range(6), {"transform": lambda i: pictures[i]}),
+        (range(6), {"read": lambda i: pictures[i], "transform": lambda p: p.pixels}),
+    ):
+        assert same(dataset_moments(batches, channel_axis=-1, **options).moments, want)
+    for mode in ("P", "PA"):
+        with pytest.raises(ValueError, match=rf"mode '{mode}'.*palette.*use picture\.convert\('RGB'\)"):
+            dataset_moments([kind(photos[0, ..., 0], mode)], data_format="NHWC")
+    with pytest.raises(TypeError, match=r"an element of batches is np\.float32\(3"):
+        dataset_moments([np.float32(3)])
+
+
+def test_pictures_of_pillow(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    photos = rng("photos").integers(0, 256, (4, 8, 9, 3)).astype(np.uint8)
+    for mode in ("RGB", "RGBA", "L", "P"):
+        for i, photo in enumerate(photos):
+            image.fromarray(photo).convert(mode).save(tmp_path / f"{mode}{i}.png")
+
+    def of(mode, **options):
+        return dataset_moments(sorted(tmp_path.glob(f"{mode}?.png")), **options)
+
+    for read in (image.open, lambda path: np.asarray(image.open(path))):
+        for where in ({"channel_axis": -1}, {"data_format": "NHWC"}):
+            assert same(of("RGB", read=read, **where).moments, dataset_moments(photos, **where).moments)
+            assert of("RGBA", read=read, **where).mean[3] == 255
+        assert of("L", read=read, data_format="NHWC", max_value=255).mean.shape == (1,)
+    with pytest.raises(ValueError, match=r"use picture\.convert\('RGB'\)"):
+        of("P", read=lambda path: image.open(path).copy(), data_format="NHWC")
+    assert of("P", read=lambda path: image.open(path).convert("RGB"), channel_axis=-1).count == 4 * 72
+    with pytest.raises(ValueError, match=r"pass read=.* such as PIL\.Image\.open"):
+        of("RGB")
+
+
+class Source:
+    """A raster file as rasterio opens it: bands first, and -9999 where there is no data."""
+
+    nodata = -9999
+
+    def __init__(self, bands):
+        self.bands = bands
+
+    def read(self, band=None, masked=False):
+        bands = self.bands if band is None else self.bands[band - 1]
+        return np.ma.masked_equal(bands, self.nodata) if masked else bands
+
+
+def test_rasters():
+    bands = rng("bands").normal(300, 20, (4, 3, 10, 12)).astype(np.float32)
+    bands[:, 1, :4] = -9999
+    files, valid = [Source(b) for b in bands], bands[:, 1, 4:].astype(np.float64)
+    for options in (
+        {"read": lambda f: f.read(masked=True)},
+        {"read": Source.read, "nodata": Source.nodata},
+        {"read": Source.read, "nodata": [0, Source.nodata, 0]},
+        {"read": Source.read, "mask": lambda x: x != Source.nodata},
+    ):
+        for chunk in (1 << 20, 64):
+            got = dataset_moments(files, channel_axis=0, chunk_bytes=chunk, **options)
+            assert got.counts.tolist() == [480, 288, 480]
+            np.testing.assert_allclose(got.mean[1], valid.mean(), rtol=1e-12)
+    one = dataset_moments(files, read=lambda f: f.read(2, masked=True), data_format="NHWC")
+    assert one.count == 288 and one.mean[0] == got.mean[1]
+
+
+# What read makes, and the options of the error that are right for it.
+UNTOLD = {
+    "picture": ((20, 30, 3), {}, "data_format='NHWC'", (3,)),
+    "grey": ((20, 30), {}, "data_format='NHWC'", (1,)),
+    "grey, last": ((20, 30), {"channel_axis": -1}, "data_format='NHWC'", (1,)),
+    "pictures": ((4, 20, 30, 3), {}, "data_format='NHWC'", (3,)),
+    "raster": ((3, 20, 30), {}, "channel_axis=0", (3,)),
+    "signals": ((4, 20, 30), {}, "channel_axis=1", (20,)),
+    "table": ((4, 20), {}, "channel_axis=1", (20,)),
+    "table, last": ((4, 20), {"channel_axis": -1}, "channel_axis=1", (20,)),
+}
+
+
+@pytest.mark.parametrize(("shape", "options", "remedy", "channels"), UNTOLD.values(), ids=UNTOLD)
+def test_read_and_transform_need_a_word_on_what_may_be_pictures(shape, options, remedy, channels):
+    for how in ("read", "transform"):
+        make, total = {how: lambda i: np.full(shape, i, np.uint8)}, Moments(**options)
+        for more in (options, {"moments": total}):
+            with pytest.raises(ValueError, match=re.escape(remedy)) as caught:
+                dataset_moments(range(3), **make, **more)
+            assert "expected to be told its channels" in str(caught.value) and str(shape) in str(caught.value)
+            assert ("channel_axis=0" in str(caught.value)) == (len(shape) > 2)
+        name, value = remedy.split("=")
+        said = {name: int(value) if value.isdigit() else "NHWC"}
+        for more in (said, {"moments": Moments(**said)}):
+            assert dataset_moments(range(3), **make, **more).mean.shape == channels
+    first = dataset_moments([np.zeros((2, 20, 3))]).moments
+    assert dataset_moments([1], read=lambda i: np.ones((2, 20, 3)), moments=first).count == 12, "was told"
+
+
+def test_one_image_of_a_format():
+    photo = rng("photo").integers(0, 256, (8, 9, 3)).astype(np.uint8)
+    for data_format, image, grey, mask in (
+        ("NHWC", photo, "x[..., None]", (1, 8, 9, 3)),
+        ("NCHW", photo.transpose(2, 0, 1), "x[..., None, :, :]", (1, 3, 8, 9)),
+    ):
+        where, seen = {"data_format": data_format}, []
+        want = dataset_moments(image[None], **where).moments
+        for chunk in (1 << 20, 30):
+            assert same(dataset_moments([image], chunk_bytes=chunk, **where).moments, want)
+            assert same(dataset_moments(image, chunk_bytes=chunk, moments=Moments(**where)).moments, want)
+            one = dataset_moments(photo[..., 0], chunk_bytes=chunk, **where)
+            assert one.mean.tolist() == [photo[..., 0].mean()] and one.count == 72
+        dataset_moments(image, mask=lambda x, seen=seen: seen.append(x.shape) or x > 3, **where)
+        assert seen == [mask]
+        # Nine grey images, or one of so many channels.
+        many = rng("many").integers(0, 256, (9, 8, 9)).astype(np.uint8)
+        with pytest.raises(ValueError, match="expected 4 dimensions; pass transform") as caught:
+            dataset_moments(many, **where)
+        found = re.findall(r"transform=lambda x: (x\[.*?\]) for", str(caught.value))
+        assert found == ["x[None]", grey]
+        for code, count in zip(found, (72, 648), strict=True):
+            got = dataset_moments(many, transform=eval(f"lambda x: {code}"), chunk_bytes=100, **where)
+            assert got.count == count
 
 
 def test_transform_makes_arrays_of_anything():
@@ -254,13 +401,14 @@ BAD_DATA_SETS = [
     (b"x.npy", {}, TypeError, "batches is of type bytes, expected an array"),
     ({"a": np.ones((2, 3))}, {}, TypeError, r"batches is of type dict, a mapping; pass its values\(\)"),
     ([[1.0, 2.0]], {}, TypeError,
-     "batches contains of type list, expected arrays or paths.*read= or transform="),
-    ([np.ones((2, 3)), None], {}, TypeError, "batches contains None, expected arrays"),
+     "an element of batches is of type list, expected arrays or paths.*read= or transform="),
+    ([np.ones((2, 3)), None], {}, TypeError, "an element of batches is None, expected arrays"),
     ([np.ones((2, 3)), np.ones((2, 4))], {}, ValueError, r"channels of shape \(4,\), expected \(3,\)"),
     (np.ones((2, 3), int), {}, TypeError, "x has dtype int64"),
     (np.ones(3), {}, ValueError, "at least 2 dimensions"),
     (np.ones((2, 3)), {"channel_axis": 2}, ValueError, "channel_axis is 2"),
     ([], {}, ValueError, "batches holds no values.*gone through"),
+    (np.ones((2, 3)), {"nodata": 1}, ValueError, "batches holds no values.*all is masked or nodata"),
     (np.ones((0, 3)), {}, ValueError, "batches holds no values"),
     (np.ones((2, 3)), {"ddof": 2}, ValueError, "ddof is 2, expected less than 2"),
     ([], {"chunk_bytes": 0}, ValueError, "chunk_bytes is 0, expected an int >= 1"),
@@ -271,13 +419,14 @@ BAD_DATA_SETS = [
     (np.ones((2, 3)), {"transform": lambda b: list(b)}, TypeError, "x is of type list"),
     (np.ones((2, 3)), {"mask": lambda b: [True, False]}, TypeError, "mask is"),
     ([], {"max_value": 0}, ValueError, "max_value is 0.*, expected a finite number > 0"),
+    (np.ones((2, 3), np.uint8), {"max_value": 1 / 255}, ValueError, "value of uint8.*pass max_value=255$"),
     ([], {"moments": 3}, TypeError, r"moments is 3 \(int\), expected a Moments to go on with"),
     ([], {"moments": Moments(), "channel_axis": 1}, TypeError, "has its own; drop channel_axis"),
     ([], {"moments": Moments(), "nodata": 0}, TypeError, "has its own; drop nodata"),
     ([], {"progress": 1}, TypeError, r"progress is 1 \(int\), expected True or False"),
     ([], {"group": object()}, ValueError, "group is .*Moments.merged"),
     (np.ones((2, 3)), {"num_threads": 0}, ValueError, "num_threads is 0"),
-    ([], {"scale": 1 / 255}, TypeError, "it is called max_value here"),
+    ([], {"scale": 1 / 255}, TypeError, "max_value=255"),
     ([], {"chunksize": 7}, TypeError, r"dataset_moments\(\) has no argument 'chunksize'"),
 ]  # fmt: skip
 

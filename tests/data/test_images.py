@@ -15,7 +15,7 @@ import pytest
 
 from support.checks import same_bits
 from support.exact import SOME
-from support.problem import DTYPES, rng
+from support.problem import BFLOAT16, DTYPES, rng
 
 FLOAT32, FLOAT64 = DTYPES[:2]
 INTEGERS = [np.dtype(t) for t in ("uint8", "int16", "uint16")]
@@ -263,6 +263,89 @@ def test_statistics_that_no_image_has_are_refused(arguments, words):
     assert (out == 7).all() and "max_value" in str(caught.value)
 
 
+def remedy(words, **names):
+    """The value of the expression that an error names behind "use"."""
+    return eval(
+        re.search(r"(?:use|pass) (batch_norm\(.*\)|x\[.*\])", words)[1],
+        {**vars(batchnorm), "numpy": np},
+        names,
+    )
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("out_format", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("kind", ["float32", "float16", "longdouble", ">f4", "bfloat16"])
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("max_value", [None, 200])
+def test_the_remedy_for_floating_images(data_format, out_format, kind, rank, max_value):
+    dtype = BFLOAT16 if kind == "bfloat16" else np.dtype(kind)
+    if dtype is None:
+        pytest.skip("ml_dtypes is not installed")
+    whole, options = pixels((2, 5, 6, 3)[4 - rank :]), {"data_format": data_format, "out_format": out_format}
+    whole = whole if data_format == "NHWC" else np.moveaxis(whole, -1, -3)
+    want = batchnorm.normalize_images(whole, *IMAGENET, max_value=max_value or 1, **options)
+    mean, std = IMAGENET
+    x = whole.astype(dtype)
+    with pytest.raises(TypeError, match=r"x has dtype .*; use batch_norm") as caught:
+        batchnorm.normalize_images(x, mean, std, max_value=max_value, **options)
+    y = remedy(str(caught.value), x=x, mean=mean, std=std)
+    np.testing.assert_allclose(y.astype(float), want, rtol=1e-2 if x.dtype.itemsize == 2 else 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("out_format", ["NHWC", "NCHW"])
+def test_the_remedy_for_masked_images(rank, out_format):
+    data, hidden = pixels((2, 5, 6, 3)[4 - rank :]), rng("hidden").random((2, 5, 6, 3)[4 - rank :]) < 0.3
+    x, options = np.ma.array(data, mask=hidden), {"out_format": out_format}
+    with pytest.raises(TypeError, match=r"x is .*MaskedArray.*pass x\.data for y, and then set") as caught:
+        batchnorm.normalize_images(x, *IMAGENET, **options)
+    y = batchnorm.normalize_images(x.data, *IMAGENET, **options)
+    exec(re.search(r"set (y.*)$", str(caught.value))[1], {"numpy": np}, {"x": x, "y": y})
+    to, (mean, std) = (-1, -3)[out_format == "NCHW"], np.array(IMAGENET) * 255
+    want = batchnorm.batch_norm(
+        np.moveaxis(data, -1, to), mean, std**2, eps=0, channel_axis=to,
+        mask=np.moveaxis(~hidden, -1, to),
+    )  # fmt: skip
+    np.testing.assert_allclose(y, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("data_format", ["NHWC", "NCHW"])
+def test_the_remedies_for_grey_images(data_format):
+    images = pixels((4, 6, 5))
+    want = straight(images, 0.5, 0.25, 255)[:, None]
+    for x, words in (
+        (images[0], r"x has shape \(6, 5\)"),
+        (images, r"mean has shape \(1,\).*for grey images"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            batchnorm.normalize_images(x, [0.5], [0.25], data_format=data_format)
+        grey = remedy(str(caught.value), x=x)
+        y = batchnorm.normalize_images(grey, [0.5], [0.25], data_format=data_format)
+        np.testing.assert_allclose(y, want[: len(y)] if x is images else want[0], rtol=1e-6)
+
+
+def test_pictures_of_pillow():
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    picture, x = image.fromarray(pixels((6, 5, 3))), pixels((6, 5, 3))
+    want = batchnorm.normalize_images(x, *IMAGENET)
+    assert same_bits(batchnorm.normalize_images(picture, *IMAGENET), want)
+    palette = picture.quantize(64)
+    with pytest.raises(ValueError, match=r"picture has mode 'P'.*use picture\.convert\('RGB'\)"):
+        batchnorm.normalize_images(palette, *IMAGENET)
+    assert batchnorm.normalize_images(palette.convert("RGB"), *IMAGENET).shape == want.shape
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_the_remedy_for_a_factor_in_place_of_max_value(dtype):
+    x, top = pixels((2, 4, 5, 3), dtype), int(np.iinfo(dtype).max)
+    with pytest.raises(ValueError, match=rf"value of {dtype} that becomes 1, so at least 1") as caught:
+        batchnorm.normalize_images(x, *IMAGENET, max_value=1 / top)
+    value = float(re.search(r"pass max_value=(\S+)$", str(caught.value))[1])
+    assert value == top
+    want = batchnorm.normalize_images(x, *IMAGENET)
+    assert same_bits(batchnorm.normalize_images(x, *IMAGENET, max_value=value), want)
+
+
 # ---- errors ------------------------------------------------------------------------------------------------
 
 X = pixels((2, 6, 5, 3))
@@ -270,10 +353,12 @@ ONE = np.ones((2, 6, 5, 3), np.float32)
 T, V = TypeError, ValueError
 WRONG = {
     "x float": ({"x": ONE}, T, ["x has dtype float32, expected uint8, int16 or uint16", "batch_norm"]),
-    "x bool": ({"x": X > 3}, T, ["x has dtype bool"]),
+    "x bool": ({"x": X > 3}, T, ["x has dtype bool", "pass x.astype of one that holds", "max_value"]),
+    "x int64": ({"x": X.astype(int)}, T, ["x has dtype int64", "pass x.astype of one that holds"]),
     "x list": ({"x": [[1]]}, T, ["x is .*list"]),
     "x masked": ({"x": np.ma.array(X)}, T, ["x is .*MaskedArray"]),
     "x grey": ({"x": X[0, :, :, 0]}, V, [r"x has shape \(6, 5\)", r"x\[..., None\]"]),
+    "channels first": ({"x": X.transpose(0, 3, 1, 2)}, V, [r"expected \(5,\), .* \(2, 3, 6, 5\) in NHWC"]),
     "x video": ({"x": X[None]}, V, ["expected 4 dimensions, or 3"]),
     "no channels": ({"x": X[..., :0]}, V, ["0 channels"]),
     "mean number": ({"mean": 0.5}, T, [r"mean is 0.5 \(float\)", "a sequence of 3 floats"]),

@@ -402,7 +402,7 @@ def test_float32_and_float64_can_be_assigned_to_any_layer(name, dtype):
         ("beta", np.ones(C, int), TypeError,
             r"beta has dtype int64, expected an array of float32 or float64.*; use beta.ast"),
         ("beta", np.ones(C, ">f4"), TypeError, "beta has dtype >f4, expected an array of float32"),
-        ("beta", np.ma.ones(C), TypeError, "beta is of type numpy.MaskedArray, expected an array"),
+        ("beta", np.ma.ones(C), TypeError, "beta is of type numpy.ma.MaskedArray, expected an array"),
         ("beta", np.array([0, 0, -1e300, 0]), ValueError,
             r"beta is -1e\+300 at channel 2, expected finite float32 values$"),
         ("running_mean", np.ones(C + 1), ValueError, rf"running_mean has shape \(5,\), expected \({C},\)"),

@@ -8,7 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
-from batchnorm import BatchNorm
+from batchnorm import BatchNorm, batch_norm_train
 from batchnorm.settings import Settings
 from batchnorm.typing import CallOptions
 
@@ -25,9 +25,11 @@ def test_the_constructor_has_the_options_of_the_table_and_their_defaults():
         assert signature[name].kind is inspect.Parameter.KEYWORD_ONLY
         assert getattr(BatchNorm(C), name) == getattr(BatchNorm(C).settings, name) == field.default
     others = set(signature) - set(FIELDS)
-    assert others == {"self", "num_features", "name", "group", "initial", "history", "dtype", "unknown"}
-    with pytest.raises(TypeError, match="positional"):
-        BatchNorm(C, 0.9)
+    assert others == {"self", "num_features", "name", "group", "initial", "history", "dtype"}
+    with pytest.raises(
+        TypeError, match=r"takes by position num_features, .* by name: name=, decay=, warmup="
+    ):
+        BatchNorm(C, 1e-5, 0.1)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, "float64", np.dtype("f4"), float])
@@ -156,8 +158,13 @@ def test_bad_options_are_named_with_what_is_expected(name, value, error, words):
         (
             {"channel_axis": (0, 2, 3)},
             ValueError,
-            r"NumPy's axis=\(0, 2, 3\), the axes to reduce, is channel_axis=1",
+            "if these are axes to reduce, as NumPy's axis=, pass those that they leave out as channel_axis=",
         ),
+        ({"data_format": "NWC"}, ValueError, "did you mean 'NLC'"),
+        ({"data_format": "NCW"}, ValueError, "did you mean 'NCL'"),
+        ({"data_format": "HWC"}, ValueError, r"for one image pass x\[None\] with 'NHWC'"),
+        ({"renorm": {"r_max": 3}}, ValueError, "did you mean 'rmax'"),
+        ({"renorm": {"momentum": 0.1}}, ValueError, "decay is the weight of the old value: 1 - momentum"),
         ({"group": "world"}, ValueError, r"group is 'world' \(str\), expected None; .* Moments"),
         (
             {"scale": False, "initial": {"gamma": 1.0}},
@@ -276,11 +283,18 @@ def test_the_mode_and_the_name_may_be_assigned():
     ("keyword", "value", "words"),
     [
         ("momentum", 0.1, r"momentum[\s\S]*decay=0.9[\s\S]*decay=0.1"), ("epsilon", 1e-3, "it is called eps"),
-        ("axis", -1, "channel_axis=-1"), ("centre", True, "'center'"), ("running_dof", 1, "'running_ddof'"),
+        ("axis", -1, "channel_axis=-1"), ("centre", True, "called center"),
+        ("running_dof", 1, "'running_ddof'"),
         ("save_memory", True, "keep='y'"), ("renorm_clipping", {}, "renorm={'rmin'"),
         ("num_channels", 3, "it is called num_features"), ("affine", False, "scale=False, center=False"),
-        ("activation_fn", "relu", "it is called activation"), ("num_dims", 2, "any rank"),
-        ("gamma_initializer", 1, "it is called initial"),
+        ("activation_fn", "relu", "it is called activation"), ("num_dims", 2, "any rank from 2"),
+        ("gamma_initializer", 1, r"pass initial={'gamma': \.\.\.}"),
+        ("weight", 1, r"pass initial={'gamma': \.\.\.}"), ("bias", 1, r"pass initial={'beta': \.\.\.}"),
+        ("mean", 1, r"pass initial={'running_mean'"), ("moving_mean", 1, r"pass initial={'running_mean'"),
+        ("running_var", 1, r"pass initial={'running_var'"), ("use_bias", True, "it is called center"),
+        ("fused", True, "drop it"), ("process_group", 1, "merge the statistics of processes with Moments"),
+        ("where", 1, r"BatchNorm.__call__\(\) takes it: it is called mask there"),
+        ("residual", 1, r"BatchNorm.__call__\(\) takes it$"), ("samples", 1, "it has num_features, name"),
     ],
 )  # fmt: skip
 def test_keywords_of_other_libraries_are_translated(keyword, value, words):
@@ -295,7 +309,15 @@ def test_keywords_of_other_libraries_are_translated(keyword, value, words):
         ("is_training", True, "it is called training here"), ("phase", True, "it is called training here"),
         ("batch_weights", 1, "it is called weights here"), ("where", 1, "it is called mask here"),
         ("key_padding_mask", 1, "mask=~key_padding_mask"), ("momentum", 0.1, "momentum"),
-        ("keep", "x", "keep"),
+        ("keep", "x", r"BatchNorm\(\) takes it$"),
+        ("save_memory", True, r"BatchNorm\(\) takes it: pass keep='y'"),
+        ("epsilon", 1e-3, r"BatchNorm\(\) takes it: it is called eps there"),
+        ("decay", 0.5, r"BatchNorm\(\) takes it$"), ("virtual_batch_size", 2, r"BatchNorm\(\) takes it$"),
+        ("axis", -1, r"BatchNorm\(\) takes it: it means opposite things.* pass channel_axis=-1;"),
+        ("renorm_clipping", {}, r"BatchNorm\(\) takes it: pass renorm={'rmin'"),
+        ("reduction_axes", (0, 2), r"BatchNorm\(\) takes it: pass channel_axis=1, what it leaves out"),
+        ("affine", False, r"BatchNorm\(\) takes it: pass scale=False, center=False"),
+        ("use_running_average", True, "pass stats='running' for True"),
         ("wieghts", 1, "did you mean 'weights'"),
     ],
 )  # fmt: skip
@@ -318,6 +340,11 @@ def test_so_are_keywords_of_a_call(keyword, value, words):
         ("num_updates", "it is running.num_updates here"),
         ("initial_weight", "it is running.initial_weight here"),
         ("num_batches_tracked", "running.num_updates"), ("save_memory", "it is called keep"),
+        ("mean_", "it is called running_mean here"), ("var_", "it is called running_var here"),
+        ("n_samples_seen_", "it is running.num_values here"), ("partial_fit", r"recalibrate\(batches\)"),
+        ("transform", r"bn.eval\(\)\(x\)"), ("reset_parameters", r"BatchNorm\(num_features\)"),
+        ("half", r"BatchNorm\(num_features, dtype=\.\.\.\)"), ("is_training", "it is called training here"),
+        ("saved", r"y, saved = bn\(x, return_saved=True\)"), ("epsilon", "it is called eps here"),
     ],
 )  # fmt: skip
 def test_attributes_of_other_libraries_are_translated(name, words):
@@ -326,6 +353,75 @@ def test_attributes_of_other_libraries_are_translated(name, words):
         with pytest.raises(AttributeError, match=f"{name}.*{words}"):
             attempt()
     assert not hasattr(layer, name)
+
+
+def test_a_subclass_takes_no_foreign_attribute_that_it_does_not_define():
+    class Plain(BatchNorm):
+        pass
+
+    class Own(BatchNorm):
+        weight = None
+
+    layer = Plain(C)
+    for name, words in {"weight": "gamma", "momentum": "decay", "epsilon": "eps"}.items():
+        with pytest.raises(AttributeError, match=f"Plain has no attribute '{name}': .*{words}"):
+            setattr(layer, name, 0.5)
+    layer.anything = Own(C)
+    layer.anything.weight = 3
+    assert layer.anything.weight == 3
+
+
+METHODS = {
+    "fold": ({"epsilon": 1}, r"BatchNorm\(\) takes it: it is called eps there"),
+    "backward": ({"grad_output": 1}, "it is called dy here"), "train": ({"training": True}, "it has mode"),
+    "freeze": ({"device": 1}, "there is only the CPU"), "clone": ({"device": 1}, "there is only the CPU"),
+    "load_state_dict": ({"assign": True}, "it has state, strict"),
+    "recalibrate": ({"where": 1}, r"Moments.update\(\) takes it: it is called mask there"),
+    "diagnose": ({"sample_weight": 1}, "it is called weights here"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_translate_too(method):
+    keywords, words = METHODS[method]
+    with pytest.raises(TypeError, match=rf"^bn: BatchNorm\.{method}\(\) has no argument .*; .*{words}"):
+        getattr(trained(name="bn"), method)(**keywords)
+
+
+def test_what_is_an_option_is_not_taken_by_position():
+    layer, x = trained(name="bn"), images()
+    with pytest.raises(TypeError, match=r"^bn: .* takes by position x, .* by name: training=, stats="):
+        layer(x, True)
+    layer(x, training=True)
+    with pytest.raises(TypeError, match=r"takes by position dy, saved, .* by name: accumulate="):
+        layer.backward(x, None, True)
+    layer.backward(x, None, accumulate=True)
+
+
+@pytest.mark.parametrize("name", ["gelu", "elu", "mish", "hardswish", "prelu", "Softplus"])
+def test_activations_that_are_none_of_ours_are_applied_outside(name):
+    for call in (lambda: BatchNorm(activation=name), lambda: batch_norm_train(images(), activation=name)):
+        with pytest.raises(ValueError, match=r"'silu'; apply it outside, and multiply dy by its derivative"):
+            call()
+
+
+def test_values_of_several_channel_axes_have_their_order_in_x():
+    x = images(shape=(8, 3, 5, 2))
+    for axes in ((2, 1), [2, 1]):
+        layer = BatchNorm((3, 5), channel_axis=axes)
+        assert layer.channel_axis == (1, 2) and layer(x).shape == x.shape
+    with pytest.raises(ValueError, match=r"x has 3 x 5 channels on axis \(1, 2\) of .*, expected 5 x 3"):
+        BatchNorm((5, 3), channel_axis=(2, 1))(x)
+    assert BatchNorm(channel_axis=(-1, -2)).channel_axis == (-2, -1)
+
+
+def test_an_initial_value_of_another_dtype_is_told_in_python():
+    value = np.ones(C, int)
+    with pytest.raises(TypeError, match=r"^initial gamma has dtype int64, .*; use (.*)$") as caught:
+        BatchNorm(C, initial={"gamma": value})
+    advice = str(caught.value).rpartition("; use ")[2]
+    mended = eval(advice, {"numpy": np, "initial": {"gamma": value}})
+    assert (BatchNorm(C, initial={"gamma": mended}).gamma == 1).all()
 
 
 def test_unknown_attributes_are_errors():
@@ -379,6 +475,7 @@ def test_repr(layer, options, state):
 
 def test_help_shows_the_keywords_of_a_call():
     shown = inspect.signature(BatchNorm.__call__).parameters
+    assert inspect.signature(BatchNorm(C)).parameters == dict(list(shown.items())[1:])
     *most, last = CallOptions.__annotations__
     assert list(shown) == ["self", "x", *most, "return_saved", last]
     assert all(p.default is None for name, p in shown.items() if name not in ("self", "x", "return_saved"))

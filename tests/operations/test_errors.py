@@ -6,6 +6,10 @@ and each of the `words` is in the message.
 
 from __future__ import annotations
 
+import inspect
+import pathlib
+import pickle
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -377,7 +381,7 @@ for call in (TRAIN, UPDATE):
 for keyword in ("axis", "axes"):
     words = (f"no argument {keyword!r}", "opposite", "other axes than 0", "channel_axis=1, what")
     case((*FORWARD, OF, MOMENTS), keyword, {keyword: (0, 2, 3)}, T, *words)
-    words = ("channel_axis=0", "channel_axis=1 of a matrix")
+    words = ("pass channel_axis=0;", "pass channel_axis=(1, 2, 3), what it leaves out")
     case((*FORWARD, OF, MOMENTS), f"{keyword} 0", {keyword: 0}, T, *words)
 for call, keyword, words in (
     (INFERENCE, "weight", ("gamma",)),
@@ -394,7 +398,19 @@ for call, keyword, words in (
     (TRAIN, "track_running_stats", ("without running arrays",)),
     (TRAIN, "batch_weights", ("weights",)),
     (TRAIN, "sample_weight", ("weights",)),
-    (TRAIN, "where", ("mask", "True")),
+    (TRAIN, "where", ("it is called mask here",)),
+    (TRAIN, "grad_output", ("it has x, gamma, beta",)),
+    (INFERENCE, "unbiased", ("batch_norm_train() takes it: pass running_ddof=1",)),
+    (INFERENCE, "renorm_clipping", ("batch_norm_train() takes it: pass renorm={'rmin'",)),
+    (INFERENCE, "momentum", ("batch_norm_train() takes it: it means opposite things",)),
+    (OF, "variance", ("pass inv_std=1 / numpy.sqrt(var + eps)",)),
+    (OF, "epsilon", ("pass inv_std=1 / numpy.sqrt(var + eps)",)),
+    (TRAIN, "padding_mask", ("mask=~padding_mask",)),
+    (MOMENTS, "attention_mask", ("mask=attention_mask != 0",)),
+    (MOMENTS, "momentum", ("update_running()",)),
+    (BACKWARD, "inplace", ("pass out=dy",)),
+    (BACKWARD, "scale", ("it is called gamma there",)),
+    (BACKWARD, "keepdims", ("it has dy, saved",)),
     (TRAIN, "skipna", ("mask=~numpy.isnan(x)",)),
     (TRAIN, "nan_policy", ("mask=~numpy.isnan(x)",)),
     (TRAIN, "renorm_clipping", ("renorm={'rmin'",)),
@@ -869,6 +885,301 @@ def test_the_advice_of_an_error_works_and_loses_no_digit(dtype, name):
     if name == "residual":
         call["x"] = call["x"].astype(mended.dtype)
     batchnorm.batch_norm(**{**call, name: mended})
+
+
+# ---- what a message says to do, done to the letter ----
+
+X4 = np.random.default_rng(5).normal(3, 2, (3, 4, 5, 6))
+X5 = np.random.default_rng(6).normal(3, 2, (8, 3, 5, 2))
+GREY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5, 1)
+PARTS = np.random.default_rng(7).normal(size=(12, 3))
+ONES = np.ones(4)
+
+
+train, moments = batchnorm.batch_norm_train, batchnorm.moments
+
+
+def near(got: Any, want: Any) -> bool:
+    return bool(np.allclose(got, want, rtol=1e-12, atol=1e-12))
+
+
+def per_sample(channel_axis: int) -> Any:
+    return [moments(X4[i : i + 1], channel_axis=channel_axis).mean for i in range(3)]
+
+
+def of_parts(**options: Any) -> Any:
+    return train(X4, **options).saved.mean
+
+
+def affine(gamma: Any, **options: Any) -> Any:
+    return train(X5, gamma, **options).y
+
+
+def used(x: Any, change: Callable[[Any], None] | None = None, **options: Any) -> Any:
+    """A backward pass after x (or what takes its place) was changed."""
+    x = x.copy()
+    y, saved = train(x, **options)
+    if change is not None:
+        change(x)
+    return batchnorm.batch_norm_backward(np.ones_like(y), saved).dx
+
+
+G53 = np.arange(15.0).reshape(5, 3)
+# The call, what its error says, and whether doing that gives what is right.
+ADVICE: dict[str, tuple[Callable[[], Any], str, Callable[[], Any]]] = {
+    "axes with the samples": (
+        lambda: moments(X4, axis=(0, 2, 3)), "pass channel_axis=1, what it leaves out",
+        lambda: near(moments(X4, channel_axis=1).mean, X4.mean((0, 2, 3)))),
+    "negative axes": (
+        lambda: moments(X4, axis=(-4, -3, -2)), "pass channel_axis=3, what it leaves out",
+        lambda: near(moments(X4, channel_axis=3).mean, X4.mean((0, 1, 2)))),
+    "two axes": (
+        lambda: moments(X4, axis=[0, 1]), "pass channel_axis=(2, 3), what it leaves out",
+        lambda: near(moments(X4, channel_axis=(2, 3)).mean, X4.mean((0, 1)))),
+    "axis 0": (
+        lambda: moments(X4, axis=0), "pass channel_axis=(1, 2, 3), what it leaves out",
+        lambda: near(moments(X4, channel_axis=(1, 2, 3)).mean, X4.mean(0))),
+    "all but axis 0": (
+        lambda: moments(X4, axis=(1, 2, 3)), "pass channel_axis=0, what it leaves out",
+        lambda: near(moments(X4, channel_axis=0).mean, X4.mean((1, 2, 3)))),
+    "all axes": (
+        lambda: moments(X4, axis=(0, 1, 2, 3)), "pass x.reshape(-1, 1)",
+        lambda: near(moments(X4.reshape(-1, 1)).mean, X4.mean())),
+    "instance norm, NCHW": (
+        lambda: moments(X4, axes=(2, 3)), "pass x[i : i + 1] and channel_axis=1:",
+        lambda: near(per_sample(1), X4.mean((2, 3)))),
+    "instance norm, NHWC": (
+        lambda: moments(X4, axes=(1, 2)), "pass x[i : i + 1] and channel_axis=3:",
+        lambda: near(per_sample(3), X4.mean((1, 2)))),
+    "instance norm in training": (
+        lambda: train(X4, axis=(2, 3)), "pass virtual_batch_size=1 and channel_axis=1:",
+        lambda: near(of_parts(virtual_batch_size=1, channel_axis=1), X4.mean((2, 3)))),
+    "channel_axis with the samples": (
+        lambda: moments(X4, channel_axis=(0, 1)), "sample pass x[i : i + 1] and channel_axis=1",
+        lambda: near(per_sample(1), X4.mean((2, 3)))),
+    "reduction_axes": (
+        lambda: moments(X4, reduction_axes=(0, 1, 2)), "; pass channel_axis=3, what it leaves out",
+        lambda: near(moments(X4, channel_axis=3).mean, X4.mean((0, 1, 2)))),
+    "scale": (
+        lambda: batchnorm.dataset_moments(GREY, scale=1 / 255, channel_axis=-1), "pass max_value=255.0,",
+        lambda: near(batchnorm.dataset_moments(GREY, max_value=255.0, channel_axis=-1).mean,
+                     GREY.mean() / 255)),
+    "rescale": (
+        lambda: batchnorm.normalize_images(GREY, [0.5], [0.25], rescale=1 / 127.5), "pass max_value=127.5,",
+        lambda: near(batchnorm.normalize_images(GREY, [0.5], [0.25], max_value=127.5, dtype=f64),
+                     (GREY.transpose(0, 3, 1, 2) / 127.5 - 0.5) * 4)),
+    "a scale that is no number": (
+        lambda: batchnorm.dataset_moments(GREY, scale=ONES, channel_axis=-1), "pass max_value=1 / scale,",
+        lambda: near(batchnorm.dataset_moments(GREY, max_value=1 / 0.5, channel_axis=-1).mean,
+                     GREY.mean() * 0.5)),
+    "momentum of new values": (
+        lambda: batchnorm.effective_decay(momentum=1e-7), "pass decay=0.9999999;",
+        lambda: batchnorm.effective_decay(0.9999999) == 1 - 1e-7),
+    "momentum of old values": (
+        lambda: batchnorm.effective_decay(momentum=0.9999999), "pass decay=0.9999999",
+        lambda: batchnorm.effective_decay(0.9999999) == 0.9999999),
+    "momentum of many digits": (
+        lambda: batchnorm.effective_decay(momentum=0.00012345678), "pass decay=0.99987654322;",
+        lambda: batchnorm.effective_decay(0.99987654322) == 1 - 0.00012345678),
+    "activation of another name": (
+        lambda: train(X4, activation="Swish"), "did you mean 'silu'?",
+        lambda: train(X4, activation="silu")),
+    "NWC": (
+        lambda: moments(X4[0], data_format="NWC"), "did you mean 'NLC'?",
+        lambda: near(moments(X4[0], data_format="NLC").mean, X4[0].mean((0, 1)))),
+    "NCW": (
+        lambda: moments(X4[0], data_format="NCW"), "did you mean 'NCL'?",
+        lambda: near(moments(X4[0], data_format="NCL").mean, X4[0].mean((0, 2)))),
+    "HWC": (
+        lambda: moments(X4[0], data_format="HWC"), "pass x[None] with 'NHWC'",
+        lambda: near(moments(X4[0][None], data_format="NHWC").mean, X4[0].mean((0, 1)))),
+    "gamma of another order": (
+        lambda: affine(G53, channel_axis=(2, 1)),
+        "to match channel axes (1, 2) of x (8, 3, 5, 2); use gamma.transpose(1, 0)",
+        lambda: near(affine(G53.transpose(1, 0), channel_axis=(2, 1)),
+                     affine(None, channel_axis=(2, 1)) * G53.T[None, ..., None])),
+    "flat gamma": (
+        lambda: affine(G53.T.reshape(-1), channel_axis=(1, 2)), "use gamma.reshape(3, 5)",
+        lambda: near(affine(G53.T.reshape(-1).reshape(3, 5), channel_axis=(1, 2)),
+                     affine(None, channel_axis=(1, 2)) * G53.T[None, ..., None])),
+    "gamma with axes of length 1": (
+        lambda: affine(np.arange(3.0).reshape(1, 3, 1, 1)), "use gamma.reshape(-1)",
+        lambda: near(affine(np.arange(3.0).reshape(1, 3, 1, 1).reshape(-1)),
+                     affine(None) * np.arange(3.0)[:, None, None])),
+    "running arrays of another order": (
+        lambda: train(X5, running_mean=G53.copy(), running_var=G53.copy(), channel_axis=(1, 2)),
+        "use running_mean.transpose(1, 0).copy() and keep it",
+        lambda: train(X5, running_mean=G53.transpose(1, 0).copy(),
+                                           running_var=G53.transpose(1, 0).copy(), channel_axis=(1, 2))),
+    "parts of one value": (
+        lambda: train(PARTS, virtual_batch_size=1),
+        "virtual_batch_size is 1 and a part of x (12, 3) has one value per channel",
+        lambda: train(PARTS, virtual_batch_size=2) and train(PARTS)),
+    "one sample is no part": (
+        lambda: train(PARTS[:1], virtual_batch_size=4), "x has shape (1, 3) with one value",
+        lambda: train(PARTS[:2], virtual_batch_size=4)),
+    "weights of channels": (
+        lambda: moments(X4, weights=ONES), "expected (3,), (3, 5, 6) or (3, 1, 5, 6), with 1",
+        lambda: [moments(X4, weights=np.ones(s)) for s in ((3,), (3, 5, 6), (3, 1, 5, 6), (1, 1, 1, 6))]),
+    "weights of the last axis": (
+        lambda: moments(X4, weights=np.arange(6.0)), "use weights.reshape(1, 1, 1, 6)",
+        lambda: near(moments(X4, weights=np.arange(6.0).reshape(1, 1, 1, 6)).mean,
+                     np.average(X4, axis=3, weights=np.arange(6.0)).mean((0, 2)))),
+    "x overwritten": (lambda: used(X5, fill), "a copy, or with keep='y'", lambda: used(X5, fill, keep="y")),
+    "old words of backward": (
+        lambda: batchnorm.batch_norm_backward(X5, forward(X5), gamma=ONES),
+        "batch_norm_train() takes it; write batch_norm_backward(dy, saved) with y, saved = batch_norm_train(",
+        lambda: batchnorm.batch_norm_backward(X5, train(X5, ONES[:3], ONES[:3])[1])),
+    "the old long form": (
+        lambda: batchnorm.batch_norm_backward(X5, X5, mean=ONES, inv_std=ONES, gamma=ONES),
+        "saved = Saved.of(x, mean, inv_std, gamma, ...)",
+        lambda: batchnorm.batch_norm_backward(X5, Saved.of(X5, ONES[:3], ONES[:3], ONES[:3]))),
+    "renorm's reference": (
+        lambda: train(X5, renorm={"mean": np.zeros(3, int), "std": np.ones(3)}),
+        "use renorm['mean'].astype(numpy.float64)",
+        lambda: train(X5, renorm={"mean": np.zeros(3), "std": np.ones(3)})),
+    "renorm's limits": (
+        lambda: train(X5, renorm={"mean": np.zeros(3), "std": np.ones(3), "r_max": 3.0}),
+        "did you mean 'rmax'?",
+        lambda: train(X5, renorm={"mean": np.zeros(3), "std": np.ones(3), "rmax": 3.0})),
+    "by position": (
+        lambda: moments(X4, 1), "takes by position x, and was given 2 positional arguments; pass the others "
+        "by name: channel_axis=", lambda: moments(X4, channel_axis=1)),
+    "Moments by position": (
+        lambda: batchnorm.Moments(1), "takes by position nothing", lambda: batchnorm.Moments(channel_axis=1)),
+    "mask of Moments": (
+        lambda: batchnorm.Moments(where=X4 > 3), "Moments.update() takes it: it is called mask there",
+        lambda: batchnorm.Moments().update(X4, mask=X4 > 3)),
+    "where of an update": (
+        lambda: batchnorm.Moments().update(X4, where=X4 > 3), "it is called mask here",
+        lambda: batchnorm.Moments().update(X4, mask=X4 > 3)),
+    "nodata of an update": (
+        lambda: batchnorm.Moments().update(X4, nodata=0), "Moments() takes it",
+        lambda: batchnorm.Moments(nodata=0).update(X4)),
+    "unbiased": (
+        lambda: batchnorm.Moments(unbiased=True), "Moments.variance() takes it: pass ddof=1 for True",
+        lambda: near(batchnorm.Moments().update(X4).variance(ddof=1), X4.var((0, 2, 3), ddof=1))),
+    "axis of fold": (
+        lambda: batchnorm.fold(np.eye(4), None, ONES, ONES, eps=0, axis=0), "it is called out_axis here",
+        lambda: batchnorm.fold(np.eye(4), None, ONES, ONES, eps=0, out_axis=0)),
+    "kernel of fold": (
+        lambda: batchnorm.fold(kernel=np.eye(4), bias=None), "it is called weight here",
+        lambda: batchnorm.fold(weight=np.eye(4), bias=None, mean=ONES, var=ONES, eps=0, out_axis=0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_works_when_it_is_followed(name):
+    wrong, words, followed = ADVICE[name]
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+        wrong()
+    assert words in str(caught.value)
+    result = followed()
+    assert result if isinstance(result, bool) else result is not None
+
+
+@pytest.mark.parametrize("call", [batchnorm.Moments, batchnorm.BatchNorm])
+def test_no_axis_is_named_where_the_rank_is_not_known(call):
+    for axes in ((0, 1), (2, 3), (1, 2), (0, 2), (0, 2, 3)):
+        with pytest.raises(TypeError, match="the axes that it leaves out") as caught:
+            call(axis=axes)
+        assert not re.search(r"channel_axis=\W?\d", str(caught.value).split("axes to reduce")[1])
+        if 0 in axes:
+            with pytest.raises(ValueError, match="those that they leave out as channel_axis="):
+                call(channel_axis=axes)
+
+
+KEPT = {"relu": {"activation": "relu"}, "residual": {"residual": X5}, "kept y": {"keep": "y"},
+        "slope": {"activation": "leaky_relu", "slope": -1.0}}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)
+def test_keep_y_is_no_advice_where_it_is_refused(options):
+    for change in (fill, None):
+        x = X5.copy()
+        with pytest.raises(RuntimeError) as caught:
+            y, saved = train(x, out=None if change else x, **options)
+            fill(y if options.get("keep") == "y" else x)
+            batchnorm.batch_norm_backward(X5, saved)
+        assert "keep='y'" not in str(caught.value)
+    own = Saved.of(x, ONES[:3], ONES[:3])
+    x[...] = 3
+    with pytest.raises(RuntimeError, match=r"call the forward with a copy$"):
+        batchnorm.batch_norm_backward(X5, own)
+
+
+def test_a_residual_that_was_overwritten_is_called_so():
+    z = X5.copy()
+    saved = forward(X5, residual=z, activation="silu")
+    fill(z)
+    with pytest.raises(RuntimeError, match=r"^residual has been overwritten.* with a copy$"):
+        batchnorm.batch_norm_backward(X5, saved)
+
+
+def test_integers_beyond_2_to_the_53_are_offset_first():
+    x = np.arange(2**60, 2**60 + 8, dtype=np.int64).reshape(4, 2)
+    with pytest.raises(TypeError, match=r"exact up to 2\*\*53: of larger values first subtract an offset"):
+        moments(x)
+    assert moments((x - 2**60).astype(np.float64)).var.tolist() == [5, 5]
+
+
+ENTRANCES: dict[str, Callable[..., Any]] = {
+    "moments": lambda **k: moments(X4, **k), "Moments": batchnorm.Moments,
+    "Moments.update": lambda **k: batchnorm.Moments().update(X4, **k),
+    "Moments.variance": lambda **k: batchnorm.Moments().update(X4).variance(**k),
+    "dataset_moments": lambda **k: batchnorm.dataset_moments(X4, **k),
+    "normalize_images": lambda **k: batchnorm.normalize_images(GREY, [0.5], [0.2], **k),
+    "effective_decay": lambda **k: batchnorm.effective_decay(0.9, **k),
+    "fold": lambda **k: batchnorm.fold(np.eye(4), None, ONES, ONES, eps=0, out_axis=0, **k),
+    "freeze": lambda **k: batchnorm.freeze([], **k),
+    "no_update": lambda **k: batchnorm.no_update([], **k).__enter__(),
+    "recalibrate": lambda **k: batchnorm.recalibrate([], abs, [], **k),
+    "diagnose": lambda **k: batchnorm.diagnose([], abs, [], **k),
+    "batch_norm": lambda **k: batchnorm.batch_norm(X4, ONES, ONES, **k),
+    "Saved.of": lambda **k: Saved.of(X4, ONES, ONES, **k),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENTRANCES)
+def test_every_entrance_translates(name):
+    for keyword, words in {"device": "there is only the CPU", "zzz": "it has "}.items():
+        with pytest.raises(TypeError) as caught:
+            ENTRANCES[name](**{keyword: 1})
+        assert str(caught.value).startswith(f"{name}() has no argument '{keyword}'; {words}")
+
+
+def test_an_entrance_is_a_function_and_its_own_errors_are_left_alone():
+    assert inspect.isroutine(batchnorm.moments) and batchnorm.moments.__name__ == "moments"
+    assert [*inspect.signature(batchnorm.Moments.update).parameters][:3] == ["self", "x", "mask"]
+    assert [*inspect.signature(batchnorm.Moments).parameters] == ["channel_axis", "data_format", "nodata"]
+    assert pickle.loads(pickle.dumps(batchnorm.moments)) is batchnorm.moments
+    assert not hasattr(batchnorm.moments, "keywords")
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        moments()
+    with pytest.raises(TypeError, match="abs\\(\\) takes exactly one argument"):
+        batchnorm.dataset_moments([X4], transform=lambda piece: abs(piece, piece))
+
+
+class Foreign:
+    """Of a module that does not name it."""
+
+
+Foreign.__module__ = "batchnorm.somewhere"
+
+
+def test_what_a_message_calls_a_type_is_its_name():
+    for value, name in {
+        Foreign(): "batchnorm.somewhere.Foreign",
+        pathlib.Path(): "pathlib.PosixPath",
+    }.items():
+        with pytest.raises(TypeError, match=f"^x is of type {name}, expected"):
+            moments(value)
+    with pytest.raises(TypeError, match=r"^x is of type numpy\.ma\.MaskedArray|^x is a masked array"):
+        batchnorm.batch_norm(np.ma.ones((2, 4)), ONES, ONES)
+    with pytest.raises(TypeError, match=r"^ddof is of type int, expected|^ddof is"):
+        moments(X4, ddof=np.ma.ones(2))
+    with pytest.raises(ValueError, match=r"^eps is too large"):
+        batchnorm.batch_norm(X4, ONES, ONES, eps=10**5000)
 
 
 def test_masks_are_read_by_rank_never_by_size():

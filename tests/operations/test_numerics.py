@@ -379,8 +379,8 @@ def far(p, options, size):
 @pytest.mark.parametrize("options", FAR_OPTIONS, ids=str)
 @pytest.mark.parametrize("power", [-990, -700, -540, -500, -470, 450, 509, 512, 540, 700, 900, 990])
 def test_float64_from_1e_300_to_1e300(power, options):
-    # Squares overflow from 2^512 on, and lose digits below 2^-480. In units of a power of two all is what it is about 1; only a variance
-    # that float64 does not hold is infinite.
+    # Squares overflow from 2^512 on, and lose digits below 2^-480. In units of a power of two all is what it
+    # is about 1; only a variance that float64 does not hold is 0 or infinite.
     for p in FAR:
         p = replace(p, dtype=FLOAT64, affine=None, activation=None)
         if "virtual_batch_size" in options and p.n % 3 == 1:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _core
 from ..running import COLD, updates_until
 from ..typing import Array, LayerLike, Mask, Vector
 from .network import Collector, Layers, named, run, watching
@@ -138,6 +139,7 @@ def _diagnosis(found: list[Finding], fine: str, layer: LayerLike | None = None) 
     return Diagnosis(tuple(found) or (Finding("fine", fine, "", (), numbers, name),))
 
 
+@_core.entrance
 def diagnose(layers: Layers, forward: Callable[[Any], Any], batches: Iterable[Any]) -> Diagnosis:
     """Why is a network good in training and bad in testing? Look at its layers while data runs through.
 

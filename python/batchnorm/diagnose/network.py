@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import _core
 from ..moments import Moments, reduced_axes
 from ..settings import kind
 from ..typing import Array, LayerLike
@@ -71,6 +72,7 @@ def watching(layers: Mapping[str, LayerLike]) -> Iterator[dict[str, Collector]]:
 
 
 @contextlib.contextmanager
+@_core.entrance
 def no_update(layers: Layers) -> Iterator[None]:
     """Inside this context no call of the layers updates running statistics, in training either.
 
@@ -102,6 +104,7 @@ def no_update(layers: Layers) -> Iterator[None]:
         yield
 
 
+@_core.entrance
 def freeze(layers: Layers) -> None:
     """Let the layers use their running statistics and update nothing, in training mode too.
 

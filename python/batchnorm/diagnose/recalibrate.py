@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import _core
 from ..moments import Moments, refuse_group
 from ..settings import flag
 from ..typing import Array, LayerLike, Mask, StatsName, Vector
@@ -81,6 +82,7 @@ def recalibrating(layers: Layers) -> Iterator[None]:
         layer.running.replace(*statistics)
 
 
+@_core.entrance
 def recalibrate(
     layers: Layers, forward: Callable[[Any], Any], batches: Iterable[Any], *, one_by_one: bool = False,
     group: None = None,
