@@ -9,6 +9,9 @@ namespace batchnorm {
 
 using kernels::kMaxChannelBlock;
 
+// Tiles are added in groups of so many, then the groups: a chain of sqrt(tiles) instead of tiles, and work to share out.
+inline constexpr std::int64_t kTileGroup = 32;
+
 // How the work on one part is laid out.
 struct Plan {
     kernels::Direction direction = kernels::ncs;
@@ -16,7 +19,7 @@ struct Plan {
     std::int64_t row_split = 1, fold = 1;
 
     // Sums: a channel's values are cut into tiles_outer x tiles_inner tiles (the last ones may be shorter), each summed by itself, the
-    // results added in index order.
+    // results added in index order, by groups of kTileGroup.
     std::int64_t tile_outer = 1, tile_inner = 1, tiles_outer = 1, tiles_inner = 1;
 
     // Sums are taken apart of each of so many sets of set_outer rows; tiles are those of one set.
@@ -42,6 +45,7 @@ struct Plan {
     std::int64_t ahead = 0;  // bytes by which kernels fetch what they read next
 
     std::int64_t tiles() const { return tiles_outer * tiles_inner; }
+    std::int64_t tile_groups() const { return (tiles() + kTileGroup - 1) / kTileGroup; }
     std::int64_t blocks() const { return (channels + channel_block - 1) / channel_block; }
     std::int64_t width() const { return channels * fold; }  // values of a folded row
 

@@ -40,18 +40,22 @@ public:
     }
     std::uint8_t at(int64_t outer, int64_t c, int64_t inner) const { return *pointer(outer, c, inner); }
     bool runs() const { return v_.inner_stride == 1; }
+    bool channels_side_by_side() const { return v_.channel_stride == 1; }
 
 private:
     const ConstTensor& v_;
     const std::uint8_t* data_;
 };
 
-// Eight bytes to as many bits, set unless a byte is 0: each byte to its lowest bit, then the product brings bit 8 i to bit 56 + i.
-inline std::uint8_t bits_of_bytes(const std::uint8_t* from) {
+// Of eight bytes, each 1 unless it is 0.
+inline std::uint64_t ones_of_bytes(const std::uint8_t* from) {
     std::uint64_t v;
     std::memcpy(&v, from, sizeof v);
-    v = ((((v & 0x7f7f7f7f7f7f7f7f) + 0x7f7f7f7f7f7f7f7f) | v) >> 7) & 0x0101010101010101;
-    return static_cast<std::uint8_t>(v * 0x0102040810204080 >> 56);
+    return ((((v & 0x7f7f7f7f7f7f7f7f) + 0x7f7f7f7f7f7f7f7f) | v) >> 7) & 0x0101010101010101;
+}
+// Eight bytes to as many bits, set unless a byte is 0: the product brings bit 8 i to bit 56 + i.
+inline std::uint8_t bits_of_bytes(const std::uint8_t* from) {
+    return static_cast<std::uint8_t>(ones_of_bytes(from) * 0x0102040810204080 >> 56);
 }
 // n bytes, `step` apart, as bits from number `first` on, which are 0 so far.
 inline void pack(const std::uint8_t* from, int64_t step, int64_t n, std::uint8_t* bits, int64_t first) {
@@ -150,18 +154,36 @@ public:
 private:
     void count_elements(const Geometry& g, const PerElement& elements) {
         const auto counted = [](const std::uint8_t* run, int64_t n) {
-            int64_t kept = 0;
-            for (int64_t i = 0; i < n; ++i) kept += run[i] != 0;
+            int64_t kept = 0, i = 0;
+            while (i + 8 <= n) {
+                std::uint64_t ones = 0;  // of eight places of up to 255 words
+                for (const int64_t end = std::min(n - 7, i + 255 * 8); i < end; i += 8) ones += ones_of_bytes(run + i);
+                constexpr std::uint64_t kEven = 0x00ff00ff00ff00ff;
+                kept += static_cast<int64_t>(((ones & kEven) + (ones >> 8 & kEven)) * 0x0001000100010001 >> 48);
+            }
+            for (; i < n; ++i) kept += run[i] != 0;
             return kept;
         };
+        const bool by_runs = g.direction == kernels::ncs && elements.runs();
         for (int64_t p = 0; p < parts_.count; ++p) {
             int64_t* const to = positions_.data() + p * channels_;
             for (int64_t o = parts_.begin(p); o < parts_.begin(p) + parts_.size(p); ++o) {
-                for (int64_t c = 0; elements.runs() && c < channels_; ++c) to[c] += counted(elements.pointer(o, c, 0), g.inner);
-                for (int64_t i = 0; !elements.runs() && i < g.inner; ++i) {
-                    for (int64_t c = 0; c < channels_; ++c) to[c] += elements.at(o, c, i) != 0;
-                }
+                for (int64_t c = 0; by_runs && c < channels_; ++c) to[c] += counted(elements.pointer(o, c, 0), g.inner);
             }
+            if (!by_runs) count_rows(g, elements, p, to);
+        }
+    }
+    // By rows: of eight channels side by side, so many rows at a time that a byte holds each count.
+    void count_rows(const Geometry& g, const PerElement& elements, int64_t p, int64_t* to) const {
+        const int64_t begin = parts_.begin(p) * g.inner, end = begin + parts_.size(p) * g.inner;
+        const int64_t by_eight = elements.channels_side_by_side() ? channels_ / 8 * 8 : 0;
+        std::vector<std::uint64_t> counts(index(by_eight / 8));
+        for (int64_t r = begin; r < end; ++r) {
+            for (int64_t c = 0; c < by_eight; c += 8) counts[index(c / 8)] += ones_of_bytes(elements.pointer(r / g.inner, c, r % g.inner));
+            for (int64_t c = by_eight; c < channels_; ++c) to[c] += elements.at(r / g.inner, c, r % g.inner) != 0;
+            if ((r - begin) % 255 != 254 && r + 1 < end) continue;
+            for (int64_t c = 0; c < by_eight; ++c) to[c] += static_cast<int64_t>(counts[index(c / 8)] >> c % 8 * 8 & 255);
+            std::fill(counts.begin(), counts.end(), 0);
         }
     }
     bool plain() const { return positions_.empty(); }

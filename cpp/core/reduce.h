@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 #include "check.h"
 #include "coeffs.h"
@@ -54,17 +55,25 @@ public:
         for (auto* s : {&first_, &second_}) *s = {ws.take<double>(sets * width_), ws.take<double>(sets * width_)};
     }
     void clear(int64_t c0, int64_t c1) {
-        for (int64_t set = 0; set < sets_; ++set) {
-            for (const auto* s : {&first_, &second_}) {
-                std::fill(s->value + at(set, c0), s->value + at(set, c1), 0.0);
-                std::fill(s->error + at(set, c0), s->error + at(set, c1), 0.0);
-            }
+        for (int64_t set = 0; set < sets_; ++set) clear(set, c0, c1);
+    }
+    void clear(int64_t set, int64_t c0, int64_t c1) {
+        for (const auto* s : {&first_, &second_}) {
+            std::fill(s->value + at(set, c0), s->value + at(set, c1), 0.0);
+            std::fill(s->error + at(set, c0), s->error + at(set, c1), 0.0);
         }
     }
     // Adds a tile's sums of the channels from c on.
     void add(int64_t set, int64_t c, int64_t channels, const double* a, const double* b) {
         add(first_, at(set, c), channels, a);
         add(second_, at(set, c), channels, b);
+    }
+    // Adds the sums of a group of tiles, which are set number `from` of others.
+    void add(int64_t set, int64_t c0, int64_t c1, const ChannelSums& others, int64_t from) {
+        for (const auto& [to, of] : {std::pair{&first_, &others.first_}, {&second_, &others.second_}}) {
+            add(*to, at(set, c0), c1 - c0, of->value + others.at(from, c0));
+            for (int64_t c = c0; c < c1; ++c) to->error[at(set, c)] += of->error[others.at(from, c)];
+        }
     }
     coeffs::Sum first_sum(int64_t c) const { return {first_.value[at(0, c)], first_.error[at(0, c)]}; }
     coeffs::Sum second_sum(int64_t c) const { return {second_.value[at(0, c)], second_.error[at(0, c)]}; }
@@ -116,12 +125,25 @@ template <class Pass>
 void block_sums(const Plan& plan, int64_t block, Pass& pass, int round) {
     ChannelSums& sums = pass.channel_sums();
     const Where where = plan.block_of_channels(block);
-    sums.clear(where.box.channel_begin, where.box.channel_end);
-    for (int64_t set = 0; set < plan.sets; ++set) {
-        for (int64_t t = 0; t < plan.tiles(); ++t) {
+    const int64_t c0 = where.box.channel_begin, c1 = where.box.channel_end;
+    const auto add_group = [&](int64_t set, int64_t group, ChannelSums& to, int64_t to_set) {
+        for (int64_t t = group * kTileGroup; t < std::min((group + 1) * kTileGroup, plan.tiles()); ++t) {
             tile_sums(plan, set, t, block, pass, round,
-                      [&](int64_t c, int64_t channels, const double* a, const double* b) { sums.add(set, c, channels, a, b); });
+                      [&](int64_t c, int64_t channels, const double* a, const double* b) { to.add(to_set, c, channels, a, b); });
         }
+    };
+    sums.clear(c0, c1);
+    if (plan.tile_groups() == 1) {
+        for (int64_t set = 0; set < plan.sets; ++set) add_group(set, 0, sums, set);
+        return;
+    }
+    Workspace ws;
+    ChannelSums of_group(ws, 1, c0, c1);
+    for (int64_t i = 0; i < plan.sets * plan.tile_groups(); ++i) {
+        const int64_t set = i / plan.tile_groups();
+        of_group.clear(c0, c1);
+        add_group(set, i % plan.tile_groups(), of_group, 0);
+        sums.add(set, c0, c1, of_group, 0);
     }
 }
 
@@ -140,12 +162,27 @@ bool all_sums(const Plan& plan, Pass& pass, int round) {
             std::copy(b, b + n, second + tile * channels + c);
         });
     });
+    const int64_t groups = plan.tile_groups();
+    const auto add_group = [&](int64_t group, ChannelSums& to, int64_t to_set, int64_t c0, int64_t c1) {
+        const int64_t before = group / groups * tiles, begin = before + group % groups * kTileGroup;
+        for (int64_t t = begin; t < std::min(begin + kTileGroup, before + tiles); ++t) {
+            to.add(to_set, c0, c1 - c0, first + t * channels + c0, second + t * channels + c0);
+        }
+    };
+    ChannelSums by_group(partial, groups == 1 ? 0 : plan.sets * groups, 0, channels);
+    if (groups > 1) {
+        for_each(plan.sets * groups, plan.parallel, [&](int64_t group) {
+            by_group.clear(group, 0, channels);
+            add_group(group, by_group, group, 0, channels);
+        });
+    }
     std::atomic<bool> content{true};
     for_channels(plan, [&](int64_t c0, int64_t c1) {
         ChannelSums& sums = pass.channel_sums();
         sums.clear(c0, c1);
-        for (int64_t t = 0; t < plan.sets * tiles; ++t) {
-            sums.add(t / tiles, c0, c1 - c0, first + t * channels + c0, second + t * channels + c0);
+        for (int64_t group = 0; group < plan.sets * groups; ++group) {
+            const int64_t set = group / groups;
+            groups == 1 ? add_group(group, sums, set, c0, c1) : sums.add(set, c0, c1, by_group, group);
         }
         if (!pass.finish(c0, c1, round)) content = false;
     });

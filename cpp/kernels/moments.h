@@ -108,15 +108,22 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
 
 // Weights of a (folded) row's elements, if sums have any.
 struct NoWeight {
-    static constexpr bool given = false;
+    static constexpr bool given = false, some = false;
+};
+// Those of a (folded) row whose bit is set.
+struct KeptBits {
+    static constexpr bool given = false, some = true;
+    const uint8_t* bits;
+    int64_t first;
+    BATCHNORM_INLINE uint32_t at(int64_t e) const { return mask_bits(bits, first + e); }
 };
 struct OneWeight {
-    static constexpr bool given = true;
+    static constexpr bool given = true, some = false;
     double value;
     BATCHNORM_INLINE F64 at(int64_t) const { return Ops<F64>::broadcast(value); }
 };
 struct FoldedWeights {
-    static constexpr bool given = true;
+    static constexpr bool given = true, some = false;
     const double* data;
     BATCHNORM_INLINE F64 at(int64_t e) const { return Ops<F64>::load(data + e); }
 };
@@ -140,6 +147,8 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R],
                 prefetch_ahead(p, ahead);
                 if constexpr (Weight::given) {
                     m.add_weighted(load_double(p), shift, weight.at(e));
+                } else if constexpr (Weight::some) {
+                    m.add_kept(load_double(p), shift, weight.at(e));
                 } else {
                     m.add(load_double(p), shift);
                 }
@@ -150,6 +159,8 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R],
                 const F64 v = to_double(load_part(p, n));
                 if constexpr (Weight::given) {
                     m.add_weighted_first(v, shift, weight.at(e), n);
+                } else if constexpr (Weight::some) {
+                    m.add_kept(v, shift, weight.at(e) & ((1u << n) - 1));
                 } else {
                     m.add_first(v, shift, n);
                 }
@@ -222,20 +233,35 @@ BATCHNORM_INLINE void moments_some_folded_rows(const FoldedRows<T>& x, const Mom
     if (n > 0) sum();
 }
 
-// Where single elements count, each has a weight of its own: its row's, or 0.
+// Where single elements count: those whose bit is set, or each with a weight of its own, its row's or 0.
 template <class T>
 __attribute__((noinline)) void moments_elements(const FoldedRows<T>& x, const MomentsArgs& a) {
     const Box& b = a.where.box;
+    const int64_t fold = a.where.fold;
     const KeptElements kept(a.kept, b);
     const double* const row_weights = (const double*)a.weights.data;
     T buffer[kMaxRow];
     double weights[kMaxRow];
-    for (int64_t r = b.outer_begin; r < b.outer_end; r += a.where.fold) {
-        const int64_t n_rows = b.outer_end - r < a.where.fold ? b.outer_end - r : a.where.fold, width = n_rows * x.channels;
-        for (int64_t e = 0; e < width; ++e) {
-            weights[e] = !kept.at(r, e) ? 0 : row_weights == nullptr ? 1 : row_weights[r + e / x.channels];
+    int64_t r = b.outer_begin;
+    const auto bits = [&](int64_t row) { return KeptBits{kept.bits, row * kept.stride + kept.channel_begin}; };
+    for (; row_weights == nullptr && !x.gather && r + 4 * fold <= b.outer_end; r += 4 * fold) {
+        const T* const rows[4] = {x.rows.at(r), x.rows.at(r + fold), x.rows.at(r + 2 * fold), x.rows.at(r + 3 * fold)};
+        moments_rows<true>(rows, {bits(r), bits(r + fold), bits(r + 2 * fold), bits(r + 3 * fold)}, fold * x.channels, a);
+    }
+    for (; r < b.outer_end; r += fold) {
+        const int64_t n_rows = b.outer_end - r < fold ? b.outer_end - r : fold, width = n_rows * x.channels;
+        const T* const rows[1] = {x.at(r, n_rows, buffer)};
+        if (row_weights == nullptr) {
+            moments_rows<true>(rows, {bits(r)}, width, a);
+            continue;
         }
-        moments_rows<true, 1, T, FoldedWeights>({x.at(r, n_rows, buffer)}, {{weights}}, width, a);
+        for (int64_t j = 0; j < n_rows; ++j) {
+            for (int64_t c = 0; c < x.channels; ++c) {
+                const int64_t e = j * x.channels + c;
+                weights[e] = (kept.at(r, e) & 1) != 0 ? row_weights[r + j] : 0;
+            }
+        }
+        moments_rows<true, 1, T, FoldedWeights>(rows, {{weights}}, width, a);
     }
 }
 

@@ -49,6 +49,21 @@ BATCHNORM_INLINE void clear(T* p, int64_t n) {
     memset((void*)p, 0, (size_t)n * sizeof(T));
 }
 
+// The 16 bits of a mask from number `first` on, in the lowest places; those above are anything.
+BATCHNORM_INLINE uint32_t mask_bits(const uint8_t* bits, int64_t first) {
+    uint32_t word;
+    memcpy(&word, bits + (first >> 3), sizeof word);
+    return word >> (first & 7);
+}
+
+// Which of 16 values count, a bit each.
+inline constexpr uint32_t kAllKept = 0xffff;
+// v where it counts, else 0.
+template <class V>
+BATCHNORM_INLINE V where_kept(uint32_t bits, V v) {
+    return bits == kAllKept ? v : where_bits(bits, v);
+}
+
 // Direction nsc: which rows count, a byte each, and which elements do, bits of a row that starts at bit r * stride. One of them, or none.
 BATCHNORM_INLINE const uint8_t* kept_rows(const kernels::Kept& k) { return k.channel_stride == 0 ? k.data : nullptr; }
 struct KeptElements {
@@ -57,9 +72,14 @@ struct KeptElements {
 
     BATCHNORM_INLINE KeptElements(const kernels::Kept& k, const Box& b)
         : bits(k.channel_stride == 0 ? nullptr : k.data), stride(k.outer_stride), channel_begin(b.channel_begin) {}
-    BATCHNORM_INLINE bool at(int64_t row, int64_t e) const {
-        const int64_t bit = row * stride + channel_begin + e;
-        return (bits[bit >> 3] >> (bit & 7) & 1) != 0;
+    // Of the block of a row at element e, in the lowest 16 bits.
+    BATCHNORM_INLINE uint32_t at(int64_t row, int64_t e) const { return mask_bits(bits, row * stride + channel_begin + e) & kAllKept; }
+    // n elements of a row, of which those that do not count become 0.
+    template <class T>
+    BATCHNORM_INLINE void clear_others(int64_t row, int64_t n, T* v) const {
+        int64_t e = 0;
+        for (; e + kLanes <= n; e += kLanes) store(v + e, where_kept(at(row, e), load(v + e)));
+        if (e < n) store_part(v + e, n - e, where_kept(at(row, e), load_part(v + e, n - e)));
     }
 };
 
@@ -94,8 +114,8 @@ struct FoldedRows {
     }
     __attribute__((noinline)) void copy(int64_t row, T* to) const {
         memcpy(to, rows.at(row), (size_t)channels * sizeof(T));
-        for (int64_t c = 0; elements.bits != nullptr && c < channels; ++c) {
-            if (!elements.at(row, c)) to[c] = T{};
+        if constexpr (!is_integer<T>) {
+            if (elements.bits != nullptr) elements.clear_others(row, channels, to);
         }
     }
 };
@@ -176,20 +196,6 @@ BATCHNORM_INLINE void for_run(int64_t n, Full full, Part part) {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read by words");
 
-// The 16 bits of a mask from number `first` on, in the lowest places; those above are anything.
-BATCHNORM_INLINE uint32_t mask_bits(const uint8_t* bits, int64_t first) {
-    uint32_t word;
-    memcpy(&word, bits + (first >> 3), sizeof word);
-    return word >> (first & 7);
-}
-
-// Which of 16 values count, a bit each.
-inline constexpr uint32_t kAllKept = 0xffff;
-// v where it counts, else 0.
-template <class V>
-BATCHNORM_INLINE V where_kept(uint32_t bits, V v) {
-    return bits == kAllKept ? v : where_bits(bits, v);
-}
 // Direction ncs: those from element e of the run at outer index n, channel c of the box, on.
 struct KeptRun {
     const uint8_t* bits;
@@ -209,12 +215,7 @@ template <class T>
 __attribute__((noinline)) void clear_excluded(const kernels::Kept& kept, const Where& w, const Rows<T>& rows) {
     const KeptElements k(kept, w.box);
     const int64_t channels = w.box.channel_end - w.box.channel_begin;
-    for (int64_t r = w.box.outer_begin; k.bits != nullptr && r < w.box.outer_end; ++r) {
-        T* const row = rows.at(r);
-        for (int64_t c = 0; c < channels; ++c) {
-            if (!k.at(r, c)) row[c] = T{};
-        }
-    }
+    for (int64_t r = w.box.outer_begin; k.bits != nullptr && r < w.box.outer_end; ++r) k.clear_others(r, channels, rows.at(r));
 }
 
 // Direction ncs: 16 weights from element e of the run at outer index n on.
