@@ -332,14 +332,14 @@ def test_the_package_stays_small() -> None:
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     total = sum(count.values())
     longest = sorted(((n, p.name) for p, n in count.items()), reverse=True)[:5]
-    assert total <= 2900, f"{total} lines of Python without docstrings; the longest: {longest}"
+    assert total <= 3300, f"{total} lines of Python without docstrings; the longest: {longest}"
 
 
 @needs_source
 def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
     total = sum(count.values())
-    assert total <= 9950, f"{total} lines of C++ without comments"
+    assert total <= 10450, f"{total} lines of C++ without comments"
 
 
 @needs_source
