@@ -37,7 +37,7 @@ WITHOUT_EXAMPLE = {
 
 def documents() -> list[Path]:
     """Every Markdown file that is the project's own."""
-    folders = (".", "docs", "docs/decisions", "cpp", "bench", "examples")
+    folders = (".", "docs", "docs/decisions", "docs/gallery", "cpp", "bench", "examples")
     return [path for folder in folders for path in sorted((ROOT / folder).glob("*.md"))]
 
 
