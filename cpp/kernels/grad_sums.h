@@ -179,6 +179,8 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
         });
 }
 
+inline constexpr int64_t kLongRow = 1024;
+
 template <Gate gate, bool shifted, class T>
 BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     const Box& b = a.where.box;
@@ -192,8 +194,9 @@ BATCHNORM_INLINE void grad_sums_nsc_as(const GradSumsArgs& a) {
     memset(a.sum_dy_x, 0, (size_t)round_up(width) * sizeof(double));
     T dy_buffer[kMaxRow], x_buffer[kMaxRow], z_buffer[asks<gate> ? kMaxRow : 1];
     const auto bit = [&](int64_t row) { return row * a.mask.outer_stride + b.channel_begin; };
-    // Several rows at a time, their sums in registers: not where the gate's call would spill them, which code of that size is not worth.
-    const bool four = !asks<gate> && !dy.gather && !x.gather;
+    // Several rows at a time, their sums in registers: not where the gate's call would spill them, which code of that size is not worth,
+    // and not of long rows, whose memory is then read in too many places at once (D13).
+    const bool four = !asks<gate> && !dy.gather && !x.gather && width < kLongRow;
     RowsThatCount rows(a.where, kept);
     int64_t r[4];
     while (const int n = rows.next(r, four)) {

@@ -697,13 +697,13 @@ BATCHNORM_INLINE int64_t elements_to_alignment(const T* p) {
     return (int64_t)((alignment - (uintptr_t)p % alignment) % alignment / sizeof(T));
 }
 
-// Asks for the block `ahead` bytes behind p, into the second-level cache; past the end of an array it asks in vain. A core by itself
+// Asks for the block `ahead` bytes behind p, into the first-level cache; past the end of an array it asks in vain. A core by itself
 // keeps too few lines on their way to use the memory's bandwidth (D13). With 0 it asks for what is being read, which costs
 // less than a branch.
 template <class T>
 BATCHNORM_INLINE void prefetch_ahead(const T* p, int64_t ahead) {
-    __builtin_prefetch((const char*)p + ahead, 0, 2);
-    if (sizeof(T) * kernels::kLanes > 64) __builtin_prefetch((const char*)p + ahead + 64, 0, 2);
+    __builtin_prefetch((const char*)p + ahead, 0, 3);
+    if (sizeof(T) * kernels::kLanes > 64) __builtin_prefetch((const char*)p + ahead + 64, 0, 3);
 }
 
 // Makes streamed stores visible before whoever waits for this kernel goes on.
