@@ -136,8 +136,9 @@ Plan plan_part(const Geometry& g, const Traffic& traffic, int64_t all, bool para
     p.ahead = total <= tune::get(tune::fetch_bytes) ? 0 : g.direction == kernels::nsc ? kFetchRowsAhead : kFetchAhead;
     // What an image turns into is all that the call moves, and its lines would be read before they are written: from twice L2 on the caches
     // do not make up for that (1.15 to 1.26, and 1.06 to 1.16 with someone who reads it next).
+    // A call that sums first reads its input twice, and what it writes pushes that out of the cache: half as much is enough (D8).
     const int64_t cached = tune::get(tune::cached_bytes);
-    const int64_t kept = traffic.reads > 0 ? cached : std::min(cached, 2 * tune::get(tune::l2_bytes));
+    const int64_t kept = traffic.reads == 0 ? std::min(cached, 2 * tune::get(tune::l2_bytes)) : traffic.sums ? cached / 2 : cached;
     p.stream = total > kept && (g.direction == kernels::nsc || g.inner * bytes >= tune::get(tune::stream_run_bytes));
     if (g.direction == kernels::nsc) {
         plan_nsc(p, bytes * tensors, g.dtype == Dtype::float64);

@@ -1,10 +1,11 @@
-// Teams of std::thread, of a build without OpenMP: one pool for the process, whose threads sleep while they have nothing to do. Calls from
-// several threads share it. What no thread of the pool has begun the caller does itself, so a call never waits for another.
+// Teams of threads of our own, of a build without OpenMP: one pool for the process, whose threads sleep while they have nothing to do.
+// Calls from several threads share it. What no thread of the pool has begun the caller does itself, so a call never waits for another.
+#include <pthread.h>
+
 #include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -19,6 +20,8 @@ namespace {
 
 thread_local bool member = false;
 
+constexpr std::size_t kStack = std::size_t{1} << 20;
+
 // One call of run, in a list of those that have something left to begin.
 struct Job {
     Ref<std::int64_t, std::int64_t> work;
@@ -30,13 +33,7 @@ class Pool {
 public:
     void run(int wanted, Ref<std::int64_t, std::int64_t> work) {
         std::unique_lock lock(mutex_);
-        for (; size_ < wanted - 1; ++size_) {
-            try {
-                std::thread([this] { serve(); }).detach();
-            } catch (const std::system_error&) {
-                break;
-            }
-        }
+        while (size_ < wanted - 1 && grow()) ++size_;
         Job job{work, std::min(wanted, size_ + 1)};
         if (job.n > 1) {
             Job** last = &first_;
@@ -50,6 +47,19 @@ public:
     }
 
 private:
+    // One thread more, unless the system refuses it. musl and macOS give threads less stack than a call may need.
+    bool grow() {
+        pthread_attr_t attributes;
+        if (pthread_attr_init(&attributes) != 0) return false;
+        std::size_t stack = 0;
+        if (pthread_attr_getstacksize(&attributes, &stack) == 0 && stack < kStack) pthread_attr_setstacksize(&attributes, kStack);
+        pthread_t thread;
+        const auto serve = [](void* pool) -> void* { static_cast<Pool*>(pool)->serve(); };
+        const bool made = pthread_create(&thread, &attributes, serve, this) == 0;
+        if (made) pthread_detach(thread);
+        pthread_attr_destroy(&attributes);
+        return made;
+    }
     [[noreturn]] void serve() {
         member = true;
         std::unique_lock lock(mutex_);

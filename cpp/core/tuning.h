@@ -12,7 +12,8 @@ enum Name : int {
     // A core's second-level cache. A channel larger than half of it is gone through backwards the second time (D14).
     l2_bytes,
     // What a call reads and writes beyond this many bytes will not be found in a cache afterwards, so its stores go past the caches
-    // (D8): twice L3. A virtual machine reports the L3 of the whole socket, of which its cores keep a part: hence a bound on what is
+    // (D8): twice L3, and of a call that sums first half as many. A virtual machine reports the L3 of the whole socket, of which its cores
+    // keep a part: hence a bound on what is
     // believed.
     cached_bytes,
     // Shorter runs are mostly partial cache lines, which stores past the caches write twice.

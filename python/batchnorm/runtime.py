@@ -25,6 +25,10 @@ __all__ = [
 def get_num_threads() -> int:
     """Threads that a call may use.
 
+    Returns
+    -------
+    int
+
     Examples
     --------
     >>> import batchnorm
@@ -61,6 +65,10 @@ def set_num_threads(num_threads: int) -> None:
 def isa_levels() -> list[str]:
     """Instruction-set levels of this build that this CPU can run, best last.
 
+    Returns
+    -------
+    list of str
+
     Examples
     --------
     >>> import batchnorm
@@ -72,6 +80,10 @@ def isa_levels() -> list[str]:
 
 def get_isa() -> str:
     """The instruction-set level in use.
+
+    Returns
+    -------
+    str
 
     Examples
     --------
@@ -225,6 +237,10 @@ def get_include() -> str:
 
     The header alone does not link: the library is found by CMake with :func:`get_cmake_dir`.
 
+    Returns
+    -------
+    str
+
     Examples
     --------
     >>> import batchnorm, pathlib
@@ -237,6 +253,10 @@ def get_include() -> str:
 def get_cmake_dir() -> str:
     """Folder of the CMake package, for ``cmake -Dbatchnorm_DIR=...`` and ``find_package(batchnorm CONFIG)``.
 
+    Returns
+    -------
+    str
+
     Examples
     --------
     >>> import batchnorm, os
@@ -248,6 +268,10 @@ def get_cmake_dir() -> str:
 
 def config() -> dict[str, Any]:
     """The build and run-time configuration as a dict; :func:`show_config` prints it.
+
+    Returns
+    -------
+    dict of str to object
 
     Examples
     --------

@@ -146,7 +146,7 @@ def test_files_that_a_document_names_exist(path: Path) -> None:
 
 @needs_documents
 def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 def python_of(path: Path) -> str:

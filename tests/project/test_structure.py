@@ -192,7 +192,7 @@ ROWS = (
     ("_core", "_version", "typing", "_hints", "_openmp"),
     ("functional",),
     ("settings",),
-    ("running", "parameter", "runtime", "fold"),
+    ("running", "parameter", "runtime", "fold", "tune"),
     ("moments", "dataset", "images"),
     ("diagnose", "io"),
     ("layer",),
@@ -332,7 +332,7 @@ def test_the_package_stays_small() -> None:
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     total = sum(count.values())
     longest = sorted(((n, p.name) for p, n in count.items()), reverse=True)[:5]
-    assert total <= 3300, f"{total} lines of Python without docstrings; the longest: {longest}"
+    assert total <= 3350, f"{total} lines of Python without docstrings; the longest: {longest}"
 
 
 @needs_source
@@ -437,7 +437,7 @@ def test_files_of_the_wheel() -> None:
 def test_size_of_the_wheel() -> None:
     # Most of it is the kernels, twice: in the extension and in the static library.
     packed = sum(len(zlib.compress(p.read_bytes())) for _, p in installed())
-    assert packed < 4.0e6, f"the wheel takes {packed / 1e6:.1f} MB"
+    assert packed < 4.2e6, f"the wheel takes {packed / 1e6:.1f} MB"
     assert sum(p.stat().st_size for _, p in installed()) < 11e6
 
 
