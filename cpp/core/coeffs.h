@@ -72,16 +72,17 @@ inline IntegerMoments from_integer_sums(const Sum& sum, const Sum& sum_sq, std::
     return {total < 0 ? -mean : mean, rounded_ratio(count * squares - size * size, count * static_cast<Uint128>(n - ddof))};
 }
 
-// The same where squares overflow or underflow, of sums of w (x - shift) and w (x - shift)^2: exact powers of two, which leave room for
-// |x - shift| from 2^497 to 2^1010, or from 2^-1000 to 2^-480. `var` is w times the variance, which a double may not hold.
-struct Weight {
-    double w, root;  // root^2 is w
+// The same where squares overflow or underflow, of sums of s (x - shift) and (s (x - shift))^2: s is a power of two, so that is exact, and
+// leaves room for |x - shift| from 2^497 to 2^1010, or from 2^-1000 to 2^-480. `var` is s^2 times the variance, which a double may not
+// hold.
+struct Scale {
+    double s, square;
 };
-inline constexpr Weight kFar{0x1p-1020, 0x1p-510}, kNear{0x1p1000, 0x1p500};
+inline constexpr Scale kFar{0x1p-510, 0x1p-1020}, kNear{0x1p500, 0x1p1000};
 inline constexpr double kNearest = 0x1p-960;  // a variance below it has lost digits
-inline Moments from_weighted_sums(double sum, double sum_sq, double shift, double n, double w) {
-    const double d = sum / n, m2 = sum_sq - sum * (d / w);
-    return {shift + d / w, (m2 < 0 ? 0 : m2) / n, true, 0};
+inline Moments from_scaled_sums(double sum, double sum_sq, double shift, double n, const Scale& scale) {
+    const double d = sum / n, m2 = sum_sq - sum * d;
+    return {shift + d / scale.s, (m2 < 0 ? 0 : m2) / n, true, 0};
 }
 
 // 0 where the variance is 0 and nothing is added to it: x_hat of a constant is 0, whatever eps is.
@@ -89,7 +90,7 @@ inline double inv_std(double var, double eps) {
     const double root = std::sqrt(var + eps);
     return root == 0 ? 0 : 1 / root;
 }
-inline double inv_std(double weighted_var, double eps, const Weight& weight) { return inv_std(weighted_var, eps * weight.w) * weight.root; }
+inline double inv_std(double scaled_var, double eps, const Scale& scale) { return inv_std(scaled_var, eps * scale.square) * scale.s; }
 
 // Numbers of the kernels' y = (x - center) * scale + offset. In C = float the mean does not fit: its rest, times the slope, goes into
 // the offset, which keeps y's error at a few half-ulps whatever |mean| / std is.

@@ -1,6 +1,6 @@
 // The floating-point mode of the core: round to nearest, denormals are numbers, nothing traps. While one lives its thread computes so,
 // whatever the caller or another library has set (torch.set_flush_denormal, fesetround, feenableexcept); afterwards the mode, raised
-// flags included, is as before. One stands in each public function and in each thread of a team.
+// flags included, is as before. One stands in each public function and in each thread of a team. The poll of an interrupt runs in it.
 #pragma once
 
 #if defined(__x86_64__)
@@ -22,11 +22,12 @@ public:
     ~FloatMode() { _mm_setcsr(before_); }
 #elif defined(__aarch64__)
     FloatMode() {
-        asm volatile("mrs %0, fpcr" : "=r"(before_));
-        if (before_ != 0) asm volatile("msr fpcr, %0" ::"r"(std::uint64_t{0}));
+        asm volatile("mrs %0, fpcr\n mrs %1, fpsr" : "=r"(before_), "=r"(flags_)::"memory");
+        if (before_ != 0) asm volatile("msr fpcr, %0" ::"r"(std::uint64_t{0}) : "memory");
     }
     ~FloatMode() {
-        if (before_ != 0) asm volatile("msr fpcr, %0" ::"r"(before_));
+        if (before_ != 0) asm volatile("msr fpcr, %0" ::"r"(before_) : "memory");
+        asm volatile("msr fpsr, %0" ::"r"(flags_) : "memory");
     }
 #else
     FloatMode() { std::feholdexcept(&before_), std::fesetenv(FE_DFL_ENV); }
@@ -40,7 +41,7 @@ private:
     static constexpr unsigned kDefault = 0x1f80;  // every exception masked, no flag raised
     unsigned before_;
 #elif defined(__aarch64__)
-    std::uint64_t before_;
+    std::uint64_t before_, flags_;
 #else
     std::fenv_t before_;
 #endif

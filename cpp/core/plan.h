@@ -9,7 +9,7 @@ namespace batchnorm {
 
 using kernels::kMaxChannelBlock;
 
-// Tiles are added in groups of so many, then the groups: a chain of sqrt(tiles) instead of tiles, and work to share out.
+// Tiles are added in groups of so many, then the groups: shorter chains, and work to share out (D35).
 inline constexpr std::int64_t kTileGroup = 32;
 
 // How the work on one part is laid out.

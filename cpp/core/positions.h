@@ -253,29 +253,32 @@ public:
         const int64_t step = geometry_.direction == kernels::ncs ? all.outer_stride : geometry_.inner;
         return {static_cast<const C*>(all.data) + parts_.begin(p) * step, all.outer_stride, all.inner_step};
     }
-    // For kernels that read weights of type C, of all parts: `factor` times those given, or 1; 0 where a position does not count.
+    // For kernels that read weights of type C, of all parts: 0 where a position does not count.
     template <class C>
-    kernels::Weights all_weights(Workspace& ws, C factor = 1) const {
-        if (weights_.empty() && factor == 1) return {};
+    kernels::Weights all_weights(Workspace& ws) const {
+        return weights_.empty() ? kernels::Weights{} : weights_of<C>(ws, 0, geometry_.outer);
+    }
+    // Of n rows of outer from `first` on; without weights each counts once.
+    template <class C>
+    kernels::Weights weights_of(Workspace& ws, int64_t first, int64_t n) const {
         static constexpr double one = 1;
-        const int64_t count = geometry_.count(), inner = geometry_.inner;
-        const PerPosition weights(weights_.empty() ? std::span(&one, 1) : weights_, count);
-        const PerPosition mask(mask_, count);
+        const int64_t inner = geometry_.inner, begin = first * inner, end = begin + n * inner;
+        const PerPosition weights(weights_.empty() ? std::span(&one, 1) : weights_, geometry_.count());
+        const PerPosition mask(mask_, geometry_.count());
         const bool masked = !mask_.empty();
         // Of an element mask's positions, those of which no element counts may have any weight.
         const auto value = [&](int64_t p) {
             const double w = weights[p] * scale_;
-            return (masked && mask[p] == 0) || !std::isfinite(w) ? C{0} : static_cast<C>(w) * factor;
+            return (masked && mask[p] == 0) || !std::isfinite(w) ? C{0} : static_cast<C>(w);
         };
         if (geometry_.direction == kernels::ncs && !masked && weights.each() % inner == 0) {
-            C* const w = ws.take<C>(geometry_.outer * kernels::kLanes);
-            for (int64_t o = 0; o < geometry_.outer; ++o) std::fill_n(w + o * kernels::kLanes, kernels::kLanes, value(o * inner));
+            C* const w = ws.take<C>(n * kernels::kLanes);
+            for (int64_t o = 0; o < n; ++o) std::fill_n(w + o * kernels::kLanes, kernels::kLanes, value(begin + o * inner));
             return {w, kernels::kLanes, 0};
         }
-        C* const w = ws.take<C>(count + kernels::kLanes);
-        const int64_t each = masked ? 1 : weights.each();
-        for (int64_t p = 0; p < count; p += each) std::fill_n(w + p, each, value(p));
-        std::fill_n(w + count, kernels::kLanes, C{0});
+        C* const w = ws.take<C>(end - begin + kernels::kLanes);
+        for (int64_t p = begin; p < end; ++p) w[p - begin] = value(p);
+        std::fill_n(w + (end - begin), kernels::kLanes, C{0});
         return {w, inner, 1};
     }
     // The first positions of part p that count for channel c, at most `most` of them, counted from the part's first.

@@ -1,5 +1,6 @@
 // Mean and population variance of one part of x: sums about 0, of double data about a value near each channel's, and once more about the
-// mean where that lay too far off. A pass of reduce.h without a map; the drivers of forward and moments build on it.
+// mean where that lay too far off; of double data whose squares leave a double's range once more, scaled. A pass of reduce.h without a map;
+// the drivers of forward and moments build on it.
 #pragma once
 
 #include <bit>
@@ -63,7 +64,9 @@ public:
     }
     void begin(int round) {
         if (round < 2) return;
-        args_.weights = of_.counting.weights<double>(of_.counting.all_weights<double>(ws_, weight_of(round).w), part_);
+        args_.scale = scale_of(round).s;
+        if (round > 2 || of_.counting.weighted()) return;
+        args_.weights = of_.counting.weights_of<double>(ws_, of_.call.parts.begin(part_), of_.call.parts.size(part_));
         if (!of_.counting.by_element()) args_.kept = {};
     }
     void sums(const Where& where, int round, double* sum, double* sum_sq) {
@@ -80,7 +83,7 @@ public:
     bool finish(int64_t c0, int64_t c1, int round) {
         bool content = true;
         by_columns(c0, c1,
-                   [&](int64_t c, int64_t n) { content &= round < 2 ? from_sums(c, n, round == 1) : from_weighted_sums(c, n, round); });
+                   [&](int64_t c, int64_t n) { content &= round < 2 ? from_sums(c, n, round == 1) : from_scaled_sums(c, n, round); });
         return content;
     }
     bool maps() const { return false; }
@@ -147,7 +150,7 @@ private:
         put(c, n, mean, var, inv_std_of(var, n, of_.eps));
         for (int64_t i = 0; of_.far && is_double_ && i < n; ++i) {
             if (is_near(var[i])) ++beyond;
-            if (std::isfinite(sum_sq[i])) continue;
+            if (std::isfinite(var[i]) || std::isnan(sum[i]) || sum_sq[i] == 0) continue;  // NaN in the data; no values
             ++beyond;
             if (!std::isfinite(mean[i]) && std::isfinite(shift[i])) better[i] = shift[i];
         }
@@ -161,24 +164,24 @@ private:
         return false;
     }
 
-    static const coeffs::Weight& weight_of(int round) { return round == 2 ? coeffs::kFar : coeffs::kNear; }
+    static const coeffs::Scale& scale_of(int round) { return round == 2 ? coeffs::kFar : coeffs::kNear; }
     // Whether inv_std of this variance has lost digits to underflow.
     bool is_near(double var) const { return of_.inv_std != nullptr && of_.eps < coeffs::kNearest && var < coeffs::kNearest; }
     // The same as from_sums of the channels whose squares had overflowed, or underflowed, and of no others.
-    bool from_weighted_sums(int64_t c, int64_t n, int round) {
+    bool from_scaled_sums(int64_t c, int64_t n, int round) {
         const Column<double> sum = sums_.first(0, c, n), sum_sq = sums_.second(0, c, n), shift = shift_.column(c, n);
         Column<double> mean(of_.mean + first_ + c, n), var(of_.var + first_ + c, n), inv_std = inv_std_of(var, n, of_.eps);
         if (of_.inv_std != nullptr) inv_std = {of_.inv_std + first_ + c, n};
-        const coeffs::Weight& weight = weight_of(round);
+        const coeffs::Scale& scale = scale_of(round);
         bool content = true;
         for (int64_t i = 0; i < n; ++i) {
             content &= round == 3 || !is_near(var[i]);
             if (round == 2 ? std::isfinite(var[i]) : !is_near(var[i])) continue;
             const double count = of_.call.counts.weight(part_, c + i) * of_.counting.scale();
-            const coeffs::Moments m = coeffs::from_weighted_sums(sum[i], sum_sq[i], shift[i], count, weight.w);
+            const coeffs::Moments m = coeffs::from_scaled_sums(sum[i], sum_sq[i], shift[i], count, scale);
             mean[i] = m.mean;
-            var[i] = m.var / weight.w;
-            inv_std[i] = coeffs::inv_std(m.var, of_.eps, weight);
+            var[i] = m.var / scale.square;
+            inv_std[i] = coeffs::inv_std(m.var, of_.eps, scale);
         }
         put(c, n, mean, var, inv_std);
         return content;

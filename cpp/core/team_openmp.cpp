@@ -1,8 +1,8 @@
 // Teams of OpenMP: the only file that knows it.
 //
 // libgomp and libomp end the process where the system refuses them a thread. So before a team grows, as many threads with stacks of the
-// same size are asked for here, and let go; what the system refuses these is not asked of OpenMP. Between the two another process may
-// take the last thread that is left, for which one more than needed is asked for.
+// same size are asked for here, and let go; what the system refuses these is not asked of OpenMP. One calling thread at a time does so.
+// Between the two another process may take the last thread that is left, for which one more than needed is asked for.
 #include <omp.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <latch>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -25,23 +26,59 @@ namespace {
 // The deepest call takes 130 KiB: grad_sums of gathered rows in double, below tile_sums, below for_parts.
 constexpr std::size_t kLeastStack = std::size_t{192} << 10;
 
-// The stack that OMP_STACKSIZE gives each thread, "size" in KiB or with a unit B, K, M or G; 0: the system's default.
+// What `text` says, a number and perhaps a unit B, K, M or G; 0 if OpenMP does not take it.
+std::size_t bytes_of(const char* text, int shift) {
+    char* end = nullptr;
+    const unsigned long long size = std::strtoull(text, &end, 10);
+    if (end == text) return 0;
+    while (*end == ' ') ++end;
+    switch (*end) {
+        case 'b':
+        case 'B':
+            shift = 0;
+            ++end;
+            break;
+        case 'k':
+        case 'K':
+            shift = 10;
+            ++end;
+            break;
+        case 'm':
+        case 'M':
+            shift = 20;
+            ++end;
+            break;
+        case 'g':
+        case 'G':
+            shift = 30;
+            ++end;
+            break;
+        default:
+            break;
+    }
+    while (*end == ' ') ++end;
+    return *end != '\0' || size > (SIZE_MAX >> shift) ? 0 : static_cast<std::size_t>(size) << shift;
+}
+// The stack that the environment gives each thread; 0: the system's default.
 std::size_t stack_asked() {
-    for (const char* name : {"OMP_STACKSIZE", "GOMP_STACKSIZE"}) {
-        const char* const text = std::getenv(name);
-        if (text == nullptr) continue;
-        char* end = nullptr;
-        const unsigned long long size = std::strtoull(text, &end, 10);
-        if (end == text) continue;
-        while (*end == ' ') ++end;
-        const int shift = *end == 'b' || *end == 'B' ? 0 : *end == 'm' || *end == 'M' ? 20 : *end == 'g' || *end == 'G' ? 30 : 10;
-        return size > (SIZE_MAX >> shift) ? SIZE_MAX : static_cast<std::size_t>(size) << shift;
+    struct Variable {
+        const char* name;
+        int shift;  // of a number without a unit
+    };
+    for (const Variable& v : {
+#if defined(__clang__)
+             Variable{"KMP_STACKSIZE", 0},
+#endif
+             Variable{"OMP_STACKSIZE", 10}, Variable{"GOMP_STACKSIZE", 10}}) {
+        const char* const text = std::getenv(v.name);
+        const std::size_t size = text == nullptr ? 0 : bytes_of(text, v.shift);
+        if (size != 0) return size;
     }
     return 0;
 }
 
 #if defined(__unix__) || defined(__APPLE__)
-// As OpenMP read it, which is loaded just before.
+// As OpenMP read it, which is loaded just before, or by another library earlier.
 const std::size_t asked_of_openmp = stack_asked();
 
 class Attributes {
@@ -113,12 +150,14 @@ thread_local Member member;
 thread_local bool ended = false;  // static destructors may still call
 
 std::atomic<unsigned> resized{0};
+std::mutex growing;  // held from the test for threads until OpenMP has made them
 
 // The team of one calling thread.
 class Team {
 public:
     ~Team() { ended = true; }
-    int grown_to(int size) {
+    // `lock` is taken if threads are to be made.
+    int grown_to(int size, std::unique_lock<std::mutex>& lock) {
         if (const unsigned now = resized.load(std::memory_order_relaxed); now != resized_) {
             resized_ = now;
             size_ = 1;
@@ -129,10 +168,15 @@ public:
         if (size <= there) return size_ = size;
         const auto now = std::chrono::steady_clock::now();
         if (refused_ && now - when_ < std::chrono::seconds(1)) return std::min(size_, there);
-        size_ = there + granted(size - there);
-        refused_ = size_ < size;
-        when_ = now;
+        lock.lock();
+        granted_to(there + granted(size - there), size);
         return size_;
+    }
+    // What came of a wish: less is asked for again after a second.
+    void granted_to(int size, int wanted) {
+        size_ = size;
+        refused_ = size < wanted;
+        when_ = std::chrono::steady_clock::now();
     }
     const Count others = std::make_shared<std::atomic<int>>(0);
 
@@ -167,18 +211,28 @@ std::string name() {
 
 void run(int active, int size, Ref<std::int64_t, std::int64_t> work) {
     thread_local Team team;
-    const int threads = ended || !enough_stack() ? 1 : team.grown_to(size);
-    if (threads == 1) return work(0, 1);
+    std::unique_lock<std::mutex> lock(growing, std::defer_lock);
+    const int threads = ended || !enough_stack() ? 1 : team.grown_to(size, lock);
+    if (threads == 1) {
+        if (lock.owns_lock()) lock.unlock();
+        return work(0, 1);
+    }
     const Count& others = team.others;
+    int came = threads;  // less where OpenMP has a limit of its own
 #pragma omp parallel num_threads(threads)
     {
         const int i = omp_get_thread_num(), n = std::min(active, omp_get_num_threads());
-        if (i > 0 && !member.count) {
+        if (i == 0) {
+            came = omp_get_num_threads();
+            if (lock.owns_lock()) lock.unlock();
+        } else if (member.count != others) {  // libomp lends a thread to one team after another
+            if (member.count) --*member.count;
             member.count = others;
             ++*others;
         }
         if (i < n) work(i, n);
     }
+    if (came < threads) team.granted_to(came, threads);
 }
 
 }  // namespace batchnorm::team

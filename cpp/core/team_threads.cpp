@@ -3,6 +3,7 @@
 #include <pthread.h>
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
@@ -33,7 +34,7 @@ class Pool {
 public:
     void run(int wanted, Ref<std::int64_t, std::int64_t> work) {
         std::unique_lock lock(mutex_);
-        while (size_ < wanted - 1 && grow()) ++size_;
+        while (size_ < wanted - 1 && grow()) ++size_;  // at most every second, if the system has refused one
         Job job{work, std::min(wanted, size_ + 1)};
         if (job.n > 1) {
             Job** last = &first_;
@@ -49,6 +50,8 @@ public:
 private:
     // One thread more, unless the system refuses it. musl and macOS give threads less stack than a call may need.
     bool grow() {
+        const auto now = std::chrono::steady_clock::now();
+        if (now < again_) return false;
         pthread_attr_t attributes;
         if (pthread_attr_init(&attributes) != 0) return false;
         std::size_t stack = 0;
@@ -57,6 +60,7 @@ private:
         const auto serve = [](void* pool) -> void* { static_cast<Pool*>(pool)->serve(); };
         const bool made = pthread_create(&thread, &attributes, serve, this) == 0;
         if (made) pthread_detach(thread);
+        if (!made) again_ = now + std::chrono::seconds(1);
         pthread_attr_destroy(&attributes);
         return made;
     }
@@ -92,6 +96,7 @@ private:
     std::condition_variable work_, done_;
     Job* first_ = nullptr;
     int size_ = 0;  // threads, which never end
+    std::chrono::steady_clock::time_point again_{};
 };
 
 }  // namespace
@@ -104,9 +109,11 @@ int processors() {
     return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 int offered() {
-    const char* const text = std::getenv("OMP_NUM_THREADS");
-    const long n = text == nullptr ? 0 : std::strtol(text, nullptr, 10);
-    return n > 0 && n <= 1 << 16 ? static_cast<int>(n) : processors();
+    static const long asked = [] {  // once, as OpenMP does
+        const char* const text = std::getenv("OMP_NUM_THREADS");
+        return text == nullptr ? 0 : std::strtol(text, nullptr, 10);
+    }();
+    return asked > 0 && asked <= 1 << 16 ? static_cast<int>(asked) : processors();
 }
 bool inside() { return member; }
 void resize() {}

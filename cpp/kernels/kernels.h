@@ -115,6 +115,7 @@ struct MomentsArgs {
     double* sum_sq;
     Kept kept{};
     Weights weights{};
+    double scale = 1;  // with weights x - shift is multiplied by this power of two
 };
 
 // y = (x - center) * scale + offset, three roundings in Compute, plus z (a fourth) if there is one, then through the gate, max(y, 0) unless

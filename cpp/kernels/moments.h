@@ -47,12 +47,14 @@ struct Moments {
         }
     }
     // Each lane w times; where that is 0 whatever the lane holds.
-    BATCHNORM_INLINE void add_weighted(F64 x, F64 shift, F64 w) {
-        const F64 d = where_positive(w, x - shift), w_d = w * d;
+    BATCHNORM_INLINE void add_weighted(F64 x, F64 shift, F64 w, F64 scale) {
+        const F64 d = where_positive(w, (x - shift) * scale), w_d = w * d;
         sum = sum + w_d;
         sum_sq = sum_sq + w_d * d;
     }
-    BATCHNORM_INLINE void add_weighted_first(F64 x, F64 shift, F64 w, int64_t n) { add_weighted(x, shift, keep_first(w, n)); }
+    BATCHNORM_INLINE void add_weighted_first(F64 x, F64 shift, F64 w, F64 scale, int64_t n) {
+        add_weighted(x, shift, keep_first(w, n), scale);
+    }
 };
 
 // What a sum takes: every value, the kept ones, or each times its weight.
@@ -64,6 +66,7 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
     const Runs<const T> x(a.x, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
     const int64_t ahead = a.where.ahead;
+    const F64 scale = Ops<F64>::broadcast(a.scale);
     alignas(64) double lanes[kernels::kMaxGroup][2][kLanes];
     for (int64_t c0 = 0; c0 < channels; c0 += kernels::kMaxGroup) {
         const int64_t group = channels - c0 < kernels::kMaxGroup ? channels - c0 : kernels::kMaxGroup;
@@ -81,7 +84,7 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
                         prefetch_ahead(x_run + e, ahead);
                         const uint32_t bits = count == every ? kAllKept : keep.at(e);
                         if constexpr (count == weighted) {
-                            m.add_weighted(load_double(x_run + e), shift, where_kept(bits, w.at(e)));
+                            m.add_weighted(load_double(x_run + e), shift, where_kept(bits, w.at(e)), scale);
                         } else if (bits == kAllKept) {
                             m.add(load_double(x_run + e), shift);
                         } else {
@@ -95,7 +98,7 @@ BATCHNORM_INLINE void moments_ncs_as(const MomentsArgs& a) {
                         } else if constexpr (count == kept) {
                             m.add_kept(v, shift, keep.at(e) & ((1u << k) - 1));
                         } else {
-                            m.add_weighted_first(v, shift, where_kept(keep.at(e), w.at(e)), k);
+                            m.add_weighted_first(v, shift, where_kept(keep.at(e), w.at(e)), scale, k);
                         }
                     });
                 Ops<F64>::store(lanes[c][0], m.sum);
@@ -132,6 +135,7 @@ struct FoldedWeights {
 template <bool shifted, int R, class T, class Weight>
 BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R], int64_t width, const MomentsArgs& a) {
     const int64_t ahead = a.where.ahead;
+    const F64 scale = Ops<F64>::broadcast(a.scale);
     const auto rows = [&](int64_t e, auto add) {
         Moments<shifted> m{Ops<F64>::load(a.sum + e), Ops<F64>::load(a.sum_sq + e)};
         const F64 shift = shifted ? Ops<F64>::load(a.shift + e) : F64{};
@@ -146,7 +150,7 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R],
             rows(e, [=](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
                 prefetch_ahead(p, ahead);
                 if constexpr (Weight::given) {
-                    m.add_weighted(load_double(p), shift, weight.at(e));
+                    m.add_weighted(load_double(p), shift, weight.at(e), scale);
                 } else if constexpr (Weight::some) {
                     m.add_kept(load_double(p), shift, weight.at(e));
                 } else {
@@ -158,7 +162,7 @@ BATCHNORM_INLINE void moments_rows(const T* const (&x)[R], const Weight (&w)[R],
             rows(e, [=](Moments<shifted>& m, const T* p, const Weight& weight, F64 shift) {
                 const F64 v = to_double(load_part(p, n));
                 if constexpr (Weight::given) {
-                    m.add_weighted_first(v, shift, weight.at(e), n);
+                    m.add_weighted_first(v, shift, weight.at(e), scale, n);
                 } else if constexpr (Weight::some) {
                     m.add_kept(v, shift, weight.at(e) & ((1u << n) - 1));
                 } else {

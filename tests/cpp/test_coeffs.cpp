@@ -30,13 +30,13 @@ TEST(moments_of_sums) {
 }
 
 TEST(moments_of_sums_beyond_the_range) {
-    for (const auto& [weight, unit] : {std::pair{coeffs::kFar, 0x1p990}, {coeffs::kNear, 0x1p-990}}) {
-        const double w = weight.w;  // of 11, 12, 13 units about 10, each with the weight w
-        const coeffs::Moments m = coeffs::from_weighted_sums(6 * unit * w, 14 * unit * (unit * w), 10 * unit, 3, w);
-        CHECK(m.mean == 12 * unit && m.trusted && near(m.var, 2.0 / 3 * unit * (unit * w), 1e-15));
-        CHECK(near(coeffs::inv_std(m.var, 0, weight), std::sqrt(1.5) / unit, 1e-15) && weight.root * weight.root == w);
+    for (const auto& [scale, unit] : {std::pair{coeffs::kFar, 0x1p990}, {coeffs::kNear, 0x1p-990}}) {
+        const double scaled = unit * scale.s;  // of 11, 12, 13 units about 10
+        const coeffs::Moments m = coeffs::from_scaled_sums(6 * scaled, 14 * scaled * scaled, 10 * unit, 3, scale);
+        CHECK(m.mean == 12 * unit && m.trusted && near(m.var, 2.0 / 3 * scaled * scaled, 1e-15));
+        CHECK(near(coeffs::inv_std(m.var, 0, scale), std::sqrt(1.5) / unit, 1e-15) && scale.s * scale.s == scale.square);
     }
-    CHECK(near(coeffs::inv_std(4 * coeffs::kFar.w, 12, coeffs::kFar), 0.25, 1e-15));  // eps is weighed alike
+    CHECK(near(coeffs::inv_std(4 * coeffs::kFar.square, 12, coeffs::kFar), 0.25, 1e-15));  // eps is scaled alike
 }
 
 TEST(nothing_is_divided_by_0) {

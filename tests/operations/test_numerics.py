@@ -359,7 +359,7 @@ def far(p, options, size):
     if "mask" in options:
         call["mask"] = chosen
     if "weights" in options:
-        call["weights"] = np.where(chosen, rng("w").random(chosen.shape) * 1e-30, 0.0)
+        call["weights"] = np.where(chosen, 10.0 ** rng("w").uniform(-30, 0, chosen.shape), 0.0)
     if "elements" in options:
         call["mask"] = rng("e").random(x.shape) > 0.3
     if "running" in options:
@@ -407,6 +407,23 @@ def test_channels_of_any_size_do_not_disturb_each_other():
             np.testing.assert_allclose(y[:, c], alone.y[:, 0], rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(saved.inv_std[c], alone.saved.inv_std[0], rtol=1e-12)
         assert np.isfinite(y).all() and (y[:, 8] == 0).all()
+
+
+@pytest.mark.parametrize("light", [1.0, 1e-8, 1e-20, 1e-100])
+def test_far_values_of_little_weight(light):
+    # They weigh what they weigh, however much larger the others' weights are.
+    x = np.array([[1, 1], [2, 2], [3, 1e200], [4, 3e200]])
+    mask, weights = np.array([[1, 0], [1, 0], [1, 1], [1, 1]], bool), np.array([1, 1, light, light])
+    y, saved = batchnorm.batch_norm_train(x, eps=0, mask=mask, weights=weights)
+    np.testing.assert_allclose(y[2:, 1], [-1, 1], rtol=1e-14)
+    np.testing.assert_allclose([saved.mean[1], saved.inv_std[1]], [2e200, 1e-200], rtol=1e-14)
+    x = np.array([1e160, 2e160, 1e300, -1e300, 3e160])[:, None]
+    weights = np.array([1, 1, light, light, 1])
+    _, saved = batchnorm.batch_norm_train(x, eps=0, weights=weights)
+    wide, w = x[:, 0].astype(np.longdouble), weights.astype(np.longdouble)
+    mean = (w * wide).sum() / w.sum()
+    std = np.sqrt((w * (wide - mean) ** 2).sum() / w.sum())
+    np.testing.assert_allclose(float(saved.inv_std[0] * std), 1, rtol=1e-13)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

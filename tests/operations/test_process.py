@@ -386,7 +386,7 @@ LARGE = """
                     assert (y == 0.5).all()
             except MemoryError as error:
                 assert str(error)
-            print("done", end=" ", flush=True)
+            os.write(1, b"done ")
         def another_user():  # root may have any number of threads
             os.getuid() or os.setuid(65534)
 """
@@ -404,6 +404,10 @@ LIMITS = {
     "one thread, after two": f"call(2); {ONE_THREAD}; call(8); call(2); call(64)",
     "one thread, and a second one calls": f"worker = threading.Thread(target=lambda: (go.wait(), call(8))); "
     f"go = threading.Event(); worker.start(); {ONE_THREAD}; go.set(); worker.join(); call(3)",
+    "room for two teams, of four threads at once": "another_user(); go = threading.Barrier(4); "
+    "workers = [threading.Thread(target=lambda: (go.wait(), call(8))) for _ in range(4)]; "
+    "size = len(os.listdir('/proc/self/task')) + 4 + 16; setrlimit(resource.RLIMIT_NPROC, (size, size)); "
+    "[worker.start() for worker in workers]; [worker.join() for worker in workers]",
     "a smaller team of another user of OpenMP": "import ctypes; call(8); "
     "omp = ctypes.CDLL('libgomp.so.1'); body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None); "
     f"omp.GOMP_parallel(body, None, 2, 0); {ONE_THREAD}; call(8)",
@@ -413,12 +417,33 @@ LIMITS = {
 @pytest.mark.parametrize("limit", LIMITS)
 def test_more_threads_than_the_system_gives(limit):
     pytest.importorskip("resource", reason="this system has no resource limits")
-    calls = LIMITS[limit].count("call(")
+    calls = LIMITS[limit].count("call(") * (4 if "at once" in limit else 1)
     assert output(f"{LARGE}\n        {LIMITS[limit]}\n").split() == ["done"] * calls
 
 
+@pytest.mark.skipif(not os.path.isfile("/proc/loadavg"), reason="this system does not count its threads")
 @pytest.mark.parametrize(
-    "size", ["0", "1b", "16k", "64k", "128", "192k", "1M", "100G", "99999999999G", "junk"]
+    "limit", [{"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "true", "OMP_THREAD_LIMIT": "3"}]
+)
+def test_a_team_that_openmp_keeps_small_is_not_asked_for_at_every_call(limit):
+    code = """
+        import numpy as np, batchnorm as b
+        def last_thread():
+            with open("/proc/loadavg") as file:
+                return int(file.read().split()[4])
+        x = np.ones((8, 32, 40, 40), np.float32)
+        b.set_num_threads(8)
+        b.moments(x)
+        before = last_thread()
+        for _ in range(100):
+            b.moments(x)
+        print(last_thread() - before < 300)
+    """
+    assert output(code, **limit) == "True"
+
+
+@pytest.mark.parametrize(
+    "size", ["0", "1b", "16k", "64k", "128", "192k", "1M", "100G", "99999999999G", "16KB", "1 M", "junk"]
 )
 def test_any_stack_size_of_openmp(size):
     # What is too little for a call, or too much for the system, means one thread; the first says so.
