@@ -7,11 +7,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <chrono>
 #include <cstdlib>
 #include <latch>
 #include <memory>
 #include <mutex>
+#include <string_view>
 #include <vector>
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -32,29 +34,11 @@ std::size_t bytes_of(const char* text, int shift) {
     const unsigned long long size = std::strtoull(text, &end, 10);
     if (end == text) return 0;
     while (*end == ' ') ++end;
-    switch (*end) {
-        case 'b':
-        case 'B':
-            shift = 0;
-            ++end;
-            break;
-        case 'k':
-        case 'K':
-            shift = 10;
-            ++end;
-            break;
-        case 'm':
-        case 'M':
-            shift = 20;
-            ++end;
-            break;
-        case 'g':
-        case 'G':
-            shift = 30;
-            ++end;
-            break;
-        default:
-            break;
+    constexpr std::string_view kUnits = "bkmg";
+    const std::size_t unit = kUnits.find(static_cast<char>(std::tolower(static_cast<unsigned char>(*end))));
+    if (unit != kUnits.npos) {
+        shift = 10 * static_cast<int>(unit);
+        ++end;
     }
     while (*end == ' ') ++end;
     return *end != '\0' || size > (SIZE_MAX >> shift) ? 0 : static_cast<std::size_t>(size) << shift;
