@@ -1,4 +1,4 @@
-"""What to write instead of a word that other libraries have: the text of errors.
+"""What to write instead of a word that other libraries have: the text of errors, and where warnings point.
 
 The extension asks for it: ``refusal`` where arguments do not fit a function's parameters, ``suggestion``
 where a str is none of some words, ``kind`` for what a value is.
@@ -11,6 +11,7 @@ import difflib
 import inspect
 import numbers
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from itertools import accumulate
@@ -123,6 +124,14 @@ _WORDS = (
     ("chw", "nchw", "for one image pass x[None] with 'NCHW'"), ("momentum renorm_decay", "rmax", _DECAY),
 )  # fmt: skip
 _CLOSE = 0.85  # of a guess; below it "momentum" is close to "moments"
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called into this package, however deep the call is by now."""
+    frame, level = inspect.currentframe(), 1
+    while frame and str(frame.f_globals.get("__name__")).startswith("batchnorm."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def _find(word: str, table: Mapping[str, str]) -> str:

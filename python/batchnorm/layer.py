@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -631,9 +630,8 @@ class BatchNorm:
             Inside another such context of this layer.
         """
         if self._state.using is not None:
-            who = f"{self.name}: " if self.name else ""
             why = "using() or recalibrating() inside another one of the same layer"
-            raise RuntimeError(f"{who}{why}: drop one of them")
+            raise RuntimeError(f"{why}: drop one of them")
         return self._inside(using=(_stats("stats", stats), observe), name=self.name or name)
 
     @contextmanager
@@ -883,7 +881,7 @@ class BatchNorm:
         if self.running.mean is None:
             self._learn(shape, x.shape)
         if reads_running:
-            self._check_statistics(called=True)
+            self._check_statistics()
 
     def _learn(self, shape: tuple[int, ...], of: tuple[int, ...]) -> None:
         """Take a channel count from an input's shape, and say so where it looks like another axis's."""
@@ -894,7 +892,7 @@ class BatchNorm:
             learned = f"{who} has learned {shape[0]} channels on axis 1 of x {of}"
             remedy = "Build it with channel_axis=-1 if it is; channel_axis=1 or "
             remedy += f"BatchNorm({shape[0]}) says that it is not"
-            warnings.warn(f"{learned}, whose last axis looks like the channels. {remedy}", stacklevel=4)
+            _hints.warn(f"{learned}, whose last axis looks like the channels. {remedy}")
 
     def _watch(self, x: Array, measure: bool, given: dict[str, Any]) -> tuple[Any, MeanVar | None]:
         """Show `x` to an observer; measure it for the history, where the call does not."""
@@ -910,7 +908,7 @@ class BatchNorm:
             raise ValueError(f"{name} is given and the layer has its own: {build}")
         return value
 
-    def _check_statistics(self, called: bool = False) -> None:
+    def _check_statistics(self) -> None:
         """Before running statistics are used: raise if they are the initial ones, warn if they are cold."""
         running = self.running
         if running.trusted or self.allow_initial_statistics or self._state.using is not None:
@@ -918,7 +916,7 @@ class BatchNorm:
         if (found := findings.never_updated(self)) is not None:
             raise RuntimeError(str(found))
         if (found := findings.cold(self)) is not None:
-            warnings.warn(str(found), ColdStatisticsWarning, stacklevel=4 if called else 5)
+            _hints.warn(str(found), ColdStatisticsWarning)
         running.trusted = True
 
     def _explain(self, error: BaseException, x: Any = None, reads_running: bool = False) -> None:
@@ -1458,6 +1456,6 @@ for _field in fields(Settings):
     setattr(BatchNorm, _field.name, _option(_field.name, _field.metadata["assignable"]))
 for _name_of_it in (
     "parameters", "buffers", "scale_shift", "fold", "state_dict", "load_state_dict", "save", "snapshot",
-    "rollback", "clone", "apply", "diagnose", "recalibrate", "plot_statistics",
+    "rollback", "clone", "apply", "diagnose", "recalibrate", "plot_statistics", "using",
 ):  # fmt: skip
     setattr(BatchNorm, _name_of_it, _saying_the_name(getattr(BatchNorm, _name_of_it)))

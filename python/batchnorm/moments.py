@@ -7,16 +7,14 @@ makes these sums and merges them. Here is what surrounds that: which values coun
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.ma import MaskedArray
 
-from . import _core
+from . import _core, _hints
 from .functional import batch_norm
 from .settings import Settings, UnsaidAxis, flag, integer, kind, real
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
@@ -625,8 +623,7 @@ def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int
         if suspect.any():
             got = f"nodata={nodata.tolist()} matched nothing in {suspect.sum()} of {found.size} channels"
             hint = f"{float(x[low].min()):.9g}, the end of a range: is that what stands for no data?"
-            inside = [str(f[0].f_globals.get("__name__")).startswith("batchnorm.") for f in inspect.stack(0)]
-            warnings.warn(f"{got}, which hold {hint}", stacklevel=inside.index(False) + 1)
+            _hints.warn(f"{got}, which hold {hint}")
     return match
 
 
