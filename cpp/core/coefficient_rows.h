@@ -16,12 +16,20 @@ inline Column<double> inv_std_of(const Column<double>& var, int64_t n, double ep
     return inv_std;
 }
 
+// Elements of an output from row `begin` of outer on that come before its first block on a cache line.
+inline int64_t lead_of(const ConstTensor& out, int64_t begin) {
+    if (!out) return 0;
+    const auto size = static_cast<std::uintptr_t>(element_size(out.dtype)), line = std::min<std::uintptr_t>(64, kernels::kLanes * size);
+    const auto at = reinterpret_cast<std::uintptr_t>(to_operand(out, begin).data);
+    return static_cast<int64_t>((line - at % line) % line / size);
+}
+
 // Of y = (x - center) * scale + offset.
 template <class C>
 class AffineRows {
 public:
-    AffineRows(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1)
-        : center_(ws, plan, c0, c1), scale_(ws, plan, c0, c1), offset_(ws, plan, c0, c1) {}
+    AffineRows(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1, int64_t lead)
+        : center_(ws, plan, c0, c1, lead), scale_(ws, plan, c0, c1, lead), offset_(ws, plan, c0, c1, lead) {}
     // Those of n channels from c on. Not inlined: g++ 12 then no longer vectorises it.
     __attribute__((noinline)) void put(int64_t c, int64_t n, const Column<double>& mean, const Column<double>& inv_std,
                                        const Column<double>& gamma, const Column<double>& beta) {
@@ -63,8 +71,8 @@ inline void put_rows(const double* groups, int64_t n_groups, int64_t channels, c
 template <class C>
 class GradientRows {
 public:
-    GradientRows(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1)
-        : k_dy_(ws, plan, c0, c1), x_scale_(ws, plan, c0, c1), k_x_(ws, plan, c0, c1), k_0_(ws, plan, c0, c1) {}
+    GradientRows(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1, int64_t lead)
+        : k_dy_(ws, plan, c0, c1, lead), x_scale_(ws, plan, c0, c1, lead), k_x_(ws, plan, c0, c1, lead), k_0_(ws, plan, c0, c1, lead) {}
     // Those of n channels from c on; of(i) is number i's coeffs::Gradient<C>.
     template <class Of>
     void put(int64_t c, int64_t n, const Of& of) {
@@ -105,9 +113,9 @@ private:
 template <class Rows>
 class Groups {
 public:
-    Groups(Workspace& ws, int64_t n, const Plan& plan, int64_t c0, int64_t c1) : rows_(ws.take<Rows>(n)) {
+    Groups(Workspace& ws, int64_t n, const Plan& plan, int64_t c0, int64_t c1, int64_t lead = 0) : rows_(ws.take<Rows>(n)) {
         static_assert(std::is_trivially_destructible_v<Rows>);
-        for (int64_t q = 0; q < n; ++q) new (rows_ + q) Rows(ws, plan, c0, c1);
+        for (int64_t q = 0; q < n; ++q) new (rows_ + q) Rows(ws, plan, c0, c1, lead);
     }
     Rows& operator[](int64_t q) const { return rows_[q]; }
 

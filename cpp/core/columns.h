@@ -89,14 +89,17 @@ void by_columns(int64_t c0, int64_t c1, const F& f) {
 
 // A per-channel array of channels from c0 to c1 as the kernels read it: each value `fold` times over, then the first ones again, padded to
 // whole blocks. (By blocks of channels, the last block's unused lanes read the repeated start while the first block's thread may write it;
-// nobody uses them.)
+// nobody uses them.) Blocks start on the output's cache lines, so the first of them starts at value number `lead` of the row: that lies on a
+// cache line as well (D16).
 template <class T>
 class Row {
 public:
-    Row(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1)
+    Row(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1, int64_t lead = 0)
         : c0_(c0), channels_(c1 - c0), fold_(plan.fold), by_vectors_(plan.direction == kernels::nsc) {
+        constexpr int64_t kLine = 64 / sizeof(T);
         const int64_t width = channels_ * fold_, padded = (width + 2 * kernels::kLanes - 1) / kernels::kLanes * kernels::kLanes;
-        data_ = ws.take<T>(padded);
+        const int64_t before = by_vectors_ && channels_ == plan.channels ? (kLine - lead % kLine) % kLine : 0;
+        data_ = ws.take<T>(before + padded) + before;
         if (by_vectors_) std::fill(data_ + width, data_ + padded, T{0});
     }
     void fill(T value) { std::fill(data_, data_ + channels_ * fold_ + kernels::kLanes, value); }

@@ -54,7 +54,7 @@ void integer_batch_norm(const Forward& f, const Call& call) {
     result.dtype = f.y.dtype;
     const Plan plan = make_plan(result, {.reads = 0, .writes = 1, .sums = false});
     Workspace ws;
-    const Groups<AffineRows<double>> affine(ws, call.groups(0), plan, 0, plan.channels);
+    const Groups<AffineRows<double>> affine(ws, call.groups(0), plan, 0, plan.channels, lead_of(f.y, 0));
     for_columns(plan, [&](int64_t c, int64_t n) {
         const Column<double> mean(f.mean, c, n), inv_std = inv_std_of({f.var, c, n}, n, f.eps);
         for (int64_t q = 0; q < call.groups(0); ++q) {

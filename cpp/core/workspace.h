@@ -1,5 +1,5 @@
 // Scratch memory of one call: arrays of one value per channel and tile, uninitialized, released together. Small calls need no heap; large
-// ones get warm memory.
+// ones get warm memory. Every array starts on a cache line.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ public:
                 return static_cast<T*>(p);
             }
         }
-        heap_.push_back(std::make_unique_for_overwrite<std::byte[]>(bytes));
+        heap_.push_back(std::make_unique_for_overwrite<Line[]>(bytes / sizeof(Line)));
         return reinterpret_cast<T*>(heap_.back().get());
     }
 
@@ -42,9 +42,13 @@ private:
     // From here on malloc may give the memory back to the system at the end of each call, and the next one pays for the pages again.
     static constexpr std::size_t kCached = 16 << 10;
 
-    alignas(64) std::byte inline_[4096];
+    struct alignas(64) Line {
+        std::byte bytes[64];
+    };
+
+    alignas(Line) std::byte inline_[4096];
     std::size_t used_ = 0;
-    std::vector<std::unique_ptr<std::byte[]>> heap_;
+    std::vector<std::unique_ptr<Line[]>> heap_;
     std::vector<void*> cached_;
 };
 
