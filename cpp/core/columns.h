@@ -89,8 +89,8 @@ void by_columns(int64_t c0, int64_t c1, const F& f) {
 
 // A per-channel array of channels from c0 to c1 as the kernels read it: each value `fold` times over, then the first ones again, padded to
 // whole blocks. (By blocks of channels, the last block's unused lanes read the repeated start while the first block's thread may write it;
-// nobody uses them.) Blocks start on the output's cache lines, so the first of them starts at value number `lead` of the row: that lies on a
-// cache line as well (D16).
+// nobody uses them.) Blocks start on the output's cache lines, so the first of them starts at value number `lead` of the row: that lies on
+// a cache line as well (D16).
 template <class T>
 class Row {
 public:

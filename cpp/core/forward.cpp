@@ -135,7 +135,10 @@ template <class C>
 class Normalisation {
 public:
     Normalisation(Workspace& ws, const Plan& plan, const Work& w, int64_t part, int64_t c0, int64_t c1)
-        : w_(w), part_(part), row_split_(plan.row_split), affine_(ws, w.call.groups(part), plan, c0, c1, lead_of(w.f.y, w.call.parts.begin(part))) {
+        : w_(w),
+          part_(part),
+          row_split_(plan.row_split),
+          affine_(ws, w.call.groups(part), plan, c0, c1, lead_of(w.f.y, w.call.parts.begin(part))) {
         const Forward& f = w.f;
         const int64_t begin = w.call.parts.begin(part);
         const Act act = act_of(f.activation, f.slope, w.call.geometry.dtype, w.s.bits != nullptr);

@@ -136,14 +136,16 @@ Plan plan_part(const Geometry& g, const Traffic& traffic, int64_t all, bool para
     p.ahead = total <= tune::get(tune::fetch_bytes) ? 0 : g.direction == kernels::nsc ? kFetchRowsAhead : kFetchAhead;
     // What an image turns into is all that the call moves, and its lines would be read before they are written: from twice L2 on the caches
     // do not make up for that (1.15 to 1.26, and 1.06 to 1.16 with someone who reads it next).
-    // A call that sums first reads its input twice, and what it writes pushes that out of the cache: half as much is enough (D8).
     const int64_t cached = tune::get(tune::cached_bytes);
-    const int64_t kept = traffic.reads == 0 ? std::min(cached, 2 * tune::get(tune::l2_bytes)) : traffic.sums ? cached / 2 : cached;
-    p.stream = total > kept && (g.direction == kernels::nsc || g.inner * bytes >= tune::get(tune::stream_run_bytes));
+    const int64_t kept = traffic.reads == 0 ? std::min(cached, 2 * tune::get(tune::l2_bytes)) : cached;
+    p.stream = total > kept;
     if (g.direction == kernels::nsc) {
         plan_nsc(p, bytes * tensors, g.dtype == Dtype::float64);
     } else {
         plan_ncs(p, g.count() * bytes * traffic.reads, g.inner * bytes * tensors);
+        // Runs leave for memory by whole lines, put together where they are short, which costs most where they are shortest (D16).
+        const int64_t together = p.inner * (traffic.sums && p.by_channel ? p.channel_block : p.map_channels);
+        p.stream = p.stream && std::min(together, 4 * p.inner) * bytes >= tune::get(tune::stream_run_bytes);
     }
     p.set_outer = p.outer;
     return p;

@@ -18,14 +18,14 @@ constexpr const char* kText[kNames] = {"l2_bytes",  "cached_bytes", "stream_run_
 using Numbers = std::array<int64_t, kNames>;
 
 Numbers of_machine() {
-    int64_t l2 = 1 << 20, l3 = 60 << 20;
+    int64_t l2 = 1 << 20, l3 = 32 << 20;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     if (const long n = sysconf(_SC_LEVEL2_CACHE_SIZE); n > 0) l2 = n;
     if (const long n = sysconf(_SC_LEVEL3_CACHE_SIZE); n > 0) l3 = n;
 #endif
     Numbers d{};
     d[l2_bytes] = l2;
-    d[cached_bytes] = std::min<int64_t>(2 * l3, 60 << 20);
+    d[cached_bytes] = std::min<int64_t>(l3, 32 << 20);
     d[stream_run_bytes] = 512;
     d[group_bytes] = 256 << 10;
     d[map_bytes] = 256 << 10;

@@ -12,11 +12,9 @@ enum Name : int {
     // A core's second-level cache. A channel larger than half of it is gone through backwards the second time (D14).
     l2_bytes,
     // What a call reads and writes beyond this many bytes will not be found in a cache afterwards, so its stores go past the caches
-    // (D8): twice L3, and of a call that sums first half as many. A virtual machine reports the L3 of the whole socket, of which its cores
-    // keep a part: hence a bound on what is
-    // believed.
+    // (D8): L3. A virtual machine reports that of the whole socket, of which its cores keep a part: hence a bound on what is believed.
     cached_bytes,
-    // Shorter runs are mostly partial cache lines, which stores past the caches write twice.
+    // Runs that lie together in fewer bytes than this, or are shorter than a quarter of it, are not stored past the caches (D16).
     stream_run_bytes,
     // Channels are grouped until their data reaches this size: long contiguous stretches, still well inside L2 (D7).
     group_bytes,

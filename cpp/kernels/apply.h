@@ -63,22 +63,26 @@ BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t pe
 }
 
 template <Gate gate, bool with_z, bool with_stream, class T>
-BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a) {
+BATCHNORM_INLINE void apply_ncs_as(const ApplyArgs& a, bool put_together) {
     const Box& b = a.where.box;
     const bool add_z = with_z && (!asks<gate> || a.z.data != nullptr);
     const Runs<const T> x(a.x, b), z(add_z ? a.z : a.x, b);
     const Runs<T> y(a.y, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
+    const bool staged = (!with_stream || asks<gate>) && put_together, stream = a.stream && !staged;
+    Stage stage;
     using PerChannel = Broadcast<Compute<T>>;
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
         for (int64_t c = 0; c < channels; ++c) {
+            T* const y_run = staged ? stage.place(y.at(n, c), run) : y.at(n, c);
             const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
             apply_run<gate, with_z, with_stream>(
-                ApplyPointers<T>{x.at(n, c), add_z ? z.at(n, c) : nullptr, y.at(n, c), a.mask.bits, bit, a.stream, a.where.ahead}, run,
-                kNoPeriod, PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c), a.curve,
+                ApplyPointers<T>{x.at(n, c), add_z ? z.at(n, c) : nullptr, y_run, a.mask.bits, bit, stream, a.where.ahead}, run, kNoPeriod,
+                PerChannel(a.affine.center, c), PerChannel(a.affine.scale, c), PerChannel(a.affine.offset, c), a.curve,
                 KeptRun(a.kept, b, n, c));
         }
     }
+    if (staged) stage.finish();
 }
 
 template <Gate gate, bool with_z, bool with_stream, class T>
@@ -104,14 +108,14 @@ BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
     clear_excluded(a.kept, a.where, y);
 }
 
-// Runs `as` with gate, residual or not, streamed or not as constants.
+// Runs `as` with gate, residual or not, streamed (by blocks) or not as constants.
 template <class As>
-BATCHNORM_INLINE void apply_flags(const ApplyArgs& a, As as) {
+BATCHNORM_INLINE void apply_flags(const ApplyArgs& a, bool stream_blocks, As as) {
     with_gate(a.gate, [&](auto gate) {
         if constexpr (asks<decltype(gate)::value>) {
             as(gate, Flag<true>{}, Flag<true>{});
         } else {
-            with_flag(a.z.data != nullptr, [&](auto z) { with_flag(a.stream, [&](auto stream) { as(gate, z, stream); }); });
+            with_flag(a.z.data != nullptr, [&](auto z) { with_flag(stream_blocks, [&](auto stream) { as(gate, z, stream); }); });
         }
     });
     if (a.stream) stream_fence();
@@ -119,14 +123,17 @@ BATCHNORM_INLINE void apply_flags(const ApplyArgs& a, As as) {
 
 template <class T>
 void apply_ncs(const ApplyArgs& a) noexcept {
-    apply_flags(
-        a, [&](auto gate, auto z, auto stream) { apply_ncs_as<decltype(gate)::value, decltype(z)::value, decltype(stream)::value, T>(a); });
+    const bool staged = a.stream && Stage::wanted<T>(a.y, a.where.box);
+    apply_flags(a, a.stream && !staged, [&](auto gate, auto z, auto stream) {
+        apply_ncs_as<decltype(gate)::value, decltype(z)::value, decltype(stream)::value, T>(a, staged);
+    });
 }
 
 template <class T>
 void apply_nsc(const ApplyArgs& a) noexcept {
-    apply_flags(
-        a, [&](auto gate, auto z, auto stream) { apply_nsc_as<decltype(gate)::value, decltype(z)::value, decltype(stream)::value, T>(a); });
+    apply_flags(a, a.stream, [&](auto gate, auto z, auto stream) {
+        apply_nsc_as<decltype(gate)::value, decltype(z)::value, decltype(stream)::value, T>(a);
+    });
 }
 
 }  // namespace

@@ -70,12 +70,14 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
 }
 
 template <Gate gate, bool fixed, bool with_dz, bool with_stream, class T>
-BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
+BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a, bool put_together) {
     const Box& b = a.where.box;
     const bool add_z = asks<gate> && a.z.data != nullptr, put_z = with_dz && a.dz.data != nullptr;
     const Runs<const T> dy(a.dy, b), x(a.x, b), z(add_z ? a.z : a.x, b);
     const Runs<T> dx(a.dx, b), dz(put_z ? a.dz : a.dx, b);
     const int64_t channels = b.channel_end - b.channel_begin, run = b.inner_end - b.inner_begin;
+    const bool staged = (!with_stream || asks<gate>) && put_together, stream = a.stream && !staged;
+    Stage stage, stage_dz;
     using PerChannel = Broadcast<Compute<T>>;
     for (int64_t n = b.outer_begin; n < b.outer_end; ++n) {
         for (int64_t c = 0; c < channels; ++c) {
@@ -87,12 +89,20 @@ BATCHNORM_INLINE void grad_apply_ncs_as(const GradApplyArgs& a) {
                                                  PerChannel(a.k_x, c),
                                                  PerChannel(a.k_0, c)};
             const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c) * a.mask.channel_stride + b.inner_begin;
-            const GradPointers<T> p{
-                dy.at(n, c), x.at(n, c), dx.at(n, c),  put_z ? dz.at(n, c) : nullptr, a.mask.bits, bit, add_z ? z.at(n, c) : nullptr,
-                a.fixed,     a.stream,   a.where.ahead};
+            T *dx_run = dx.at(n, c), *dz_run = put_z ? dz.at(n, c) : nullptr;
+            if (staged) {
+                dx_run = stage.place(dx_run, run);
+                if (put_z) dz_run = stage_dz.place(dz_run, run);
+            }
+            const GradPointers<T> p{dy.at(n, c), x.at(n, c), dx_run,       dz_run, a.mask.bits, bit, add_z ? z.at(n, c) : nullptr,
+                                    a.fixed,     stream,     a.where.ahead};
             grad_apply_run<gate, fixed, with_dz, with_stream>(p, run, kNoPeriod, k, a.curve, KeptRun(a.kept, b, n, c),
                                                               RunWeights<Compute<T>>(a.weights, b, n));
         }
+    }
+    if (staged) {
+        stage.finish();
+        stage_dz.finish();
     }
 }
 
@@ -124,13 +134,14 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     if (put_z) clear_excluded(a.kept, a.where, dz);
 }
 
-// Runs `as` with the four choices as constants. dz exists with a mask or a curve alone.
+// Runs `as` with the four choices, of stores that they are streamed (by blocks) or not, as constants. dz exists with a mask or a curve
+// alone.
 template <class As>
-BATCHNORM_INLINE void grad_apply_flags(const GradApplyArgs& a, As as) {
+BATCHNORM_INLINE void grad_apply_flags(const GradApplyArgs& a, bool stream_blocks, As as) {
     with_gate(a.gate, [&](auto gate) {
         if constexpr (asks<decltype(gate)::value>) return as(gate, Flag<false>{}, Flag<true>{}, Flag<true>{});
         with_flag(a.fixed, [&](auto fixed) {
-            with_flag(a.stream, [&](auto stream) {
+            with_flag(stream_blocks, [&](auto stream) {
                 if constexpr (decltype(gate)::value == kernels::masked) {
                     with_flag(a.dz.data != nullptr, [&](auto dz) { as(gate, fixed, dz, stream); });
                 } else {
@@ -144,14 +155,15 @@ BATCHNORM_INLINE void grad_apply_flags(const GradApplyArgs& a, As as) {
 
 template <class T>
 void grad_apply_ncs(const GradApplyArgs& a) noexcept {
-    grad_apply_flags(a, [&](auto gate, auto fixed, auto dz, auto stream) {
-        grad_apply_ncs_as<decltype(gate)::value, decltype(fixed)::value, decltype(dz)::value, decltype(stream)::value, T>(a);
+    const bool staged = a.stream && Stage::wanted<T>(a.dx, a.where.box);
+    grad_apply_flags(a, a.stream && !staged, [&](auto gate, auto fixed, auto dz, auto stream) {
+        grad_apply_ncs_as<decltype(gate)::value, decltype(fixed)::value, decltype(dz)::value, decltype(stream)::value, T>(a, staged);
     });
 }
 
 template <class T>
 void grad_apply_nsc(const GradApplyArgs& a) noexcept {
-    grad_apply_flags(a, [&](auto gate, auto fixed, auto dz, auto stream) {
+    grad_apply_flags(a, a.stream, [&](auto gate, auto fixed, auto dz, auto stream) {
         grad_apply_nsc_as<decltype(gate)::value, decltype(fixed)::value, decltype(dz)::value, decltype(stream)::value, T>(a);
     });
 }

@@ -28,6 +28,63 @@ struct Runs {
     BATCHNORM_INLINE T* at(int64_t n, int64_t c) const { return base + n * outer_stride + c * channel_stride; }
 };
 
+// Direction ncs: an output whose stores go past the caches, in runs that share cache lines. They are put together here, and leave as whole
+// lines: one that was stored in two parts would be written to memory twice (D16).
+class Stage {
+public:
+    // In runs of more bytes few lines are shared.
+    static constexpr int64_t kMostRun = 1024;
+    template <class T>
+    static BATCHNORM_INLINE bool wanted(const Operand& out, const Box& b) {
+        const int64_t run = (b.inner_end - b.inner_begin) * (int64_t)sizeof(T);
+        return run <= kMostRun && (((uintptr_t)Runs<T>(out, b).base | (uintptr_t)run) & (kLine - 1)) != 0;
+    }
+    // Where n elements are made that belong to `out`. Those before are ready.
+    template <class T>
+    BATCHNORM_INLINE T* place(T* out, int64_t n) {
+        if ((uintptr_t)out != line_ + (uintptr_t)end_) {
+            finish();
+            begin_ = end_ = (int64_t)((uintptr_t)out & (kLine - 1));
+            line_ = (uintptr_t)out - (uintptr_t)end_;
+        } else if (end_ + kMostRun > kBytes) {
+            leave();
+        }
+        T* const here = (T*)(void*)(bytes_ + end_);
+        end_ += n * (int64_t)sizeof(T);
+        return here;
+    }
+    __attribute__((noinline)) void finish() {
+        leave();
+        if (end_ > begin_) memcpy((char*)line_ + begin_, bytes_ + begin_, (size_t)(end_ - begin_));
+        begin_ = end_;
+    }
+
+private:
+    static constexpr uintptr_t kLine = 64;
+    static constexpr int64_t kBytes = 8192;
+
+    // All whole lines leave; what is behind them comes to the front.
+    __attribute__((noinline)) void leave() {
+        const int64_t whole = end_ / (int64_t)kLine * (int64_t)kLine;
+        if (whole == 0) return;
+        char* const to = (char*)line_;
+        int64_t at = 0;
+        if (begin_ > 0) {
+            at = (int64_t)kLine;
+            memcpy(to + begin_, bytes_ + begin_, (size_t)(at - begin_));
+        }
+        for (; at < whole; at += (int64_t)kLine) store_stream((float*)(void*)(to + at), load((const float*)(const void*)(bytes_ + at)));
+        memcpy(bytes_, bytes_ + whole, (size_t)kLine);
+        line_ += (uintptr_t)whole;
+        begin_ = 0;
+        end_ -= whole;
+    }
+
+    alignas(64) char bytes_[kBytes + kLine];
+    uintptr_t line_ = 0;           // of the output, where bytes_ begins
+    int64_t begin_ = 0, end_ = 0;  // what is in bytes_
+};
+
 // Direction nsc: row r, its first element being the box's first channel.
 template <class T>
 struct Rows {
