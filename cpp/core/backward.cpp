@@ -271,7 +271,7 @@ private:
 template <class C>
 void run(const Work& w) {
     const Backward& b = w.b;
-    const Traffic traffic{.reads = b.residual ? 3 : 2, .writes = (b.dx ? 1 : 0) + (b.dresidual ? 1 : 0), .sums = w.sums()};
+    const Traffic traffic{.reads = b.residual ? 3 : 2, .writes = (b.dx ? 1 : 0) + (b.dresidual ? 1 : 0), .sums = w.sums(), .numbers = 7};
     const PartPlans plans(w.call.geometry, w.call.parts, traffic, w.call.group_outer);
     const auto make = [&](Workspace& ws, const Plan& plan, int64_t part, int64_t c0, int64_t c1) {
         return Gradients<C>(ws, plan, w, part, c0, c1);

@@ -26,8 +26,9 @@ constexpr int64_t kTileElements = 65536;
 constexpr int64_t kMinTileRows = 256;
 // Of so few rows all tiles of a block of channels are one item.
 constexpr int64_t kFewRows = 64;
-// An elementwise pass takes so many channels at a time, if there are two times as many: what it reads of each (12 bytes, backward 28) then
-// stays in L1 from row to row.
+// Where an elementwise pass takes more than so many bytes of numbers, it goes by so many channels: these then stay in L1 from row to row
+// (D10).
+constexpr int64_t kNumberBytes = 32 << 10;
 constexpr int64_t kMapChannels = 1024;
 // Of double data one lane adds at most so many (folded) rows: that keeps its rounding within the contract's 1e-14.
 constexpr int64_t kMostDoubleRows = 128;
@@ -83,7 +84,7 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
     }
 }
 
-void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
+void plan_nsc(Plan& p, const Traffic& traffic, int64_t element_bytes, bool is_double) {
     p.fold = fold_for(p.channels);
     assert(p.fold == 1 || p.width() <= kernels::kMaxFoldedWidth);
     p.channel_block = std::min(p.channels, kMaxChannelBlock);
@@ -101,7 +102,8 @@ void plan_nsc(Plan& p, int64_t element_bytes, bool is_double) {
     p.tile_outer = round_up(ceil_div(p.outer, tiles), p.fold);
     p.tiles_outer = ceil_div(p.outer, p.tile_outer);
     p.by_channel = !p.parallel;
-    p.map_channels = p.channels < 2 * kMapChannels ? p.channels : kMapChannels;
+    const int64_t numbers = p.channels * traffic.numbers * (is_double ? 8 : 4);
+    p.map_channels = numbers <= kNumberBytes || p.channels < 2 * kMapChannels ? p.channels : kMapChannels;
     p.map_outer = std::min(p.outer, round_up(ceil_div(item_bytes(p, element_bytes), p.map_channels * element_bytes), p.fold));
     if ((p.tiles_outer == 1 || p.outer <= kFewRows) && p.fold == 1 && p.parallel) {
         // Few rows of many channels: all is done by blocks of channels, at least 16 of them if that leaves whole cache lines.
@@ -140,7 +142,7 @@ Plan plan_part(const Geometry& g, const Traffic& traffic, int64_t all, bool para
     const int64_t kept = traffic.reads == 0 ? std::min(cached, 2 * tune::get(tune::l2_bytes)) : cached;
     p.stream = total > kept;
     if (g.direction == kernels::nsc) {
-        plan_nsc(p, bytes * tensors, g.dtype == Dtype::float64);
+        plan_nsc(p, traffic, bytes * tensors, g.dtype == Dtype::float64);
     } else {
         plan_ncs(p, g.count() * bytes * traffic.reads, g.inner * bytes * tensors);
         // Runs leave for memory by whole lines, put together where they are short, which costs most where they are shortest (D16).

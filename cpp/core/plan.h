@@ -55,11 +55,12 @@ struct Plan {
     kernels::Where map_item(std::int64_t index) const;
 };
 
-// What a call does to its tensors: how many of this geometry it reads and writes (no reads: what is read hardly counts, an image), and
-// whether it sums over them first.
+// What a call does to its tensors: how many of this geometry it reads and writes (no reads: what is read hardly counts, an image), whether
+// it sums over them first, and how many numbers per channel its elementwise pass takes.
 struct Traffic {
     int reads, writes;
     bool sums;
+    int numbers = 3;
 };
 Plan make_plan(const Geometry& g, const Traffic& traffic);
 
