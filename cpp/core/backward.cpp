@@ -88,7 +88,7 @@ public:
                         w.s.keep == Keep::y)),
           bits_(BitLayout(w.call.geometry, w.call.parts).mask(w.s.bits, part)),
           left_(w.sums() ? left_gradient(w, act_, plan) : Tensor()),
-          stream_(plan.stream && !w.counting.by_element()),
+          stream_(plan.stream),
           shift_(ws, groups_, plan, c0, c1),
           affine_(ws, groups_, plan, c0, c1, lead_of(w.b.dx, begin_)),
           gradient_(ws, groups_, plan, c0, c1, lead_of(w.b.dx, begin_)),

@@ -149,7 +149,7 @@ public:
                  {},
                  act.gate,
                  BitLayout(w.call.geometry, w.call.parts).mask(w.s.bits, part),
-                 plan.stream && !w.counting.by_element(),
+                 plan.stream,
                  act.curve,
                  w.counting.kept(part)};
         kernel_ = w.table.apply[plan.direction][to_kernel(w.call.geometry.dtype)];
@@ -372,7 +372,6 @@ void take_given(const Forward& f, const Call& call, Saved::Impl& s) {
 }
 
 void forward(const Forward& f, const Call& call) {
-    const parallel::Limit limit(f.execution.num_threads);
     const kernels::KernelTable& table = check::active_level();
     Workspace ws;
     Saved::Impl local(std::pmr::null_memory_resource());
@@ -402,6 +401,7 @@ inline namespace v0_2 {
 
 void batch_norm(const Forward& f) {
     const FloatMode mode;
+    const parallel::Limit limit(f.execution.num_threads);
     const Call call = check::inference(f);
     if (is_integer(call.geometry.dtype)) return integer_batch_norm(f, call);
     forward(f, call);
@@ -409,6 +409,7 @@ void batch_norm(const Forward& f) {
 
 void batch_norm_train(const Forward& f) {
     const FloatMode mode;
+    const parallel::Limit limit(f.execution.num_threads);
     forward(f, check::training(f));
 }
 

@@ -46,7 +46,6 @@ void clear_excluded(const Forward& f, const Call& call) {
 }  // namespace
 
 void integer_batch_norm(const Forward& f, const Call& call) {
-    const parallel::Limit limit(f.execution.num_threads);
     const kernels::KernelTable& table = check::active_level();
     if (call.geometry.count() == 0) return;
     // y is what takes memory and time.

@@ -50,8 +50,8 @@ inline namespace v0_2 {
 void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
              const Positions& positions) {
     const FloatMode mode;
-    const Call call = check::moments(x, mean, var, ddof, num_threads, positions);
     const parallel::Limit limit(num_threads);
+    const Call call = check::moments(x, mean, var, ddof, num_threads, positions);
     if (call.counts.most() == 0) {
         for (double& v : mean) v = kNaN;
         for (double& v : var) v = kNaN;
@@ -89,8 +89,8 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
 
 void moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions) {
     const FloatMode mode;
-    const Call call = check::moment_sums(x, sums, num_threads, positions);
     const parallel::Limit limit(num_threads);
+    const Call call = check::moment_sums(x, sums, num_threads, positions);
     const int64_t channels = call.geometry.channels;
     Workspace ws;
     double* const made = ws.take<double>(moment_sums_size(channels));

@@ -11,6 +11,7 @@
 
 #include "coeffs.h"
 #include "columns.h"
+#include "parallel.h"
 #include "types.h"
 #include "workspace.h"
 
@@ -67,6 +68,16 @@ inline void pack(const std::uint8_t* from, int64_t step, int64_t n, std::uint8_t
     while (i < n && ((first + i) & 7) != 0) one();
     for (; step == 1 && i + 8 <= n; i += 8) bits[(first + i) >> 3] = bits_of_bytes(from + i);
     while (i < n) one();
+}
+
+// The n rows of outer of a mask of elements, shared out to threads: f(piece, begin, end). Pieces begin at multiples of `unit`.
+inline constexpr int64_t kMostPieces = 16;
+template <class F>
+void in_pieces(const Geometry& g, int64_t n, int64_t unit, const F& f) {
+    const int64_t rows = std::max<int64_t>((n + kMostPieces - 1) / kMostPieces + unit - 1, unit) / unit * unit;
+    const bool worth_it = n * g.channels * g.inner >= 1 << 16;
+    const auto piece = [&](int64_t i) { f(i, i * rows, std::min((i + 1) * rows, n)); };
+    (void)parallel::for_each((n + rows - 1) / rows, {.worth_it = worth_it, .interruptible = false}, piece);
 }
 
 // How many values count, and the sum of their weights, of each part and channel.
@@ -166,16 +177,20 @@ private:
         };
         const bool by_runs = g.direction == kernels::ncs && elements.runs();
         for (int64_t p = 0; p < parts_.count; ++p) {
-            int64_t* const to = positions_.data() + p * channels_;
-            for (int64_t o = parts_.begin(p); o < parts_.begin(p) + parts_.size(p); ++o) {
-                for (int64_t c = 0; by_runs && c < channels_; ++c) to[c] += counted(elements.pointer(o, c, 0), g.inner);
-            }
-            if (!by_runs) count_rows(g, elements, p, to);
+            std::vector<int64_t> found(index(std::min(kMostPieces, parts_.size(p)) * channels_));
+            in_pieces(g, parts_.size(p), 1, [&](int64_t piece, int64_t first, int64_t last) {
+                const int64_t begin = parts_.begin(p) + first, end = parts_.begin(p) + last;
+                int64_t* const to = found.data() + piece * channels_;
+                for (int64_t o = begin; by_runs && o < end; ++o) {
+                    for (int64_t c = 0; c < channels_; ++c) to[c] += counted(elements.pointer(o, c, 0), g.inner);
+                }
+                if (!by_runs) count_rows(g, elements, begin * g.inner, end * g.inner, to);
+            });
+            for (std::size_t i = 0; i < found.size(); ++i) positions_[index(p * channels_) + i % index(channels_)] += found[i];
         }
     }
     // By rows: of eight channels side by side, so many rows at a time that a byte holds each count.
-    void count_rows(const Geometry& g, const PerElement& elements, int64_t p, int64_t* to) const {
-        const int64_t begin = parts_.begin(p) * g.inner, end = begin + parts_.size(p) * g.inner;
+    void count_rows(const Geometry& g, const PerElement& elements, int64_t begin, int64_t end, int64_t* to) const {
         const int64_t by_eight = elements.channels_side_by_side() ? channels_ / 8 * 8 : 0;
         std::vector<std::uint64_t> counts(index(by_eight / 8));
         for (int64_t r = begin; r < end; ++r) {
@@ -200,18 +215,24 @@ private:
 inline void elements_to_bits(const Geometry& g, const Parts& parts, const ConstTensor& elements, std::uint8_t* bits) {
     const BitLayout layout(g, parts);
     const PerElement at(elements);
-    std::memset(bits, 0, index(layout.bytes()));
+    const bool runs = g.direction == kernels::ncs;
+    std::memset(bits + layout.bytes() - kernels::kMaskSlack, 0, kernels::kMaskSlack);
     for (int64_t p = 0; p < parts.count; ++p) {
         std::uint8_t* const to = layout.mask(bits, p).bits;
-        for (int64_t o = 0; o < parts.size(p); ++o) {
-            const int64_t row = parts.begin(p) + o;
-            for (int64_t c = 0; g.direction == kernels::ncs && c < g.channels; ++c) {
-                pack(at.pointer(row, c, 0), elements.inner_stride, g.inner, to, o * layout.outer_stride() + c * layout.channel_stride());
+        const int64_t per_outer = layout.outer_stride() * (runs ? 1 : g.inner);
+        in_pieces(g, parts.size(p), 8, [&](int64_t, int64_t begin, int64_t end) {
+            std::memset(to + begin * per_outer / 8, 0, index((end * per_outer + 7) / 8 - begin * per_outer / 8));
+            for (int64_t o = begin; o < end; ++o) {
+                const int64_t row = parts.begin(p) + o;
+                for (int64_t c = 0; runs && c < g.channels; ++c) {
+                    pack(at.pointer(row, c, 0), elements.inner_stride, g.inner, to,
+                         o * layout.outer_stride() + c * layout.channel_stride());
+                }
+                for (int64_t i = 0; !runs && i < g.inner; ++i) {
+                    pack(at.pointer(row, 0, i), elements.channel_stride, g.channels, to, (o * g.inner + i) * layout.outer_stride());
+                }
             }
-            for (int64_t i = 0; g.direction == kernels::nsc && i < g.inner; ++i) {
-                pack(at.pointer(row, 0, i), elements.channel_stride, g.channels, to, (o * g.inner + i) * layout.outer_stride());
-            }
-        }
+        });
     }
 }
 

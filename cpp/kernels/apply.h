@@ -95,17 +95,18 @@ BATCHNORM_INLINE void apply_nsc_as(const ApplyArgs& a) {
     using PerChannel = PerElement<Compute<T>>;
     const PerChannel center(a.affine.center), scale(a.affine.scale), offset(a.affine.offset);
     // Rows without gaps are one stretch of memory, whatever their length.
+    const kernels::Kept kept = kept_elements(a.kept);
     const bool dense = x.dense(channels) && y.dense(channels) && z.dense(channels) &&
+                       (kept.data == nullptr || kept.outer_stride == channels) &&
                        (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels);
     const auto rows = [&](int64_t r, int64_t n_rows) {
         const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
         apply_run<gate, with_z, with_stream>(
             ApplyPointers<T>{x.at(r), add_z ? z.at(r) : nullptr, y.at(r), a.mask.bits, bit, a.stream, a.where.ahead}, n_rows * channels,
-            a.where.fold * channels, center, scale, offset, a.curve, KeptRow());
+            a.where.fold * channels, center, scale, offset, a.curve, KeptRun(kept, b, r, 0));
     };
     const Compute<T>* const no_weights = nullptr;
     for_stretches(a.where, dense, kept_rows(a.kept), no_weights, rows, [&](int64_t r) { clear(y.at(r), channels); });
-    clear_excluded(a.kept, a.where, y);
 }
 
 // Runs `as` with gate, residual or not, streamed (by blocks) or not as constants.

@@ -117,21 +117,21 @@ BATCHNORM_INLINE void grad_apply_nsc_as(const GradApplyArgs& a) {
     const GradCoefficients<PerChannel> k{
         PerChannel(a.affine.center), PerChannel(a.affine.scale), PerChannel(a.affine.offset), PerChannel(a.k_dy), PerChannel(a.x_scale),
         PerChannel(a.k_x),           PerChannel(a.k_0)};
+    const kernels::Kept kept = kept_elements(a.kept);
     const bool dense = dy.dense(channels) && x.dense(channels) && dx.dense(channels) && dz.dense(channels) && z.dense(channels) &&
+                       (kept.data == nullptr || kept.outer_stride == channels) &&
                        (gate == kernels::open || gate == kernels::relu || a.mask.bits == nullptr || a.mask.outer_stride == channels);
     const auto rows = [&](int64_t r, int64_t n_rows) {
         const int64_t bit = r * a.mask.outer_stride + b.channel_begin;
         const GradPointers<T> p{dy.at(r), x.at(r),  dx.at(r),     put_z ? dz.at(r) : nullptr, a.mask.bits, bit, add_z ? z.at(r) : nullptr,
                                 a.fixed,  a.stream, a.where.ahead};
-        grad_apply_run<gate, fixed, with_dz, with_stream>(p, n_rows * channels, a.where.fold * channels, k, a.curve, KeptRow(),
+        grad_apply_run<gate, fixed, with_dz, with_stream>(p, n_rows * channels, a.where.fold * channels, k, a.curve, KeptRun(kept, b, r, 0),
                                                           RowWeight<Compute<T>>(a.weights, r));
     };
     for_stretches(a.where, dense, kept_rows(a.kept), (const Compute<T>*)a.weights.data, rows, [&](int64_t r) {
         clear(dx.at(r), channels);
         if (put_z) clear(dz.at(r), channels);
     });
-    clear_excluded(a.kept, a.where, dx);
-    if (put_z) clear_excluded(a.kept, a.where, dz);
 }
 
 // Runs `as` with the four choices, of stores that they are streamed (by blocks) or not, as constants. dz exists with a mask or a curve

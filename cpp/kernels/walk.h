@@ -123,6 +123,7 @@ BATCHNORM_INLINE V where_kept(uint32_t bits, V v) {
 
 // Direction nsc: which rows count, a byte each, and which elements do, bits of a row that starts at bit r * stride. One of them, or none.
 BATCHNORM_INLINE const uint8_t* kept_rows(const kernels::Kept& k) { return k.channel_stride == 0 ? k.data : nullptr; }
+BATCHNORM_INLINE kernels::Kept kept_elements(const kernels::Kept& k) { return k.channel_stride == 0 ? kernels::Kept{} : k; }
 struct KeptElements {
     const uint8_t* bits;  // null: all count
     int64_t stride, channel_begin;
@@ -253,27 +254,15 @@ BATCHNORM_INLINE void for_run(int64_t n, Full full, Part part) {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "masks are read by words");
 
-// Direction ncs: those from element e of the run at outer index n, channel c of the box, on.
+// Which elements count of a run (n, c) of the box, or of rows from n on (c = 0): those from element e on.
 struct KeptRun {
-    const uint8_t* bits;
+    const uint8_t* bits;  // null: all
     int64_t first;
 
     BATCHNORM_INLINE KeptRun(const kernels::Kept& k, const Box& b, int64_t n, int64_t c)
         : bits(k.data), first(n * k.outer_stride + (b.channel_begin + c) * k.channel_stride + b.inner_begin) {}
     BATCHNORM_INLINE uint32_t at(int64_t e) const { return bits == nullptr ? kAllKept : mask_bits(bits, first + e) & kAllKept; }
 };
-// Direction nsc: rows that do not count are passed over.
-struct KeptRow {
-    BATCHNORM_INLINE uint32_t at(int64_t) const { return kAllKept; }
-};
-
-// Of a box's rows the elements that do not count become 0.
-template <class T>
-__attribute__((noinline)) void clear_excluded(const kernels::Kept& kept, const Where& w, const Rows<T>& rows) {
-    const KeptElements k(kept, w.box);
-    const int64_t channels = w.box.channel_end - w.box.channel_begin;
-    for (int64_t r = w.box.outer_begin; k.bits != nullptr && r < w.box.outer_end; ++r) k.clear_others(r, channels, rows.at(r));
-}
 
 // Direction ncs: 16 weights from element e of the run at outer index n on.
 template <class C>
