@@ -514,3 +514,28 @@ print("survived")
 def test_nothing_beyond_the_array_is_touched():
     done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "survived", f"exit status {done.returncode}: {done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("run", [1, 3, 15, 16, 17, 49, 64, 196, 250, 256, 300, 513])
+def test_short_runs_past_the_caches(run, dtype, isa, set_tuning):
+    """Runs that share cache lines are put together first; nothing beside them is written."""
+    x, dy, z = (rng(seed).standard_normal((5, 37, run)).astype(dtype) for seed in range(3))
+    options = {"residual": z, "activation": "relu"}
+    set_tuning("")
+    y, saved = train(x, **options)
+    want = backward(dy, saved)
+    past = "cached_bytes=0,stream_run_bytes=0"
+    for tuning in (past, f"{past},group_bytes=1,map_bytes=1"):
+        for offset, gap in itertools.product((0, 1, 13), (1, 2) if run > 1 else (1,)):
+            room = np.zeros((3, offset + x.size * gap + 99), dtype)
+            y_out, dx_out, dz_out = (
+                row[offset : offset + x.size * gap].reshape(5, 37 * gap, run)[:, ::gap] for row in room
+            )
+            set_tuning(tuning)
+            got = train(x, **options, out=y_out)
+            gradients = backward(dy, got.saved, out=dx_out, out_residual=dz_out)
+            for a, b in ((got.y, y), (gradients.dx, want.dx), (gradients.dresidual, want.dresidual)):
+                assert same_bits(np.ascontiguousarray(a), b)
+                a[...] = 0
+            assert not room.view(np.uint8).any(), (offset, gap)

@@ -156,7 +156,7 @@ def test_tuning_names_and_defaults(set_tuning):
     set_tuning("")
     defaults = tuning()
     assert tuple(defaults) == NAMES and all(0 < n <= MOST for n in defaults.values())
-    assert defaults["cached_bytes"] <= 60 << 20, "what a machine says of its L3 is believed up to here"
+    assert defaults["cached_bytes"] <= 32 << 20, "what a machine says of its L3 is believed up to here"
     for name, number in itertools.product(NAMES, (0, 12345, MOST)):
         set_tuning(f"{name}={number}")
         assert tuning() == defaults | {name: number}
