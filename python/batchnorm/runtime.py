@@ -232,6 +232,16 @@ def empty_cache() -> int:
 # ---- the build ---------------------------------------------------------------------------------------------
 
 
+def _folder_of_cpp(*parts: str) -> str:
+    folder = Path(_core.__file__).parent.joinpath(*parts)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"this package has no C++ library ({folder} is not there), as it came as a wheel; "
+            "`pip install --no-binary batchnorm batchnorm` builds it with one"
+        )
+    return str(folder)
+
+
 def get_include() -> str:
     """Folder of the C++ header, for ``#include <batchnorm/batchnorm.hpp>``.
 
@@ -241,13 +251,18 @@ def get_include() -> str:
     -------
     str
 
+    Raises
+    ------
+    FileNotFoundError
+        This is a published wheel, which comes without the C++ library.
+
     Examples
     --------
     >>> import batchnorm, pathlib
     >>> (pathlib.Path(batchnorm.get_include()) / "batchnorm" / "batchnorm.hpp").exists()
     True
     """
-    return str(Path(_core.__file__).parent / "include")
+    return _folder_of_cpp("include")
 
 
 def get_cmake_dir() -> str:
@@ -257,13 +272,18 @@ def get_cmake_dir() -> str:
     -------
     str
 
+    Raises
+    ------
+    FileNotFoundError
+        This is a published wheel, which comes without the C++ library.
+
     Examples
     --------
     >>> import batchnorm, os
     >>> os.path.basename(batchnorm.get_cmake_dir())
     'batchnorm'
     """
-    return str(Path(_core.__file__).parent / "lib" / "cmake" / "batchnorm")
+    return _folder_of_cpp("lib", "cmake", "batchnorm")
 
 
 def config() -> dict[str, Any]:

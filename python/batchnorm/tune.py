@@ -22,10 +22,10 @@ __all__ = ["CALLS", "Line", "recommended", "tune"]
 _NEVER = 1 << 50
 _MIB = 1 << 20
 CALLS = ("forward", "backward", "inference")
-# Least and largest size, and how much of it is an element of x in each call. A size is bytes read and written
-# (for cached_bytes those of calls that sum first count twice), or elements that are gone through.
+# Least and largest size, and how much of it is an element of x in each call. A size is bytes read and written,
+# or elements that are gone through.
 _THRESHOLDS = {
-    "cached_bytes": (4 * _MIB, 512 * _MIB, {"forward": 16, "backward": 24, "inference": 8}),
+    "cached_bytes": (4 * _MIB, 512 * _MIB, {"forward": 8, "backward": 12, "inference": 8}),
     "fetch_bytes": (4 * _MIB, 512 * _MIB, {"forward": 8, "backward": 12, "inference": 8}),
     "parallel_elements": (1 << 12, 1 << 19, {"inference": 1}),
 }

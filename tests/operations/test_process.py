@@ -71,6 +71,13 @@ def test_config_and_show_config(capsys):
     assert os.path.exists(os.path.join(batchnorm.get_cmake_dir(), "batchnormConfig.cmake"))
 
 
+def test_a_wheel_without_the_cpp_library_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(_core, "__file__", str(tmp_path / "_core.so"))
+    for folder in (batchnorm.get_include, batchnorm.get_cmake_dir):
+        with pytest.raises(FileNotFoundError, match="came as a wheel; `pip install --no-binary batchnorm"):
+            folder()
+
+
 WRONG = [
     (batchnorm.set_num_threads, 0, ValueError, "num_threads is 0, expected an int from 1 to 65536"),
     (batchnorm.set_num_threads, 65537, ValueError, "num_threads is 65537"),

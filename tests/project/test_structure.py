@@ -339,7 +339,7 @@ def test_the_package_stays_small() -> None:
 def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
     total = sum(count.values())
-    assert total <= 10520, f"{total} lines of C++ without comments"
+    assert total <= 10560, f"{total} lines of C++ without comments"
 
 
 @needs_source
@@ -435,10 +435,11 @@ def test_files_of_the_wheel() -> None:
 
 
 def test_size_of_the_wheel() -> None:
-    # Most of it is the kernels, twice: in the extension and in the static library.
-    packed = sum(len(zlib.compress(p.read_bytes())) for _, p in installed())
-    assert packed < 4.2e6, f"the wheel takes {packed / 1e6:.1f} MB"
-    assert sum(p.stat().st_size for _, p in installed()) < 11.5e6
+    # Most of it is the kernels. What is published comes without the C++ library.
+    published = [p for name, p in installed() if not name.startswith(("lib/", "include/"))]
+    packed = sum(len(zlib.compress(p.read_bytes())) for p in published)
+    assert packed < 2.5e6, f"the wheel takes {packed / 1e6:.1f} MB"
+    assert sum(p.stat().st_size for p in published) < 7e6
 
 
 def test_version_of_the_core() -> None:
