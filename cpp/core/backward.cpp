@@ -29,38 +29,31 @@ struct Work {
     int64_t group(int64_t part, int64_t q) const { return part * call.groups(0) + q; }
 };
 
-// What is known of n channels from c on in group q of a part.
+// What is known of some groups and channels of a part.
 struct Numbers {
     Column<double> inv_std, gamma_r, center, u_inv_std, offset, r, d;
 
-    Numbers(const Work& w, int64_t part, int64_t q, int64_t c, int64_t n)
-        : inv_std(w.s.inv_std + part * w.channels() + c, n),
-          gamma_r(rows(w.s.gamma, w.call.sample(part, q), w, c, n, 1)),
-          center(w.s.mean + part * w.channels() + c, n),
-          u_inv_std(w.s.inv_std + part * w.channels() + c, n),
-          offset(rows(w.s.beta, w.call.sample(part, q), w, c, n, 0)) {
+    Numbers(const Work& w, int64_t part, const Cells& k)
+        : inv_std(k.of(w.s.inv_std + part * w.channels())),
+          gamma_r(k.of(w.s.gamma.view(w.channels()), w.call.sample(part, k.group), 1)),
+          center(k.of(w.s.mean + part * w.channels())),
+          u_inv_std(k.of(w.s.inv_std + part * w.channels())),
+          offset(k.of(w.s.beta.view(w.channels()), w.call.sample(part, k.group), 0)) {
         const Saved::Impl& s = w.s;
-        const int64_t at = part * w.channels() + c;
         if (s.r != nullptr) {
-            Column<double>(s.r + at, n).put(r.value, n);
-            Column<double>(s.d + at, n).put(d.value, n);
-            for_entries(n, [&](int64_t i) {
+            r = k.of(s.r + part * w.channels());
+            d = k.of(s.d + part * w.channels());
+            for_entries(k.n, [&](int64_t i) {
                 offset[i] += gamma_r[i] * d[i];
                 gamma_r[i] *= r[i];
             });
         }
         if (s.keep == Keep::x) return;
-        for_entries(n, [&](int64_t i) {
-            if (!w.lost.empty() && w.lost[index(c + i)]) gamma_r[i] = 1;  // whatever comes of it is overwritten
+        for_entries(k.n, [&](int64_t i) {
+            if (!w.lost.empty() && w.lost[index(k.channel_of(i))]) gamma_r[i] = 1;  // whatever comes of it is overwritten
             center[i] = offset[i];
             u_inv_std[i] = 1 / gamma_r[i];
         });
-    }
-
-private:
-    static Column<double> rows(const SavedRows& v, int64_t sample, const Work& w, int64_t c, int64_t n, double otherwise) {
-        const double* const row = v ? v.row(sample, w.channels()) + c : nullptr;
-        return {ConstChannels(row, true, row == nullptr ? -1 : n, 1), 0, n, otherwise};
     }
 };
 
@@ -84,6 +77,7 @@ public:
           begin_(w.call.parts.begin(part)),
           row_split_(plan.row_split),
           groups_(w.call.groups(part)),
+          down_(plan.direction == kernels::ncs),
           act_(act_back(w.s.activation, w.s.slope, w.call.geometry.dtype, w.s.bits != nullptr, static_cast<bool>(w.b.residual),
                         w.s.keep == Keep::y)),
           bits_(BitLayout(w.call.geometry, w.call.parts).mask(w.s.bits, part)),
@@ -105,18 +99,18 @@ public:
     }
 
     void prepare(int64_t c0, int64_t c1) {
-        for (int64_t q = 0; q < groups_; ++q) {
-            by_columns(c0, c1, [&](int64_t c, int64_t n) {
-                const Numbers k(w_, part_, q, c, n);
+        by_columns(c0, c1, [&](int64_t c, int64_t n) {
+            for_cells(groups_, down_, c, n, [&](const Cells& cells) {
+                const Numbers k(w_, part_, cells);
                 Column<double> about, inv_std;
-                for_entries(n, [&](int64_t i) {
+                for_entries(cells.n, [&](int64_t i) {
                     about[i] = coeffs::gradient_shift(k.center[i], k.u_inv_std[i], is_double_);
-                    inv_std[i] = w_.single(part_, c + i) ? 0 : k.inv_std[i];
+                    inv_std[i] = w_.single(part_, cells.channel_of(i)) ? 0 : k.inv_std[i];
                 });
-                shift_[q].put(c, n, about);
-                affine_[q].put(c, n, k.center, inv_std, k.gamma_r, k.offset);
+                shift_.put(cells, about);
+                affine_.put(cells, {cells.n, k.center, inv_std, k.gamma_r, k.offset});
             });
-        }
+        });
     }
     void begin(int) {}
     void sums(const Where& where, int, double* g, double* g_u) {
@@ -148,50 +142,52 @@ public:
     }
 
 private:
-    // sum g and sum g (x - mean) of a group, for n channels.
+    // sum g and sum g (x - mean) of some groups and channels.
     struct Sums {
         Column<double> g, g_xc;
     };
-    Sums sums_of(int64_t q, const Numbers& k, int64_t c, int64_t n) const {
-        Sums s{sums_.first(q, c, n), sums_.second(q, c, n)};
-        const Column<double> about = shift_[q].column(c, n);
-        for_entries(n, [&](int64_t i) { s.g_xc[i] = coeffs::about_mean(s.g[i], s.g_xc[i], k.center[i], about[i]); });
+    Sums sums_of(const Numbers& k, const Cells& cells) const {
+        Sums s{sums_.first(cells), sums_.second(cells)};
+        for_entries(cells.n, [&](int64_t i) {
+            const double about = coeffs::gradient_shift(k.center[i], k.u_inv_std[i], is_double_);
+            s.g_xc[i] = coeffs::about_mean(s.g[i], s.g_xc[i], k.center[i], about);
+        });
         if (w_.s.keep == Keep::y) {
-            for_entries(n, [&](int64_t i) { s.g_xc[i] *= k.inv_std[i] == 0 ? 0 : k.u_inv_std[i] / k.inv_std[i]; });
+            for_entries(cells.n, [&](int64_t i) { s.g_xc[i] *= k.inv_std[i] == 0 ? 0 : k.u_inv_std[i] / k.inv_std[i]; });
         }
-        for (int64_t i = 0; i < n; ++i) {
-            if (!w_.single(part_, c + i)) continue;
+        for (int64_t i = 0; i < cells.n; ++i) {
+            if (!w_.single(part_, cells.channel_of(i))) continue;
             s.g_xc[i] = 0;
-            if (w_.s.values[part_ * w_.channels() + c + i] == 0) s.g[i] = 0;
+            if (w_.s.values[part_ * w_.channels() + cells.channel_of(i)] == 0) s.g[i] = 0;
         }
         return s;
     }
     void finish_column(int64_t c, int64_t n) {
-        const Column<double> count(w_.s.count + part_ * w_.channels() + c, n);
+        const double* const count = w_.s.count + part_ * w_.channels();
         const double scale = w_.counting.scale();
         // The sums are of all groups, each times its gamma r; of one alone, without.
-        const auto put = [&](int64_t q, const Numbers& k, const Sums& all) {
-            gradient_[q].put(c, n, [&](int64_t i) {
-                const double slope = k.gamma_r[i] * k.inv_std[i];
-                const coeffs::Slopes slopes{slope, groups_ == 1 ? slope : k.inv_std[i], k.inv_std[i], k.center[i], k.u_inv_std[i]};
-                return coeffs::gradient<C>(slopes, all.g[i], all.g_xc[i], count[i] * scale);
-            });
+        const auto put = [&](const Cells& cells, const Numbers& k, const Sums& all) {
+            const Column<double> n_of = cells.of(count), g = cells.of(all.g, c), g_xc = cells.of(all.g_xc, c);
+            gradient_.put(cells, {cells.n, [&](int64_t i) {
+                                      const double slope = k.gamma_r[i] * k.inv_std[i];
+                                      const coeffs::Slopes slopes{slope, groups_ == 1 ? slope : k.inv_std[i], k.inv_std[i], k.center[i],
+                                                                  k.u_inv_std[i]};
+                                      return coeffs::gradient<C>(slopes, g[i], g_xc[i], n_of[i] * scale);
+                                  }});
         };
         Sums all;
-        for (int64_t q = 0; q < groups_; ++q) {
-            const Numbers k(w_, part_, q, c, n);
-            const Sums s = sums_of(q, k, c, n);
-            put_parameters(q, k, s, c, n);
-            if (groups_ == 1) {
-                put(q, k, s);
-                break;
-            }
-            for_entries(n, [&](int64_t i) {
-                all.g[i] = (q == 0 ? 0 : all.g[i]) + k.gamma_r[i] * s.g[i];
-                all.g_xc[i] = (q == 0 ? 0 : all.g_xc[i]) + k.gamma_r[i] * s.g_xc[i];
+        for_entries(n, [&](int64_t i) { all.g[i] = all.g_xc[i] = 0; });
+        for_cells(groups_, down_, c, n, [&](const Cells& cells) {
+            const Numbers k(w_, part_, cells);
+            const Sums s = sums_of(k, cells);
+            put_parameters(cells, k, s);
+            if (groups_ == 1) return put(cells, k, s);
+            for_entries(cells.n, [&](int64_t i) {
+                all.g[cells.channel_of(i) - c] += k.gamma_r[i] * s.g[i];
+                all.g_xc[cells.channel_of(i) - c] += k.gamma_r[i] * s.g_xc[i];
             });
-        }
-        for (int64_t q = 0; groups_ > 1 && q < groups_; ++q) put(q, Numbers(w_, part_, q, c, n), all);
+        });
+        if (groups_ > 1) for_cells(groups_, down_, c, n, [&](const Cells& cells) { put(cells, Numbers(w_, part_, cells), all); });
         drop_single_values(c, n);
     }
     void drop_single_values(int64_t c, int64_t n) {
@@ -199,19 +195,19 @@ private:
         if (!w_.s.batch || std::none_of(values, values + n, [](double v) { return v < 2; })) return;
         for (int64_t q = 0; q < groups_; ++q) gradient_[q].drop(c, n, [&](int64_t i) { return w_.single(part_, c + i); });
     }
-    void put_parameters(int64_t q, const Numbers& k, const Sums& s, int64_t c, int64_t n) {
+    void put_parameters(const Cells& cells, const Numbers& k, const Sums& s) {
         if (w_.dgamma == nullptr) return;
-        const int64_t at = w_.group(part_, q) * w_.channels() + c;
         Column<double> dgamma;
-        for_entries(n, [&](int64_t i) { dgamma[i] = s.g_xc[i] * k.inv_std[i]; });
-        if (w_.s.r != nullptr) for_entries(n, [&](int64_t i) { dgamma[i] = k.r[i] * dgamma[i] + k.d[i] * s.g[i]; });
-        for (int64_t i = 0; i < n; ++i) {
-            if (!w_.single(part_, c + i)) continue;
-            const bool none = w_.s.r == nullptr || w_.s.values[part_ * w_.channels() + c + i] == 0;  // then d is NaN
+        for_entries(cells.n, [&](int64_t i) { dgamma[i] = s.g_xc[i] * k.inv_std[i]; });
+        if (w_.s.r != nullptr) for_entries(cells.n, [&](int64_t i) { dgamma[i] = k.r[i] * dgamma[i] + k.d[i] * s.g[i]; });
+        for (int64_t i = 0; i < cells.n; ++i) {
+            if (!w_.single(part_, cells.channel_of(i))) continue;
+            const bool none = w_.s.r == nullptr || w_.s.values[part_ * w_.channels() + cells.channel_of(i)] == 0;  // then d is NaN
             dgamma[i] = none ? 0 : k.d[i] * s.g[i];
         }
-        dgamma.put(w_.dgamma + at, n);
-        s.g.put(w_.dbeta + at, n);
+        const int64_t first = w_.group(part_, 0) * w_.channels();
+        cells.put(dgamma, w_.dgamma + first, w_.channels());
+        cells.put(s.g, w_.dbeta + first, w_.channels());
     }
     void map_group(int64_t q, const Where& where) {
         const int64_t c = where.box.channel_begin;
@@ -252,6 +248,7 @@ private:
 
     const Work& w_;
     int64_t part_, begin_, row_split_, groups_;
+    bool down_;
     Act act_;
     kernels::Mask bits_;
     Tensor left_;

@@ -30,19 +30,30 @@ class AffineRows {
 public:
     AffineRows(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1, int64_t lead)
         : center_(ws, plan, c0, c1, lead), scale_(ws, plan, c0, c1, lead), offset_(ws, plan, c0, c1, lead) {}
-    // Those of n channels from c on. Not inlined: g++ 12 then no longer vectorises it.
-    __attribute__((noinline)) void put(int64_t c, int64_t n, const Column<double>& mean, const Column<double>& inv_std,
-                                       const Column<double>& gamma, const Column<double>& beta) {
+    struct Columns {
         Column<C> center, scale, offset;
-        for_entries(n, [&](int64_t i) {
-            const coeffs::Affine<C> k = coeffs::affine<C>(mean[i], inv_std[i], gamma[i], beta[i]);
-            center[i] = k.center;
-            scale[i] = k.scale;
-            offset[i] = k.offset;
-        });
-        center_.put(c, n, center);
-        scale_.put(c, n, scale);
-        offset_.put(c, n, offset);
+        // Not inlined: g++ 12 then no longer vectorises it.
+        __attribute__((noinline)) Columns(int64_t n, const Column<double>& mean, const Column<double>& inv_std, const Column<double>& gamma,
+                                          const Column<double>& beta) {
+            for_entries(n, [&](int64_t i) {
+                const coeffs::Affine<C> k = coeffs::affine<C>(mean[i], inv_std[i], gamma[i], beta[i]);
+                center[i] = k.center;
+                scale[i] = k.scale;
+                offset[i] = k.offset;
+            });
+        }
+    };
+    // Those of n channels from c on.
+    void put(int64_t c, int64_t n, const Columns& k) {
+        center_.put(c, n, k.center);
+        scale_.put(c, n, k.scale);
+        offset_.put(c, n, k.offset);
+    }
+    // That of channel c, entry i of columns.
+    void set(int64_t c, const Columns& k, int64_t i) {
+        center_.set(c, k.center, i);
+        scale_.set(c, k.scale, i);
+        offset_.set(c, k.offset, i);
     }
     kernels::Affine from(int64_t c) const { return {center_.from(c), scale_.from(c), offset_.from(c)}; }
 
@@ -73,21 +84,31 @@ class GradientRows {
 public:
     GradientRows(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1, int64_t lead)
         : k_dy_(ws, plan, c0, c1, lead), x_scale_(ws, plan, c0, c1, lead), k_x_(ws, plan, c0, c1, lead), k_0_(ws, plan, c0, c1, lead) {}
-    // Those of n channels from c on; of(i) is number i's coeffs::Gradient<C>.
-    template <class Of>
-    void put(int64_t c, int64_t n, const Of& of) {
+    struct Columns {
         Column<C> k_dy, x_scale, k_x, k_0;
-        for_entries(n, [&](int64_t i) {
-            const coeffs::Gradient<C> k = of(i);
-            k_dy[i] = k.k_dy;
-            x_scale[i] = k.x_scale;
-            k_x[i] = k.k_x;
-            k_0[i] = k.k_0;
-        });
-        k_dy_.put(c, n, k_dy);
-        x_scale_.put(c, n, x_scale);
-        k_x_.put(c, n, k_x);
-        k_0_.put(c, n, k_0);
+        // of(i) is number i's coeffs::Gradient<C>.
+        template <class Of>
+        Columns(int64_t n, const Of& of) {
+            for_entries(n, [&](int64_t i) {
+                const coeffs::Gradient<C> k = of(i);
+                k_dy[i] = k.k_dy;
+                x_scale[i] = k.x_scale;
+                k_x[i] = k.k_x;
+                k_0[i] = k.k_0;
+            });
+        }
+    };
+    void put(int64_t c, int64_t n, const Columns& k) {
+        k_dy_.put(c, n, k.k_dy);
+        x_scale_.put(c, n, k.x_scale);
+        k_x_.put(c, n, k.k_x);
+        k_0_.put(c, n, k.k_0);
+    }
+    void set(int64_t c, const Columns& k, int64_t i) {
+        k_dy_.set(c, k.k_dy, i);
+        x_scale_.set(c, k.x_scale, i);
+        k_x_.set(c, k.k_x, i);
+        k_0_.set(c, k.k_0, i);
     }
     // All numbers of the channels for which which(i) become 0.
     template <class Which>
@@ -118,6 +139,10 @@ public:
         for (int64_t q = 0; q < n; ++q) new (rows_ + q) Rows(ws, plan, c0, c1, lead);
     }
     Rows& operator[](int64_t q) const { return rows_[q]; }
+    void put(const Cells& k, const typename Rows::Columns& columns) const {
+        if (!k.down) return rows_[k.group].put(k.channel, k.n, columns);
+        for (int64_t i = 0; i < k.n; ++i) rows_[k.group + i].set(k.channel, columns, i);
+    }
 
 private:
     Rows* rows_;

@@ -81,6 +81,51 @@ private:
     }
 };
 
+// What a column of numbers per group and channel stands for: n channels of one group, or n groups of one channel (`down`), which is how few
+// channels of many groups fill a column.
+struct Cells {
+    int64_t group, channel, n;
+    bool down;
+
+    int64_t group_of(int64_t i) const { return down ? group + i : group; }
+    int64_t channel_of(int64_t i) const { return down ? channel : channel + i; }
+    // Of numbers per channel, and of the column of channels from `first` on.
+    Column<double> of(const double* channels) const { return spread(channels + channel); }
+    Column<double> of(const Column<double>& channels, int64_t first) const { return spread(channels.value + (channel - first)); }
+    // Of rows of which one belongs to each group, that of the first being number `row`; where they are absent, `otherwise`.
+    Column<double> of(const ConstRows& rows, int64_t row, double otherwise) const {
+        ConstChannels of_row = row_of(rows, row);
+        if (!rows || !down) return {of_row, channel, n, otherwise};
+        of_row.data = static_cast<const std::byte*>(of_row.data) + channel * of_row.stride * (of_row.is_double ? 8 : 4);
+        of_row.stride = rows.rows == 0 ? 0 : rows.row_stride;
+        return {of_row, 0, n, otherwise};
+    }
+    // To a matrix of groups by channels.
+    void put(const Column<double>& column, double* matrix, int64_t channels) const {
+        double* const to = matrix + group * channels + channel;
+        if (!down) return column.put(to, n);
+        for (int64_t i = 0; i < n; ++i) to[i * channels] = column[i];
+    }
+
+private:
+    Column<double> spread(const double* of_first) const {
+        if (!down) return {of_first, n};
+        Column<double> same;
+        for_entries(n, [&](int64_t i) { same[i] = *of_first; });
+        return same;
+    }
+};
+// f(cells) for n channels from c on in each of some groups.
+template <class F>
+void for_cells(int64_t groups, bool down, int64_t c, int64_t n, const F& f) {
+    constexpr int64_t kFew = 8;
+    down = down && n < kFew && groups >= kFew;
+    for (int64_t i = 0; down && i < n; ++i) {
+        for (int64_t q = 0; q < groups; q += kColumn) f(Cells{q, c + i, std::min(kColumn, groups - q), true});
+    }
+    for (int64_t q = 0; !down && q < groups; ++q) f(Cells{q, c, n, false});
+}
+
 // f(c, n) for columns of n channels from c on that make up those from c0 to c1.
 template <class F>
 void by_columns(int64_t c0, int64_t c1, const F& f) {
@@ -109,6 +154,8 @@ public:
         column.put(data_ + c, n);
         if (by_vectors_ && c < kernels::kLanes) column.put(data_ + channels_ + c, std::min(n, kernels::kLanes - c));
     }
+    using Columns = Column<T>;
+    void set(int64_t c, const Column<T>& column, int64_t i) { data_[c - c0_] = column[i]; }
     T* from(int64_t c) const { return data_ + (c - c0_); }
     Column<T> column(int64_t c, int64_t n) const { return {data_ + (c - c0_), n}; }
     double operator[](int64_t c) const { return data_[c - c0_]; }

@@ -138,6 +138,7 @@ public:
         : w_(w),
           part_(part),
           row_split_(plan.row_split),
+          down_(plan.direction == kernels::ncs),
           affine_(ws, w.call.groups(part), plan, c0, c1, lead_of(w.f.y, w.call.parts.begin(part))) {
         const Forward& f = w.f;
         const int64_t begin = w.call.parts.begin(part);
@@ -178,17 +179,18 @@ public:
         for (int64_t i = 0; !given && some && i < n; ++i) {
             if (counts.positions(part_, c + i) < 2) inv_std[i] = 0;
         }
-        for (int64_t q = 0; q < w_.call.groups(part_); ++q) {
-            const int64_t sample = w_.call.sample(part_, q);
-            Column<double> gamma(row_of(w_.f.gamma, sample), c, n, 1), beta(row_of(w_.f.beta, sample), c, n, 0);
+        for_cells(w_.call.groups(part_), down_, c, n, [&](const Cells& k) {
+            const int64_t sample = w_.call.sample(part_, k.group);
+            Column<double> gamma = k.of(w_.f.gamma, sample, 1), beta = k.of(w_.f.beta, sample, 0);
             if (s.r != nullptr) {
-                for_entries(n, [&](int64_t i) {
-                    beta[i] += gamma[i] * d[i];
-                    gamma[i] *= r[i];
+                const Column<double> by = k.of(r, c), to = k.of(d, c);
+                for_entries(k.n, [&](int64_t i) {
+                    beta[i] += gamma[i] * to[i];
+                    gamma[i] *= by[i];
                 });
             }
-            affine_[q].put(c, n, mean, inv_std, gamma, beta);
-        }
+            affine_.put(k, {k.n, k.of(mean, c), k.of(inv_std, c), gamma, beta});
+        });
     }
     void map(const Where& where) {
         by_groups(w_.call, part_, row_split_, where, [&](int64_t q, const Where& box) {
@@ -202,6 +204,7 @@ public:
 private:
     const Work& w_;
     int64_t part_, row_split_;
+    bool down_;
     Groups<AffineRows<C>> affine_;
     kernels::ApplyArgs args_;
     kernels::ApplyFn kernel_;

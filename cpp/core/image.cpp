@@ -57,7 +57,7 @@ void integer_batch_norm(const Forward& f, const Call& call) {
     for_columns(plan, [&](int64_t c, int64_t n) {
         const Column<double> mean(f.mean, c, n), inv_std = inv_std_of({f.var, c, n}, n, f.eps);
         for (int64_t q = 0; q < call.groups(0); ++q) {
-            affine[q].put(c, n, mean, inv_std, {row_of(f.gamma, q), c, n, 1}, {row_of(f.beta, q), c, n, 0});
+            affine[q].put(c, n, {n, mean, inv_std, {row_of(f.gamma, q), c, n, 1}, {row_of(f.beta, q), c, n, 0}});
         }
     });
     const kernels::ImageFn kernel = table.image[plan.direction][to_kernel(call.geometry.dtype)];

@@ -77,17 +77,23 @@ public:
     }
     coeffs::Sum first_sum(int64_t c) const { return {first_.value[at(0, c)], first_.error[at(0, c)]}; }
     coeffs::Sum second_sum(int64_t c) const { return {second_.value[at(0, c)], second_.error[at(0, c)]}; }
-    Column<double> first(int64_t set, int64_t c, int64_t n) const { return totals(first_, at(set, c), n); }
-    Column<double> second(int64_t set, int64_t c, int64_t n) const { return totals(second_, at(set, c), n); }
+    // Of the sets that are groups.
+    Column<double> first(const Cells& k) const { return totals(first_, k); }
+    Column<double> second(const Cells& k) const { return totals(second_, k); }
 
 private:
     struct Sums {
         double *value, *error;
     };
     int64_t at(int64_t set, int64_t c) const { return set * width_ + c - c0_; }
-    static Column<double> totals(const Sums& s, int64_t at, int64_t n) {
+    Column<double> totals(const Sums& s, const Cells& k) const {
+        const int64_t begin = at(k.group, k.channel);
         Column<double> total;
-        for_entries(n, [&](int64_t i) { total[i] = coeffs::Sum{s.value[at + i], s.error[at + i]}.total(); });
+        if (k.down) {
+            for_entries(k.n, [&](int64_t i) { total[i] = coeffs::Sum{s.value[begin + i * width_], s.error[begin + i * width_]}.total(); });
+        } else {
+            for_entries(k.n, [&](int64_t i) { total[i] = coeffs::Sum{s.value[begin + i], s.error[begin + i]}.total(); });
+        }
         return total;
     }
     static void add(const Sums& s, int64_t at, int64_t channels, const double* x) {

@@ -12,6 +12,7 @@ struct SavedRows {
 
     explicit operator bool() const { return data != nullptr; }
     const double* row(int64_t sample, int64_t channels) const { return data + (rows == 0 ? 0 : sample * channels); }
+    ConstRows view(int64_t channels) const { return {ConstChannels(data, true, data == nullptr ? -1 : channels, 1), rows, channels}; }
 };
 
 // Memory that is used again as long as it is large enough; uninitialized.

@@ -125,7 +125,7 @@ private:
     // Mean and var of a column; false if another round is wanted for any of its channels, at first about a better shift, which is then in
     // place. Sums of integers are exact as they are, unless they are weighted.
     bool from_sums(int64_t c, int64_t n, bool again) {
-        const Column<double> sum = sums_.first(0, c, n), sum_sq = sums_.second(0, c, n), shift = shift_.column(c, n);
+        const Column<double> sum = sums_.first({0, c, n, false}), sum_sq = sums_.second({0, c, n, false}), shift = shift_.column(c, n);
         const Counts& counts = of_.call.counts;
         const double scale = of_.counting.scale(), most = most_amplification_;
         Column<double> mean, var, better;
@@ -169,7 +169,7 @@ private:
     bool is_near(double var) const { return of_.inv_std != nullptr && of_.eps < coeffs::kNearest && var < coeffs::kNearest; }
     // The same as from_sums of the channels whose squares had overflowed, or underflowed, and of no others.
     bool from_scaled_sums(int64_t c, int64_t n, int round) {
-        const Column<double> sum = sums_.first(0, c, n), sum_sq = sums_.second(0, c, n), shift = shift_.column(c, n);
+        const Column<double> sum = sums_.first({0, c, n, false}), sum_sq = sums_.second({0, c, n, false}), shift = shift_.column(c, n);
         Column<double> mean(of_.mean + first_ + c, n), var(of_.var + first_ + c, n), inv_std = inv_std_of(var, n, of_.eps);
         if (of_.inv_std != nullptr) inv_std = {of_.inv_std + first_ + c, n};
         const coeffs::Scale& scale = scale_of(round);
