@@ -194,8 +194,10 @@ ROWS = (
     ("settings",),
     ("running", "parameter", "runtime", "fold", "tune"),
     ("moments", "dataset", "images"),
-    ("diagnose", "io"),
+    ("diagnose",),
+    ("io",),
     ("layer",),
+    ("formats",),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
@@ -332,7 +334,7 @@ def test_the_package_stays_small() -> None:
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     total = sum(count.values())
     longest = sorted(((n, p.name) for p, n in count.items()), reverse=True)[:5]
-    assert total <= 3350, f"{total} lines of Python without docstrings; the longest: {longest}"
+    assert total <= 4900, f"{total} lines of Python without docstrings; the longest: {longest}"
 
 
 @needs_source

@@ -1,0 +1,231 @@
+"""Keras' files: .keras, .weights.h5, and the whole models of Keras 2 in .h5; read and written by h5py.
+
+The variables of a layer are called "0" to "3". Only the configuration in a .keras file tells whether the
+first one is gamma or beta, and which eps and axis a layer has.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..typing import Array
+from .library import library
+from .norms import Norm, find, vector_of
+
+__all__ = ["read_keras", "write_keras"]
+
+_INFLATED = 2**26  # bytes that may be more than the file has
+_OBJECTS, _DEPTH = 200_000, 50
+_SAID = {"eps": "epsilon", "decay": "momentum", "channel_axis": "axis"}
+# An attribute of our own beside a layer's variables: its configuration, as far as known.
+_ENTRY = "batchnorm"
+_LAYER = re.compile(r"(?:^|[_/])batch_?norm(?:alization)?(?:_?\d+)?(?:$|/)", re.I)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file as a file."""
+
+    def __init__(self, file: Any, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+class _Lazy:
+    """A dataset whose values are read when they are asked for, if they are in this file."""
+
+    def __init__(self, dataset: Any, room: int) -> None:
+        self._dataset, self._room = dataset, room
+        self.shape = tuple(dataset.shape or ())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        data = self._dataset
+        if data.external or data.is_virtual:
+            raise ValueError(f"{data.name} lies in another file, and other files are never read")
+        if data.dtype.kind != "f" or data.size * data.dtype.itemsize > self._room:
+            got = f"{data.name} has shape {self.shape} of {data.dtype}"
+            raise ValueError(f"{got}, expected floating numbers that fit the file")
+        array: Array = np.asarray(data[()], dtype)
+        return array
+
+
+def read_keras(path: str) -> tuple[dict[str, Norm], int]:
+    """The batch norms of a file, and how many variables are not theirs."""
+    size = os.path.getsize(path)
+    h5py = library("h5py", "reading a file of Keras")
+    with open(path, "rb") as file:
+        start = file.read(8)
+        if start.startswith(b"PK\x03\x04"):
+            with zipfile.ZipFile(file) as archive:
+                config = json.loads(_member(archive, "config.json", size).read())
+                content: Any = _member(archive, "model.weights.h5", size)
+        elif start == b"\x89HDF\r\n\x1a\n":
+            config, content = None, file
+        else:
+            raise ValueError(f"it is no file of Keras (it starts with {start!r})")
+        try:
+            with h5py.File(content, "r") as store:
+                return _read(store, h5py, config, size + _INFLATED)
+        except OSError as error:
+            raise ValueError(f"HDF5: {error}") from error
+
+
+def _member(archive: zipfile.ZipFile, name: str, size: int) -> Any:
+    """A member as a file: of what is stored as it is, a part of the archive's file."""
+    try:
+        info = archive.getinfo(name)
+    except KeyError:
+        raise ValueError(f"it has no {name}, expected a .keras file of Keras 3") from None
+    if info.file_size > size + _INFLATED or info.compress_size > size:
+        raise ValueError(f"{name} claims {info.file_size} bytes in a file of {size}, too many to unpack")
+    with archive.open(info) as member:
+        if info.compress_type == zipfile.ZIP_STORED and name != "config.json":
+            file: Any = archive.fp
+            file.seek(info.header_offset + 26)
+            lengths = file.read(4)
+            start = (
+                info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+            )
+            return _Part(file, start, info.file_size)
+        return io.BytesIO(member.read(size + _INFLATED))
+
+
+def _read(store: Any, h5py: Any, config: Any, room: int) -> tuple[dict[str, Norm], int]:
+    """The norms of an open file, of Keras 3 or of Keras 2."""
+    datasets = dict(_datasets(store, h5py, ""))
+    if config is None and "model_config" in store.attrs:
+        config = json.loads(store.attrs["model_config"])
+    known = dict(_configurations(config))
+    groups: dict[str, dict[str, Any]] = {}
+    for path, dataset in datasets.items():
+        place, _, last = path.rpartition("/")
+        if last.isdecimal() and place.endswith("vars") and not place.startswith("optimizer"):
+            groups.setdefault(place, {})[last] = _Lazy(dataset, room)
+    norms: dict[str, Norm] = {}
+    for place, variables in groups.items():
+        path = place.removesuffix("/vars")
+        own = store[place].attrs
+        name = str(own.get("name", path))
+        configured = json.loads(own[_ENTRY]) if _ENTRY in own else known.get(name)
+        if norm := _of_variables(name if name not in norms else path, path, variables, configured, config):
+            norms[norm.name] = norm
+    if not groups:  # Keras 2
+        lazy = {path: _Lazy(d, room) for path, d in datasets.items() if not path.startswith("optimizer")}
+        for path, norm in find(lazy, "keras").items():
+            name = path.rpartition("/")[2]
+            name = path if name in norms else name
+            norms[name] = _with(norm, name, known.get(path.rpartition("/")[2]))
+    return norms, len(datasets) - sum(len(norm.keys) for norm in norms.values())
+
+
+def _datasets(group: Any, h5py: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """All datasets by their path; links to other files are refused, links in circles end."""
+    todo, seen = [(prefix, group, 0)], 0
+    while todo:
+        prefix, group, depth = todo.pop(0)
+        for key in sorted(group, key=lambda key: (len(key), key)):
+            seen += 1
+            path = f"{prefix}{key}"
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise ValueError(f"{path[:80]} is a link, and other files are never read")
+            if seen > _OBJECTS or depth > _DEPTH:
+                raise ValueError(f"it has more than {_OBJECTS} objects, or {_DEPTH} levels of them")
+            item = group[key]
+            if isinstance(item, h5py.Dataset):
+                yield path, item
+            elif isinstance(item, h5py.Group):
+                todo.append((f"{path}/", item, depth + 1))
+
+
+def _configurations(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The configuration of each batch norm by its layer's name, however deep in models and wrappers."""
+    todo = [config]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Mapping):
+            own = item.get("config")
+            if str(item.get("class_name", "")).endswith("BatchNormalization") and isinstance(own, Mapping):
+                yield str(own.get("name")), own
+            todo += item.values()
+        elif isinstance(item, list):
+            todo += item
+
+
+def _of_variables(name: str, path: str, variables: dict[str, Any], known: Any, config: Any) -> Norm | None:
+    """The batch norm that a layer's numbered variables are, if they are one."""
+    values = [variables[key] for key in sorted(variables, key=int)]
+    alike = len({value.shape for value in values}) == 1 and len(values[0].shape) == 1
+    named = bool(_LAYER.search(name) or _LAYER.search(path))
+    if not alike or (known is None and (config is not None or not (named or len(values) == 4))):
+        return None
+    scale, center, renorm = (
+        (bool(known.get(k, d)) for k, d in (("scale", 1), ("center", 1), ("renorm", 0)))
+        if known is not None
+        else (len(values) not in (2, 5), len(values) not in (2, 5), len(values) > 4)
+    )
+    names = ["gamma"] * scale + ["beta"] * center + ["mean", "var"]
+    guess = known is None and len(values) in (3, 6)
+    if guess:
+        names.pop(0)
+    if len(values) != len(names) + 3 * renorm:
+        got = f"{path} has {len(values)} variables"
+        raise ValueError(f"{got}, expected {len(names) + 3 * renorm}, as its configuration says")
+    keys = {n: f"{path}/vars/{i}" for i, n in enumerate(names)}
+    vectors: dict[str, Any] = {n: vector_of(keys[n], values[i]) for i, n in enumerate(names)}
+    fault = ""
+    if guess:
+        del vectors["beta"]
+        fault = (
+            f"{path} has one variable beside mean and variance, gamma or beta, which .keras tells, not .h5"
+        )
+    unsure = "" if known is not None or named else "four vectors of one length are all that is known of it"
+    other = ("renorm=True",) * renorm
+    return _with(Norm(name, **vectors, format="keras", keys=keys, unsure=unsure, fault=fault, other=other,
+                      running_ddof=0), name, known)  # fmt: skip
+
+
+def _with(norm: Norm, name: str, known: Any) -> Norm:
+    """A norm with what the configuration says."""
+    options = {n: known[theirs] for n, theirs in _SAID.items() if theirs in (known or {})}
+    return norm.said(name=name, running_ddof=0, **options)
+
+
+def write_keras(path: str, norms: Mapping[str, Norm], names: str) -> None:
+    """The norms as the weights of a model of batch norms, in this order: `model.load_weights` takes them."""
+    h5py = library("h5py", "writing a .weights.h5 file")
+    with h5py.File(path, "w") as store:
+        store.create_group("vars").attrs["name"] = "model"
+        for i, (name, norm) in enumerate(norms.items()):
+            group = store.create_group(f"layers/batch_normalization{f'_{i}' if i else ''}/vars")
+            group.attrs["name"] = name or "batch_normalization"
+            own = {n: v for n in ("gamma", "beta") if (v := getattr(norm, n)) is not None}
+            said = {ours: getattr(norm, n) for n, ours in _SAID.items() if getattr(norm, n) is not None}
+            group.attrs[_ENTRY] = json.dumps({"scale": "gamma" in own, "center": "beta" in own, **said})
+            for j, value in enumerate([*own.values(), norm.mean, norm.var]):
+                group.create_dataset(str(j), data=value)
