@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from .io import files, folding
@@ -34,8 +34,8 @@ from .io.norms import FORMATS, AsLayer, Format, Norm, arrays_of, find, from_laye
 from .io.npz import failing_as, path_text
 from .io.tensors import rewrite
 from .layer import BatchNorm
+from .settings import Settings, word
 from .settings import kind as kind_of_value
-from .settings import word
 
 __all__ = [
     "FORMATS",
@@ -105,9 +105,9 @@ def to_layer(norm: Norm, **options: Any) -> BatchNorm:
     norm : Norm
         Of `read` or `find`. Variances down to -eps are taken: eps becomes smaller by as much.
     **options
-        Options of :class:`batchnorm.BatchNorm`, which replace those of the file, and of the library where the
-        file has none: see ``norm.missing``. An `eps` other than that of the file changes `running_var`, so
-        that the function in eval mode stays the same.
+        Name and settings of :class:`batchnorm.BatchNorm`, which replace those of the file and of the library
+        where the file has none: see ``norm.missing``. An `eps` other than that of the file changes
+        `running_var`, so that the function in eval mode stays the same.
 
     Returns
     -------
@@ -131,6 +131,10 @@ def to_layer(norm: Norm, **options: Any) -> BatchNorm:
     if not isinstance(norm, Norm):
         raise TypeError(f"norm is {kind_of_value(norm)}, expected a Norm, as read() and find() give them")
     norm.check()
+    norm = replace(norm, name=options.pop("name", norm.name) or "")
+    for name in options.keys() - {each.name for each in fields(Settings)}:
+        BatchNorm(norm.mean.size, **options)  # says more of a wrong name
+        raise TypeError(f"to_layer() has no argument {name!r}, which the norm decides: drop it")
     if norm.eps is None and "eps" in options:
         norm = norm.said(eps=options.pop("eps"))
     norm = norm.with_eps(options.pop("eps", None))

@@ -103,16 +103,18 @@ class Norm:
         a part of eps into the variance.
         """
         old, var = float(self.option("eps")), self.var.astype(np.float64)
-        least = float(var.min())
-        if eps is None:
-            eps = old + least if -old <= least < 0 else old
-        new = var + (old - eps) if eps != old else var
-        if not (least >= -old and new.min() >= 0):  # so is NaN
-            where = int(np.argmax(~(var >= max(-old, eps - old))))
-            got = f"{self._key('var')} is {self.var[where]:g} at channel {where}"
-            expected = f"expected at least {max(-old, eps - old):g}"
-            raise ValueError(f"{got}, {expected}, so that var + eps={eps:g} is what it was with eps={old:g}")
-        return replace(self, var=new.astype(self.var.dtype), eps=eps)
+        shift = min(float(var.min()), 0.0) if eps is None else eps - old
+        if not (var >= max(shift, -old)).all():  # so is NaN
+            where = int(np.argmin(var >= max(shift, -old)))
+            expected = f"expected at least {max(shift, -old):g}"
+            why = (
+                f", what var + eps allows as eps goes from {old:g} to {eps:g}"
+                if eps is not None
+                else ", -eps"
+            )
+            raise ValueError(f"{self._key('var')} is {var[where]:g} at channel {where}, {expected}{why}")
+        new = self.said(eps=max(old + shift, 0.0) if eps is None else eps)
+        return replace(new, var=(var - shift).astype(self.var.dtype)) if shift else new
 
     def check(self) -> None:
         """Raise if it cannot be used as it is: NaN or Inf, or an array that is missing."""
@@ -148,10 +150,10 @@ FORMATS = {
                         "num_updates eps decay running_ddof channel_axis zero_debias", 1e-5, 0.9, 1, 1),
     "pytorch": Format("weight bias running_mean running_var num_batches_tracked", "./", "num_updates",
                       1e-5, 0.9, 1, 1),
-    "keras": Format("gamma beta moving_mean moving_variance -", "./", "eps decay channel_axis",
-                    1e-3, 0.99, 0, -1),
     "tensorflow": Format("gamma beta moving_mean moving_variance moving_mean/local_step", "/", "num_updates",
                          1e-3, 0.999, 0, -1),
+    "keras": Format("gamma beta moving_mean moving_variance -", "./", "eps decay channel_axis",
+                    1e-3, 0.99, 0, -1),
     "mxnet": Format("gamma beta moving_mean moving_var -", "_./", "", 1e-3, 0.9, 0, 1),
     "haiku": Format("scale offset ~/mean_ema/average ~/var_ema/average ~/mean_ema/counter", "/",
                     "num_updates", 1e-5, 0.99, 0, -1),
@@ -210,6 +212,9 @@ def find(arrays: Mapping[str, Any], format: str | None = None) -> dict[str, Norm
     for name, names, before in _rows(wanted):
         for keys in [*_groups(flat, names, before)]:
             prefix = keys.pop("")
+            slim = "BatchNorm" in prefix.split("/") or "num_updates" in keys
+            if name == "tensorflow" and wanted is None and not slim:
+                continue  # of Keras
             if (norm := _norm(name, prefix, {role: flat[key] for role, key in keys.items()}, flat)) is None:
                 continue
             for key in keys.values():
@@ -271,25 +276,24 @@ def _norm(format: str, prefix: str, held: dict[str, tuple[str, Any]], flat: Mapp
     if "num_updates" in held:
         options["num_updates"] = _count(*held["num_updates"])
     name = plain(prefix).rstrip("./_")
-    if format in ("keras", "tensorflow"):
-        format = "tensorflow" if "num_updates" in held or "BatchNorm" in prefix.split("/") else format
+    if format == "tensorflow":
         options["zero_debias"] = prefix + "moving_mean/biased" in flat
-    if other := [role for role in ("gamma", "beta") if role in held and role not in good]:
-        got = f"{held[other[0]][0]} has shape {shapes[other[0]]}"
-        options["fault"] = f"{got}, expected {shapes['mean']}, that of {held['mean'][0]}"
     if format != "batchnorm":  # where a library leaves no choice
         options["running_ddof"] = FORMATS[format].running_ddof
         options["channel_axis"] = 1 if format == "pytorch" else None
-    options["unsure"] = _doubt(format, name, {*good})
+    if other := [role for role in ("gamma", "beta") if role in held and role not in good]:
+        got = f"{held[other[0]][0]} has shape {shapes[other[0]]}"
+        options["fault"] = f"{got}, expected {shapes['mean']}, that of {held['mean'][0]}"
+    options["unsure"] = _doubt(format, name, {*good, *held})
     return Norm(name, format=format, keys=keys, **vectors, **options)
 
 
-def _doubt(format: str, name: str, good: set[str]) -> str:
+def _doubt(format: str, name: str, there: set[str]) -> str:
     """Why these arrays may be something else."""
-    plain = not {"gamma", "beta"} & good
-    if format == "pytorch" and (plain or _INSTANCE.search(name)):
-        return f"{_MAY_BE}: {'it has neither weight nor bias' if plain else 'its own name says so'}"
-    return "a mean and a var alone may be other statistics" * (plain and format == "flax")
+    bare = not {"gamma", "beta"} & there
+    if format == "pytorch" and (bare or _INSTANCE.search(name)):
+        return f"{_MAY_BE}: {'it has neither weight nor bias' if bare else 'its own name says so'}"
+    return "a mean and a var alone may be other statistics" * (bare and format == "flax")
 
 
 def _own_options(own: Mapping[str, Any]) -> dict[str, Any]:

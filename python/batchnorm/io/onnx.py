@@ -204,7 +204,7 @@ def _name(node: Any, taken: Container[str]) -> str:
 
 
 def write_onnx(path: str, norms: Mapping[str, Norm], names: str) -> None:
-    """The norms as a model of BatchNormalization nodes, one beside the other: inputs and outputs by name."""
+    """The norms as a model of BatchNormalization nodes of images, one beside the other."""
     onnx = library("onnx", "writing an .onnx file")
     helper, nodes, inputs, outputs, tensors = onnx.helper, [], [], [], []
     for name, norm in norms.items():
@@ -212,11 +212,11 @@ def write_onnx(path: str, norms: Mapping[str, Norm], names: str) -> None:
         kind = helper.np_dtype_to_tensor_dtype(norm.mean.dtype)
         own = [f"{name}.{n}" for n in ("weight", "bias", "running_mean", "running_var")]
         tensors += [onnx.numpy_helper.from_array(v, n) for n, v in zip(own, values.values(), strict=True)]
-        ends = f"{name}.x", f"{name}.y"
+        ends, shape = (f"{name}.x", f"{name}.y"), ["N", norm.mean.size, "H", "W"]
         options = {"epsilon": norm.option("eps"), "momentum": norm.option("decay")}
         nodes.append(helper.make_node("BatchNormalization", [ends[0], *own], ends[1:], name=name, **options))
-        inputs.append(helper.make_tensor_value_info(ends[0], kind, None))
-        outputs.append(helper.make_tensor_value_info(ends[1], kind, None))
+        inputs.append(helper.make_tensor_value_info(ends[0], kind, shape))
+        outputs.append(helper.make_tensor_value_info(ends[1], kind, shape))
     graph = helper.make_graph(nodes, "batch norms", inputs, outputs, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
     onnx.save(model, path)
