@@ -171,7 +171,10 @@ def _convert(given: Namespace) -> None:
     kinds = getattr(given, "from"), given.to
     notes = formats.convert(given.source, given.target, names=given.names, only=given.only, eps=given.eps,
                             kinds=kinds)  # fmt: skip
-    print(json.dumps({"lost": notes}) if given.json else "\n".join(f"not in OUT: {note}" for note in notes))
+    if given.json:
+        return print(json.dumps({"lost": notes}))
+    for note in notes:
+        print(f"not in OUT: {note}")
 
 
 def pair(text: str) -> formats.Pair:  # its name stands in an error of argparse

@@ -215,14 +215,21 @@ def write(
         raise ValueError(f"names is {names!r}, but a file of {chosen} has its own: drop it")
     format = row.names or word(*FORMATS)("names", names or "pytorch")
     holds = row.holds or FORMATS[format].holds
-    said: dict[str, list[str]] = {}
     for name, norm in norms.items():
         norm.check()
         if "eps" in holds.split():
             norms[name] = norm.with_eps()
-        for note in lost(norm, format, holds):
-            said.setdefault(note, []).append(name or "the layer")
     files.writing(path, lambda temporary: row.write(temporary, norms, format))
+    return _lost(norms, chosen, format)
+
+
+def _lost(norms: Mapping[str, Norm], kind: str, format: str | None = None) -> tuple[str, ...]:
+    """What a file cannot hold of all norms, each thing once; without a format by the norms' own names."""
+    said: dict[str, list[str]] = {}
+    for name, norm in norms.items():
+        names = format or norm.format
+        for note in lost(norm, names, KINDS[kind].holds or FORMATS[names].holds):
+            said.setdefault(note, []).append(name or "the layer")
     return tuple(f"{note} of {_listed(whose)}" for note, whose in said.items())
 
 
@@ -291,7 +298,7 @@ def convert(
             rewrite(
                 path_text(source), both, lambda write: files.writing(target, write), lambda tensors: tensors
             )
-        return ()
+        return _lost(norms, chosen)
     if eps is not None:
         norms = {
             n: norm.said(eps=eps) if norm.eps is None else norm.with_eps(eps) for n, norm in norms.items()
@@ -304,7 +311,8 @@ def convert(
         words = ", ".join(dict.fromkeys(option for each in missing.values() for option in each))
         notes = (*notes, f"{words}: not in the source, of {_listed([*missing])}; defaults stand where needed")
     if left := content.others + sum(len(norm.keys) for n, norm in content.norms.items() if n not in norms):
-        notes = (*notes, f"{left} tensors that belong to none of these batch norms")
+        tensors = "tensor that belongs" if left == 1 else "tensors that belong"
+        notes = (*notes, f"{left} {tensors} to none of these batch norms")
     return notes
 
 

@@ -130,7 +130,7 @@ def _findings(norm: Norm) -> Iterator[Finding]:
         yield Finding(
             "shifted_var", text, remedy, numbers={"smallest_var": least, "eps": eps}, layer=norm.name
         )
-        norm = norm.with_eps()
+        norm = norm.with_eps((eps + least) / 2)  # so that the least is not 0, which means something else
     with np.errstate(over="ignore"):
         yield from (replace(finding, layer=norm.name) for finding in of_file(AsLayer(norm)))
 
