@@ -86,8 +86,6 @@ class Constants:
             for tensor in [*graph.initializer, *values]:
                 if tensor.data_location == 1:
                     self._load(tensor)
-                    tensor.data_location = 0
-                    del tensor.external_data[:]
 
     def array(self, name: str, channels: int = 1) -> Array | None:
         """The array behind a name; None if that is no constant. One number may stand for all channels."""
@@ -133,6 +131,8 @@ class Constants:
         with open(path, "rb") as file:
             file.seek(offset)
             tensor.raw_data = file.read(size)
+        tensor.data_location = 0
+        del tensor.external_data[:]
         return tensor
 
 
