@@ -104,7 +104,8 @@ def _norm(name: str, layer: Any, scale: Any) -> Norm:
         if any(value.shape != mean.shape for value in vectors.values()):
             raise ValueError(f"{scale.name} behind {name} has other shapes, expected {mean.shape}")
     wide = any(blob.double_data for blob in layer.blobs[:2])
-    vectors = {role: value.astype(np.float64 if wide else np.float32) for role, value in vectors.items()}
+    with np.errstate(over="ignore"):
+        vectors = {role: value.astype(np.float64 if wide else np.float32) for role, value in vectors.items()}
     eps = _shortest(own.eps, _EPS, own.HasField("eps"))
     updates = _updates(total, decay) if len(layer.blobs) > 2 else None
     norm = Norm(name, **vectors, num_updates=updates, format="caffe", zero_debias=True)

@@ -6,16 +6,19 @@ first one is gamma or beta, and which eps and axis a layer has.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
 import re
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from ..settings import kind
 from ..typing import Array
 from .library import library
 from .norms import Norm, find, vector_of
@@ -91,7 +94,8 @@ def read_keras(path: str) -> tuple[dict[str, Norm], int]:
             raise ValueError(f"it is no file of Keras (it starts with {start!r})")
         try:
             with h5py.File(content, "r") as store:
-                return _read(store, h5py, config, size + _INFLATED)
+                strings = functools.partial(_strings_of, h5py, content)
+                return _read(store, h5py, config, strings, size + _INFLATED)
         except OSError as error:
             raise ValueError(f"HDF5: {error}") from error
 
@@ -116,11 +120,11 @@ def _member(archive: zipfile.ZipFile, name: str, size: int) -> Any:
         return io.BytesIO(member.read(size + _INFLATED))
 
 
-def _read(store: Any, h5py: Any, config: Any, room: int) -> tuple[dict[str, Norm], int]:
+def _read(store: Any, h5py: Any, config: Any, strings: Any, room: int) -> tuple[dict[str, Norm], int]:
     """The norms of an open file, of Keras 3 or of Keras 2."""
     datasets = dict(_datasets(store, h5py, ""))
-    if config is None and "model_config" in store.attrs:
-        config = json.loads(store.attrs["model_config"])
+    if config is None and (text := strings(store).get("model_config")):
+        config = json.loads(text)
     known = dict(_configurations(config))
     groups: dict[str, dict[str, Any]] = {}
     for path, dataset in datasets.items():
@@ -130,9 +134,11 @@ def _read(store: Any, h5py: Any, config: Any, room: int) -> tuple[dict[str, Norm
     norms: dict[str, Norm] = {}
     for place, variables in groups.items():
         path = place.removesuffix("/vars")
-        own = store[place].attrs
-        name = str(own.get("name", path))
-        configured = json.loads(own[_ENTRY]) if _ENTRY in own else known.get(name)
+        own = strings(store[place])
+        name = own.get("name", path)
+        configured = json.loads(own[_ENTRY]) if config is None and _ENTRY in own else known.get(name)
+        if configured is not None and not isinstance(configured, Mapping):
+            raise ValueError(f"{place}: attribute {_ENTRY!r} is {kind(configured)}, expected a mapping")
         if norm := _of_variables(name if name not in norms else path, path, variables, configured, config):
             norms[norm.name] = norm
     if not groups:  # Keras 2
@@ -161,6 +167,77 @@ def _datasets(group: Any, h5py: Any, prefix: str) -> Iterator[tuple[str, Any]]:
                 yield path, item
             elif isinstance(item, h5py.Group):
                 todo.append((f"{path}/", item, depth + 1))
+
+
+# ---- attributes --------------------------------------------------------------------------------------------
+
+# HDF5 takes as much memory as the length of a string claims, up to 4 GB, before it looks for the string. So
+# strings are read here, of object headers of version 1, which h5py writes unless it is asked for others. The
+# numbers are those of the HDF5 File Format Specification, version 3, sections III.E, IV.A.1.a, IV.A.2.m, q.
+_MESSAGES, _HEADER = 1000, 2**16
+_CONTINUATION, _ATTRIBUTE, _VLEN = 16, 12, 9
+
+
+def _strings_of(h5py: Any, file: Any, item: Any) -> dict[str, str]:
+    return _strings(file, h5py.h5o.get_info(item.id).addr)
+
+
+def _strings(file: Any, address: int) -> dict[str, str]:
+    """The attributes of an object that are strings of any length, by name."""
+    found: dict[str, str] = {}
+    version, *_, size = struct.unpack("<BxHIL", _bytes_at(file, address, 12))
+    blocks, count = [(address + 16, size)] if version == 1 else [], 0
+    while blocks:
+        start, size = blocks.pop()
+        block, at = _bytes_at(file, start, min(size, _HEADER)), 0
+        while at + 8 <= len(block) and count < _MESSAGES:
+            kind, length = struct.unpack_from("<HH", block, at)
+            data = block[at + 8 : at + 8 + length]
+            at, count = at + 8 + length, count + 1
+            if kind == _CONTINUATION:
+                blocks.append(struct.unpack_from("<QQ", data))
+            elif kind == _ATTRIBUTE and (entry := _attribute(file, data)):
+                found[entry[0]] = entry[1]
+    return found
+
+
+def _attribute(file: Any, data: bytes) -> tuple[str, str] | None:
+    """Name and value of an attribute message, if that is one string of any length."""
+    version, *sizes = struct.unpack_from("<BxHHH", data)
+    at, parts = 9 if version == 3 else 8, []
+    for size in sizes:
+        parts.append(data[at : at + size])
+        at += size if version > 1 else -(-size // 8) * 8
+    name, kind, _ = parts
+    if not kind or kind[0] & 15 != _VLEN or len(data) < at + 16:
+        return None
+    length, heap, index = struct.unpack_from("<LQL", data, at)
+    return name.rstrip(b"\0").decode(), _heap_object(file, heap, index, length)
+
+
+def _heap_object(file: Any, heap: int, index: int, length: int) -> str:
+    """A string of a global heap: a row of objects, each after its index and size."""
+    signature, size = struct.unpack("<4s4xQ", _bytes_at(file, heap, 16))
+    at, end = heap + 16, heap + size
+    for _ in range(_MESSAGES * 10):
+        if signature != b"GCOL" or at + 16 > end:
+            break
+        number, held = struct.unpack("<H6xQ", _bytes_at(file, at, 16))
+        if number == index:
+            return _bytes_at(file, at + 16, min(length, held)).decode()
+        at += 16 + -(-held // 8) * 8
+    raise ValueError("an attribute is damaged: its string is not where it says")
+
+
+def _bytes_at(file: Any, start: int, size: int) -> bytes:
+    if start + size > file.seek(0, os.SEEK_END):  # before memory is taken
+        raise ValueError("an attribute is damaged: it lies beyond the end of the file")
+    file.seek(start)
+    data: bytes = file.read(size)
+    return data
+
+
+# ---- layers ------------------------------------------------------------------------------------------------
 
 
 def _configurations(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

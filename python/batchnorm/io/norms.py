@@ -90,7 +90,9 @@ class Norm:
         """The same with options that a file says, checked; and its name."""
         axis = options.get("channel_axis")
         if isinstance(axis, list | tuple) and len(axis) == 1:  # of Keras 2
-            options["channel_axis"] = axis[0]
+            axis = options["channel_axis"] = axis[0]
+        if axis is not None:
+            integer("channel_axis", axis, -64, 63, "an int, the axis that holds the channels")
         count = options.get("num_updates", 0)
         integer("num_updates", 0 if count is None else count, 0, 2**63 - 1, "an int >= 0")
         Settings(**{name: value for name, value in options.items() if name not in ("name", "num_updates")})

@@ -57,6 +57,8 @@ def read_safetensors(path: str) -> tuple[dict[str, Norm], int]:
         arrays = {key: _Lazy(file, key) for key in file.keys()}
         norms, said = find(arrays), (file.metadata() or {}).get(_ENTRY)
     options = json.loads(said) if said else {}
+    if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
+        raise ValueError(f"its metadata {_ENTRY!r} is wrong: the options of batch norms are no mapping")
     for name in {*norms} & {*options}:
         norms[name] = norms[name].said(
             **{key: options[name][key] for key in _OPTIONS if key in options[name]}
