@@ -206,7 +206,7 @@ def write(
     """
     chosen, norms = kind_of(path, kind), _norms(layers)
     row = KINDS[chosen]
-    if path_text(path).lower().endswith(".keras") or (chosen == "keras" and not _is_weights(path)):
+    if chosen == "keras" and not path_text(path).lower().endswith(".weights.h5"):
         got = f"path is {os.fspath(path)!r}"
         raise ValueError(
             f"{got}, expected .weights.h5: Keras alone writes whole models; load_weights() takes these"
@@ -231,10 +231,6 @@ def _lost(norms: Mapping[str, Norm], kind: str, format: str | None = None) -> tu
         for note in lost(norm, names, KINDS[kind].holds or FORMATS[names].holds):
             said.setdefault(note, []).append(name or "the layer")
     return tuple(f"{note} of {_listed(whose)}" for note, whose in said.items())
-
-
-def _is_weights(path: Path) -> bool:
-    return path_text(path).lower().endswith((".weights.h5", ".h5", ".hdf5"))
 
 
 def _listed(names: Sequence[str]) -> str:

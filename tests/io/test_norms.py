@@ -7,7 +7,7 @@ import pytest
 from batchnorm import BatchNorm, formats
 from batchnorm.formats import FORMATS, Norm, arrays_of, find, from_layer, lost, to_layer
 
-from support.models import C, images, same_function, trained
+from support.models import C, images, library, same_function, trained
 
 pytestmark = [pytest.mark.quick, pytest.mark.filterwarnings("ignore::batchnorm.ColdStatisticsWarning")]
 
@@ -110,7 +110,8 @@ def test_names_of_other_libraries(case):
 @pytest.mark.parametrize("format", NAMED)
 def test_there_and_back(format):
     for options in ({}, {"dtype": np.float64}):
-        layer = trained(decay=0.97, eps=2e-4, running_ddof=FORMATS[format].running_ddof, **options)
+        debiased, ddof = format == "haiku", FORMATS[format].running_ddof  # as all is there
+        layer = trained(decay=0.97, eps=2e-4, running_ddof=ddof, zero_debias=debiased, **options)
         norm = from_layer(layer)
         arrays = arrays_of(norm, format)
         back = find({**arrays, "other": np.ones(3)})["bn1"]
@@ -299,6 +300,78 @@ def test_options_of_the_layer():
     layer = to_layer(Norm("a", M, V, G), data_format="NHWC", activation="relu", decay=None, name="b")
     assert (layer.data_format, layer.activation, layer.decay, layer.name) == ("NHWC", "relu", None, "b")
     assert layer.beta is None and layer(images(axis=-1)).min() == 0
+
+
+@pytest.mark.parametrize("given", [{}, {"gamma": G, "beta": B}], ids=["plain", "affine"])
+def test_gamma_and_beta_that_a_layer_is_told_to_have(given):
+    # MXNet's fix_gamma, of which its files say nothing: gamma counts as 1.
+    norm = Norm("a", M, V, **given, format="mxnet")
+    layer = to_layer(norm, scale=False, center=True)
+    assert layer.gamma is None and np.array_equal(layer.beta, given.get("beta", np.zeros(C)))
+    assert np.array_equal(to_layer(norm, scale=True).gamma, given.get("gamma", np.ones(C)))
+
+
+# ---- the libraries themselves ------------------------------------------------------------------------------
+
+
+def steps_of(apply, variables, layer):
+    """Training of another library's layer beside ours, then inference."""
+    for seed in range(3):
+        y, variables = apply(variables, images(seed, axis=-1), True)
+        np.testing.assert_allclose(layer(images(seed, axis=-1)), y, rtol=1e-5, atol=2e-6)
+    y, _ = apply(variables, images(9, axis=-1), False)
+    np.testing.assert_allclose(layer(images(9, axis=-1), training=False), y, rtol=1e-5, atol=2e-6)
+    return variables
+
+
+@pytest.mark.slow
+def test_flax():
+    jax, nn = library("jax"), library("flax.linen")
+    model = nn.BatchNorm(momentum=0.9, epsilon=1e-3)
+    start = model.init(jax.random.key(0), images(axis=-1), use_running_average=False)
+    start["batch_stats"]["mean"], start["params"]["scale"] = M, G
+
+    def apply(variables, x, training):
+        y, new = model.apply(variables, x, use_running_average=not training, mutable=["batch_stats"])
+        return y, {**variables, **new}
+
+    (norm,) = find(start).values()
+    assert norm.format == "flax" and np.array_equal(norm.mean, M) and np.array_equal(norm.gamma, G)
+    layer = to_layer(norm, eps=1e-3, decay=0.9)
+    variables = steps_of(apply, start, layer)
+    (norm,) = find(variables).values()
+    np.testing.assert_allclose(layer.running_var, norm.var, rtol=1e-5)
+    back = arrays_of(from_layer(layer, "BatchNorm_0"), "flax")
+    assert {"params/BatchNorm_0/scale", "batch_stats/BatchNorm_0/var"} <= set(back)
+
+
+@pytest.mark.slow
+def test_haiku():
+    jax, hk = library("jax"), library("haiku")
+    model = hk.transform_with_state(
+        lambda x, training: hk.BatchNorm(True, True, 0.9, eps=1e-3)(x, is_training=training)
+    )
+    params, state = model.init(jax.random.key(0), images(axis=-1), True)
+
+    def apply(variables, x, training):
+        y, new = model.apply(variables["params"], variables["state"], None, x, training)
+        return y, {**variables, "state": new}
+
+    variables = {"params": params, "state": state}
+    for seed in range(5, 7):  # from where nothing is known on
+        _, variables = apply(variables, images(seed, axis=-1), True)
+    (norm,) = find(variables).values()
+    assert (norm.name, norm.format, norm.num_updates) == ("batch_norm", "haiku", 2) and norm.zero_debias
+    layer = to_layer(norm, eps=1e-3, decay=0.9)
+    variables = steps_of(apply, variables, layer)
+    (norm,) = find(variables).values()
+    np.testing.assert_allclose(layer.running_var, norm.var, rtol=1e-5)
+    np.testing.assert_allclose(layer.running_mean, norm.mean, rtol=1e-5)
+    back = arrays_of(from_layer(layer, "batch_norm"), "haiku")
+    for module, values in variables["state"].items():
+        for name, value in values.items():
+            np.testing.assert_allclose(back.pop(f"{module}/{name}"), value.ravel(), rtol=1e-5)
+    assert sorted(back) == ["batch_norm/offset", "batch_norm/scale"]
 
 
 # ---- what is lost ------------------------------------------------------------------------------------------

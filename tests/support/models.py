@@ -11,7 +11,15 @@ import pytest
 from batchnorm import BatchNorm
 
 C = 5
-INSTALL = {"torch": "torch", "keras": "keras", "cv2": "opencv-python-headless", "onnxscript": "onnxscript"}
+INSTALL = {
+    "torch": "torch",
+    "keras": "keras",
+    "cv2": "opencv-python-headless",
+    "onnxscript": "onnxscript",
+    "jax": "flax",
+    "flax": "flax",
+    "haiku": "dm-haiku",
+}
 
 
 def library(name):

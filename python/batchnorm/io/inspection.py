@@ -108,6 +108,16 @@ def inspect(path: str | os.PathLike[str], kind: str | None = None) -> Inspection
     -----
     The findings of ``BatchNorm.report``, and "dead_channels", "huge_gamma", "unsure" and "unreadable". Where
     the file holds no eps, it is compared with the default of the library whose names the arrays have.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> from batchnorm import BatchNorm
+    >>> from batchnorm.formats import inspect
+    >>> path = os.path.join(tempfile.mkdtemp(), "bn1.npz")
+    >>> BatchNorm(3, name="bn1").save(path)
+    >>> inspect(path).codes
+    ('never_updated',)
     """
     content: Content = read(path, kind)
     found = [finding for norm in content.norms.values() for finding in _findings(norm)]

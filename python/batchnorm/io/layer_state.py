@@ -222,8 +222,9 @@ def _refuse_foreign(state: Mapping[str, Any]) -> None:
     if found:
         assign = ", ".join(f"bn.{name} = ..." for name in _VECTORS[:4])
         raise ValueError(
-            f"the state is that of another library: {', '.join(found.values())}. Assign its arrays one by "
-            f"one, {assign}, and build the layer with its eps (1e-5 in PyTorch, 1e-3 in Keras by default)"
+            f"the state is that of another library: {', '.join(found.values())}. Take it by find and"
+            f" to_layer of batchnorm.formats. Or assign its arrays, {assign}, and build the layer with its"
+            " eps (1e-5 in PyTorch, 1e-3 in Keras by default)"
         )
 
 

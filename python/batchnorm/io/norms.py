@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -154,11 +154,11 @@ FORMATS = {
                       1e-5, 0.9, 1, 1),
     "tensorflow": Format("gamma beta moving_mean moving_variance moving_mean/local_step", "/", "num_updates",
                          1e-3, 0.999, 0, -1),
-    "keras": Format("gamma beta moving_mean moving_variance -", "./", "eps decay channel_axis",
+    "keras": Format("gamma beta moving_mean moving_variance -", "/.", "eps decay channel_axis",
                     1e-3, 0.99, 0, -1),
     "mxnet": Format("gamma beta moving_mean moving_var -", "_./", "", 1e-3, 0.9, 0, 1),
     "haiku": Format("scale offset ~/mean_ema/average ~/var_ema/average ~/mean_ema/counter", "/",
-                    "num_updates", 1e-5, 0.99, 0, -1),
+                    "num_updates zero_debias", 1e-5, 0.99, 0, -1),
     "flax": Format("scale bias mean var -", "/.", "", 1e-5, 0.99, 0, -1),
     "onnx": Format("scale B input_mean input_var -", "./", "eps decay", 1e-5, 0.9, 0, 1),
     "caffe": Format("- - - - -", "", "eps decay num_updates", 1e-5, 0.999, 1, 1),
@@ -280,6 +280,8 @@ def _norm(format: str, prefix: str, held: dict[str, tuple[str, Any]], flat: Mapp
     name = plain(prefix).rstrip("./_")
     if format == "tensorflow":
         options["zero_debias"] = prefix + "moving_mean/biased" in flat
+    if format == "haiku":  # as its averages are by default
+        options["zero_debias"] = "num_updates" in held
     if format != "batchnorm":  # where a library leaves no choice
         options["running_ddof"] = FORMATS[format].running_ddof
         options["channel_axis"] = 1 if format == "pytorch" else None
@@ -348,15 +350,16 @@ class AsLayer:
         self.name: str | None = norm.name or None
         wide = norm.mean.dtype == np.float64
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if wide else np.float32)
-        vectors = {n: None if (v := getattr(norm, n)) is None else v.astype(self.dtype) for n in VECTORS}
-        self.gamma, self.beta = vectors["gamma"], vectors["beta"]
         own = {name: norm.option(name) for name in OPTIONS} | {"zero_debias": norm.zero_debias}
-        own |= {"scale": self.gamma is not None, "center": self.beta is not None}
+        own |= {"scale": norm.gamma is not None, "center": norm.beta is not None}
         if "data_format" in options:
             own.pop("channel_axis")
         self.settings = Settings(**{**own, **options})
+        parameters = {n: v.astype(self.dtype) for n, v in filled(norm).items()}
+        self.gamma = parameters["gamma"] if self.settings.scale else None
+        self.beta = parameters["beta"] if self.settings.center else None
         self.running = RunningStatistics()
-        mean, var = cast(Array, vectors["mean"]), cast(Array, vectors["var"])
+        mean, var = norm.mean.astype(self.dtype), norm.var.astype(self.dtype)
         self.running.allocate(mean, var, self.settings.has_reference)
         updates, decay = norm.num_updates or 0, self.settings.decay
         first = updates == 0 and not mean.any() and bool((var == 1).all())
@@ -392,6 +395,14 @@ def from_layer(layer: LayerLike, name: str | None = None) -> Norm:
         The channel count is unknown.
     ValueError
         Several channel axes: no other format has them.
+
+    Examples
+    --------
+    >>> from batchnorm import BatchNorm
+    >>> from batchnorm.formats import from_layer
+    >>> norm = from_layer(BatchNorm(3, name="bn1", eps=1e-3))
+    >>> norm.name, norm.mean.shape, norm.eps
+    ('bn1', (3,), 0.001)
     """
     running, settings = layer.running, layer.settings
     if running.mean is None:
@@ -428,6 +439,13 @@ def arrays_of(norm: Norm, format: str) -> dict[str, Array]:
     ------
     ValueError
         `format` is none, or has no names (ONNX and Caffe have files alone).
+
+    Examples
+    --------
+    >>> from batchnorm import BatchNorm
+    >>> from batchnorm.formats import arrays_of, from_layer
+    >>> list(arrays_of(from_layer(BatchNorm(3, name="bn1")), "keras"))
+    ['bn1/gamma', 'bn1/beta', 'bn1/moving_mean', 'bn1/moving_variance']
     """
     row = FORMATS[word(*FORMATS)("format", format)]
     if format in ("onnx", "caffe"):
@@ -448,6 +466,12 @@ def arrays_of(norm: Norm, format: str) -> dict[str, Array]:
             if format == "flax":
                 place = f"{'params' if role in ('gamma', 'beta') else 'batch_stats'}/{place}"
             found[place] = value
+    if format == "haiku":  # which keeps the averages before their zero debias as well
+        count = found[f"{prefix}~/mean_ema/counter"] = np.array(norm.num_updates or 0, np.int32)
+        for role in ("mean", "var"):
+            weight = 1 - float(norm.option("decay")) ** int(count)
+            found[f"{prefix}~/{role}_ema/hidden"] = (getattr(norm, role) * weight).astype(norm.mean.dtype)
+            found[f"{prefix}~/{role}_ema/counter"] = count
     return found
 
 
@@ -472,6 +496,13 @@ def lost(norm: Norm, format: str, holds: str | None = None) -> list[str]:
     -------
     list of str
         As "eps=0.001 (pytorch: 1e-05 unless told)"; empty if nothing is lost.
+
+    Examples
+    --------
+    >>> from batchnorm import BatchNorm
+    >>> from batchnorm.formats import from_layer, lost
+    >>> lost(from_layer(BatchNorm(3, decay=0.99)), "pytorch")
+    ['decay=0.99 (pytorch: 0.9 unless told)']
     """
     row = FORMATS[word(*FORMATS)("format", format)]
     held = (row.holds if holds is None else holds).split()
