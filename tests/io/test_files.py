@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import struct
 import time
 import tracemalloc
@@ -18,6 +19,7 @@ from support.models import C, images, library, same_function, trained
 
 pytestmark = pytest.mark.quick
 
+STATES = sorted((pathlib.Path(__file__).parent.parent / "data" / "states").glob("format*.npz"))
 NEEDS = {"safetensors": "safetensors", "pt": "torch", "weights.h5": "h5py", "onnx": "onnx",
          "caffemodel": "google.protobuf", "npz": "numpy"}  # fmt: skip
 HOLDS_OPTIONS = ("safetensors", "weights.h5", "npz")
@@ -529,6 +531,16 @@ def test_opencv_does_the_same(tmp_path):
     net = cv2.dnn.readNetFromCaffe(str(tmp_path / "x.prototxt"), str(tmp_path / "x.caffemodel"))
     net.setInput(images(3))
     np.testing.assert_allclose(net.forward(), layer(images(3), training=False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", STATES, ids=lambda p: p.name)
+def test_states_of_older_versions(path):
+    layer, (norm,) = BatchNorm.load(path), read(path).values()
+    again = to_layer(norm)
+    assert (
+        np.array_equal(layer.scale_shift(), again.scale_shift()) and layer.channel_axis == again.channel_axis
+    )
+    assert (layer.eps, layer.decay, str(layer.renorm)) == (again.eps, again.decay, str(again.renorm))
 
 
 # ---- errors ------------------------------------------------------------------------------------------------

@@ -384,7 +384,7 @@ def test_what_formats_cannot_hold():
     norm = from_layer(layer)
     other = ["activation='relu'", "renorm={'rmin': 0.0, 'rmax': 3.0, 'dmax': inf, 'decay': None}",
              "virtual_batch_size=2"]  # fmt: skip
-    assert list(norm.other) == other
+    assert list(norm.other) == ["activation", "renorm", "virtual_batch_size"]
     assert lost(norm, "pytorch") == [
         "eps=0.5 (pytorch: 1e-05 unless told)", "decay=0.8 (pytorch: 0.9 unless told)",
         "channel_axis=-1 (pytorch: 1 unless told)", "zero_debias=True", *other,
@@ -397,6 +397,26 @@ def test_what_formats_cannot_hold():
     ]
     assert lost(norm, "batchnorm") == other
     assert lost(Norm("a", M, V), "pytorch") == [] == lost(from_layer(BatchNorm(3)), "pytorch")
+
+
+OWN = [{}, {"decay": None}, {"warmup": True, "decay": 0.99}, {"activation": "leaky_relu", "slope": 0.3},
+       {"renorm": {"rmax": 3.0}, "virtual_batch_size": 2}, {"zero_debias": True}, {"keep": "y"}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OWN, ids=str)
+def test_a_layer_of_this_package_comes_back_whole(options):
+    layer = trained(steps=7, **options)
+    for norm in (from_layer(layer), *find({"bn1": layer.state_dict()}).values()):
+        again = to_layer(norm)
+        kept = {"keep": "x"}  # where memory is saved is no property of the function
+        assert str({**again.state_dict(), **kept}) == str({**layer.state_dict(), **kept})
+        state = layer.state_dict()
+        assert np.array_equal(layer(images(8)), again(images(8)))
+        assert np.array_equal(layer.running_mean, again.running_mean)
+        layer.load_state_dict(state)
+    assert ("decay=None" in lost(from_layer(layer), "pytorch")) == (
+        "decay" in options and not options["decay"]
+    )
 
 
 def test_the_module_says_its_names():

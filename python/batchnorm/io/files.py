@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ..settings import word
 from .caffe import read_caffe, write_caffe
 from .keras import read_keras, write_keras
-from .layer_state import reading, save
+from .layer_state import reading, save, upgraded
 from .norms import FORMATS, AsLayer, Norm, find
 from .npz import failing_as, path_text, replacing
 from .onnx import read_onnx, write_onnx
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 def _read_npz(path: str) -> tuple[dict[str, Norm], int]:
     with reading(path) as state:
-        norms = find(state, "batchnorm")
+        norms = find(upgraded(state), "batchnorm")
         if not norms:
             raise ValueError("it is not the state of a layer, as BatchNorm.save writes it")
         name = str(state.get("name", ""))

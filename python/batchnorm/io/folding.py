@@ -27,9 +27,16 @@ _CLOSE = {"tensor(float16)": 2e-2, "tensor(float)": 1e-4, "tensor(double)": 1e-1
 
 
 class Folded(NamedTuple):
-    """What has been folded: names of batch norms, of those that are left with the reason, and an error.
+    """What has been folded.
 
-    `error` is the largest difference of the outputs on random input, by the largest output; None unchecked.
+    Attributes
+    ----------
+    folded : tuple of str
+        The names of batch norms that are gone.
+    left : dict of str to str
+        Those that are left, with the reason.
+    error : float or None
+        The largest difference of the outputs on random input, by the largest output; None if unchecked.
     """
 
     folded: tuple[str, ...]
@@ -38,7 +45,17 @@ class Folded(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A layer and the batch norm behind it, by their names; where the layer's outputs are."""
+    """A layer and the batch norm behind it.
+
+    Attributes
+    ----------
+    layer, norm : str
+        Their names: those of their weights without ".weight".
+    out_axis : int
+        The axis of the layer's weight that holds its outputs: 1 of a transposed convolution, else 0.
+    groups : int
+        Of a grouped transposed convolution.
+    """
 
     layer: str
     norm: str

@@ -72,7 +72,13 @@ class Inspection:
         return "\n".join([*lines, ending, *said])
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as what JSON holds: numbers, str, lists and None, for which NaN stands as well."""
+        """The same as JSON holds it.
+
+        Returns
+        -------
+        dict of str to object
+            Numbers, str, lists and dicts; None also for NaN and Inf.
+        """
         norms = {name: _described(norm) for name, norm in self.norms.items()}
         found = [{"code": f.code, "name": f.layer, "text": f.text, "remedy": f.remedy, "channels": f.channels,
                   "numbers": {k: v if np.isfinite(v) else None for k, v in f.numbers.items()}}

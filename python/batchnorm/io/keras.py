@@ -282,7 +282,7 @@ def _of_variables(name: str, path: str, variables: dict[str, Any], known: Any, c
             f"{path} has one variable beside mean and variance, gamma or beta, which .keras tells, not .h5"
         )
     unsure = "" if known is not None or named else "four vectors of one length are all that is known of it"
-    other = ("renorm=True",) * renorm
+    other = {"renorm": True} if renorm else {}
     return _with(Norm(name, **vectors, format="keras", keys=keys, unsure=unsure, fault=fault, other=other,
                       running_ddof=0), name, known)  # fmt: skip
 

@@ -7,6 +7,7 @@ A `Norm` is a batch norm as a file has it: four vectors, a counter, and of the o
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 from ..running import RunningStatistics
 from ..settings import Settings, integer, kind, word
 from ..typing import Array, LayerLike
+from .layer_state import COUNTERS, ENTRIES, options_of
 
 __all__ = ["FORMATS", "Format", "Norm", "arrays_of", "find", "from_layer", "lost"]
 
@@ -53,8 +55,10 @@ class Norm:
         Why this may not be a batch norm; else empty.
     fault : str
         Why it cannot be used: what of it could not be read; else empty.
-    other : tuple of str
-        Options of a layer of this package that no other format holds, as "activation='relu'".
+    other : dict of str to object
+        Settings of a layer of this package that no other format holds, such as ``activation``.
+    counters : dict of str to object
+        The counters of such a layer beside `num_updates`.
     keys : dict of str to str
         The name of each array in the mapping, by "gamma", "beta", "mean", "var", "num_updates".
     """
@@ -73,7 +77,8 @@ class Norm:
     zero_debias: bool = False
     unsure: str = ""
     fault: str = ""
-    other: tuple[str, ...] = ()
+    other: dict[str, Any] = field(default_factory=dict)
+    counters: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -82,7 +87,17 @@ class Norm:
         return tuple(name for name in OPTIONS if getattr(self, name) is None)
 
     def option(self, name: str) -> Any:
-        """An option, or the default of the library whose names these are."""
+        """An option, or the default of the library whose names these are.
+
+        Parameters
+        ----------
+        name : str
+            "eps", "decay", "running_ddof" or "channel_axis".
+
+        Returns
+        -------
+        float or int
+        """
         value = getattr(self, name)
         return getattr(FORMATS[self.format], name) if value is None else value
 
@@ -101,19 +116,27 @@ class Norm:
     def with_eps(self, eps: float | None = None) -> Norm:
         """The same function in eval mode with another eps: `var` takes the difference.
 
-        Without `eps` it is the file's, unless variances down to -eps want a smaller one: some exporters take
-        a part of eps into the variance.
+        Parameters
+        ----------
+        eps : float, optional
+            By default the file's, unless variances down to -eps want a smaller one: some exporters take a
+            part of eps into the variance.
+
+        Returns
+        -------
+        Norm
+
+        Raises
+        ------
+        ValueError
+            A variance would be negative, or is NaN.
         """
         old, var = float(self.option("eps")), self.var.astype(np.float64)
         shift = min(float(var.min()), 0.0) if eps is None else eps - old
         if not (var >= max(shift, -old)).all():  # so is NaN
             where = int(np.argmin(var >= max(shift, -old)))
             expected = f"expected at least {max(shift, -old):g}"
-            why = (
-                f", what var + eps allows as eps goes from {old:g} to {eps:g}"
-                if eps is not None
-                else ", -eps"
-            )
+            why = ", -eps" if eps is None else f", what var + eps allows as eps goes from {old:g} to {eps:g}"
             raise ValueError(f"{self._key('var')} is {var[where]:g} at channel {where}, {expected}{why}")
         new = self.said(eps=max(old + shift, 0.0) if eps is None else eps)
         return replace(new, var=(var - shift).astype(self.var.dtype)) if shift else new
@@ -135,11 +158,25 @@ class Norm:
 
 
 class Format(NamedTuple):
-    """How a library's batch norms are called and what they do if nobody says otherwise."""
+    """How a library's batch norms are called and what they do if nobody says otherwise.
 
-    names: str  # of gamma, beta, mean, var and the counter, "-" for none
-    before: str  # what may stand between prefix and name
-    holds: str  # what its own files hold beside the vectors
+    Attributes
+    ----------
+    names : str
+        The names of gamma, beta, mean, var and the counter of updates, "-" for none.
+    before : str
+        Characters that may stand between prefix and name; the first one is written.
+    holds : str
+        What its own files hold beside the vectors.
+    eps, decay : float
+        The library's defaults.
+    running_ddof, channel_axis : int
+        The library's estimator of the running variance and default axis.
+    """
+
+    names: str
+    before: str
+    holds: str
     eps: float
     decay: float
     running_ddof: int
@@ -165,10 +202,12 @@ FORMATS = {
 }  # fmt: skip
 _ALSO = {"mxnet": "gamma beta running_mean running_var -"}  # of Gluon
 # Settings that say nothing about the function, or that the vectors say.
-_ELSEWHERE = ("scale", "center", "data_format", "keep", "on_nonfinite", "allow_initial_statistics")
+_ELSEWHERE = (*OPTIONS, "zero_debias", "scale", "center", "data_format", "keep", "on_nonfinite",
+              "allow_initial_statistics")  # fmt: skip
+_COUNTERS = [name for name in COUNTERS if name != "num_updates"]
 _COLLECTIONS = re.compile(r"(?:^|(?<=/))(?:params|batch_stats|state)/|^(?:arg|aux):")
 _WRAPPERS = re.compile(r"(?:^|(?<=/))(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
-_INSTANCE = re.compile(r"(?:^|[._/])(?:in|inst|instance)_?(?:norm)?[\d._]*(?:$|[/.])|instance_?norm", re.I)
+_INSTANCE = re.compile(r"(?:^|[._/])(?:in|inst|instance)_?(?:norm)?_?\d*$|instance_?norm", re.I)
 _MAY_BE = "may be an instance norm with running statistics, whose names are the same"
 _formats = word(*FORMATS, none=True)
 
@@ -265,8 +304,10 @@ def _norm(format: str, prefix: str, held: dict[str, tuple[str, Any]], flat: Mapp
     if format == "batchnorm":
         if prefix + "format_version" not in flat and "num_updates" not in held:
             return None  # of Gluon or PyTorch
-        entries = (e for e in fields(Settings) if prefix + e.name in flat)
-        options = _own_options({e.name: np.asarray(flat[prefix + e.name][1]) for e in entries})
+        entries = {n: np.asarray(flat[prefix + n][1]) for n in ENTRIES if prefix + n in flat}
+        said = options_of({"num_updates": 0, **entries})
+        options = _own_options(said | {"channel_axis": Settings(**_layout_of(said)).channel_axis})
+        options["counters"] = {n: flat[prefix + n][1] for n in _COUNTERS if prefix + n in flat}
     shapes = {role: _shape(value) for role, (_, value) in held.items()}
     channels = math.prod(shapes["mean"])
     good = [role for role in VECTORS if role in held and math.prod(shapes[role]) == channels
@@ -300,14 +341,18 @@ def _doubt(format: str, name: str, there: set[str]) -> str:
     return "a mean and a var alone may be other statistics" * (bare and format == "flax")
 
 
+def _layout_of(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: said[name] for name in ("data_format", "channel_axis") if said.get(name) is not None}
+
+
 def _own_options(own: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a layer of this package, from its settings or from the entries of its state."""
-    values = {n: v.item() if isinstance(v, np.ndarray) and v.size == 1 else v for n, v in own.items()}
-    values = {n: None if isinstance(v, str) and v == "none" else v for n, v in values.items()}
-    options = {name: values.pop(name, None) for name in OPTIONS}
-    options["zero_debias"] = bool(values.pop("zero_debias", False))
+    """The options of a norm, from settings of a layer of this package."""
+    options: dict[str, Any] = {name: own.get(name) for name in OPTIONS}
+    options["zero_debias"] = own.get("zero_debias", False)
     default = {each.name: each.default for each in fields(Settings) if each.name not in _ELSEWHERE}
-    options["other"] = tuple(f"{n}={v!r}" for n, v in values.items() if n in default and v != default[n])
+    options["other"] = {n: v for n, v in own.items() if n in default and v != default[n]}
+    if own.get("decay", 0) is None:  # which elsewhere means that it is not known
+        options["other"]["decay"] = None
     return options
 
 
@@ -354,7 +399,7 @@ class AsLayer:
         own |= {"scale": norm.gamma is not None, "center": norm.beta is not None}
         if "data_format" in options:
             own.pop("channel_axis")
-        self.settings = Settings(**{**own, **options})
+        self.settings = Settings(**{**own, **norm.other, **options})
         parameters = {n: v.astype(self.dtype) for n, v in filled(norm).items()}
         self.gamma = parameters["gamma"] if self.settings.scale else None
         self.beta = parameters["beta"] if self.settings.center else None
@@ -364,7 +409,8 @@ class AsLayer:
         updates, decay = norm.num_updates or 0, self.settings.decay
         first = updates == 0 and not mean.any() and bool((var == 1).all())
         left = 0.0 if self.settings.zero_debias or decay is None or not updates else decay**updates
-        self.running.restore(num_updates=updates, num_values=0.0, initial_weight=1.0 if first else left)
+        counters = {"num_values": 0.0, "initial_weight": 1.0 if first else left, **norm.counters}
+        self.running.restore(num_updates=updates, **counters)
 
     def _layer_only(self, *arguments: Any, **options: Any) -> Any:
         raise TypeError("a norm of a file cannot be called: make a layer of it, to_layer(norm)")
@@ -416,6 +462,7 @@ def from_layer(layer: LayerLike, name: str | None = None) -> Norm:
     title = name or layer.name or ""
     vectors: dict[str, Any] = {"mean": running.mean.copy(), "var": running.var.copy()}
     vectors |= {n: v.copy() for n in ("gamma", "beta") if (v := getattr(layer, n)) is not None}
+    options["counters"] = {name: copy.copy(getattr(running, name)) for name in _COUNTERS}
     return Norm(title, **vectors, **options, num_updates=running.num_updates, format="batchnorm")
 
 
@@ -515,4 +562,4 @@ def lost(norm: Norm, format: str, holds: str | None = None) -> list[str]:
         notes.append(f"num_updates={norm.num_updates}")
     if norm.zero_debias and format != "caffe" and "zero_debias" not in held:
         notes.append("zero_debias=True")
-    return [*notes, *norm.other]
+    return [*notes, *(f"{name}={value!r}" for name, value in norm.other.items())]
