@@ -358,6 +358,21 @@ def test_weights_alone_do_not_tell_gamma_from_beta(saved_keras):
 
 
 @of_keras
+def test_two_layers_of_one_name(tmp_path):
+    """Their options are told apart by nothing in the file; alike ones need not be."""
+    keras = library("keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for eps, faults in ((1e-3, 0), (1e-4, 2)):
+            norms = [keras.layers.BatchNormalization(name="bn", epsilon=e) for e in (1e-3, eps)]
+            parts = [keras.Sequential([norm], name=f"part{i}") for i, norm in enumerate(norms)]
+            model = keras.Sequential([keras.Input((4, 3, C)), *parts])
+            model.save(tmp_path / "x.keras")
+            found = read(tmp_path / "x.keras")
+            assert len(found) == 2 and sum("several batch norms" in n.fault for n in found.values()) == faults
+
+
+@of_keras
 def test_variables_of_keras_by_their_paths(keras_model):
     found = formats.find({variable.path: variable for variable in keras_model.variables})
     assert {path.rpartition("/")[2] for path in found} == set(NORMS)

@@ -15,7 +15,7 @@ from .files import read, writing
 from .library import library
 from .norms import Norm, plain
 from .npz import failing_as, path_text
-from .onnx import Constants, attributes, load, norm_of
+from .onnx import Constants, attributes, is_norm, load, norm_of
 from .tensors import numpy_of, rewrite
 
 __all__ = ["Folded", "Pair", "fold_onnx", "fold_tensors"]
@@ -136,7 +136,7 @@ def fold_onnx(source: str, target: str, check: bool) -> Folded:
         onnx, graph, constants = library("onnx", "folding"), model.graph, Constants(model.graph, folder)
         folded: dict[str, Norm] = {}
         left: dict[str, str] = {}
-        for node in [each for each in graph.node if each.op_type == "BatchNormalization"]:
+        for node in [each for each in graph.node if is_norm(each)]:
             norm = norm_of(node, constants, {*folded, *left})
             try:
                 _fold_node(node, norm, graph, constants, onnx)
@@ -144,7 +144,7 @@ def fold_onnx(source: str, target: str, check: bool) -> Folded:
             except _Left as why:
                 left[norm.name] = str(why)
         for inner in _inner(graph):
-            left |= {n.name or n.output[0]: "it is in a subgraph" for n in inner.node if _is_norm(n)}
+            left |= {n.name or n.output[0]: "it is in a subgraph" for n in inner.node if is_norm(n)}
         _drop_unused(graph)
         constants.embed(model)
         if model.ByteSize() > _LARGEST:
@@ -164,10 +164,6 @@ def fold_onnx(source: str, target: str, check: bool) -> Folded:
 
 class _Left(Exception):
     """Why a batch norm is left as it is."""
-
-
-def _is_norm(node: Any) -> bool:
-    return bool(node.op_type == "BatchNormalization")
 
 
 def _inner(graph: Any) -> Iterator[Any]:
@@ -206,15 +202,12 @@ def _fold_node(node: Any, norm: Norm, graph: Any, constants: Constants, onnx: An
     own, axis, groups = attributes(layer), 0, 1
     if layer.op_type == "ConvTranspose":
         axis, groups = 1, own.get("group", 1)
-    if layer.op_type == "Gemm":
-        axis = 0 if own.get("transB", 0) else 1
-        bias = (
-            bias
-            if bias is None
-            else np.broadcast_to(bias, (1, norm.mean.size)).ravel() * own.get("beta", 1.0)
-        )
-        weight = (weight.astype(np.float64) * own.get("alpha", 1.0)).astype(weight.dtype)
     try:
+        if layer.op_type == "Gemm":
+            axis = 0 if own.get("transB", 0) else 1
+            if bias is not None:
+                bias = np.broadcast_to(bias, (1, norm.mean.size)).ravel() * own.get("beta", 1.0)
+            weight = (weight.astype(np.float64) * own.get("alpha", 1.0)).astype(weight.dtype)
         new, offset = _fold(weight, bias, norm, axis, groups)
     except ValueError as error:
         raise _Left(str(error)) from error

@@ -14,6 +14,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ _OBJECTS, _DEPTH = 200_000, 50
 _SAID = {"eps": "epsilon", "decay": "momentum", "channel_axis": "axis"}
 # An attribute of our own beside a layer's variables: its configuration, as far as known.
 _ENTRY = "batchnorm"
+_KERAS = {"scale": True, "center": True, "renorm": False}
+_MATTERS = (*_SAID.values(), "scale", "center", "renorm")
 _LAYER = re.compile(r"(?:^|[_/])batch_?norm(?:alization)?(?:_?\d+)?(?:$|/)", re.I)
 
 
@@ -112,10 +115,7 @@ def _member(archive: zipfile.ZipFile, name: str, size: int) -> Any:
         if info.compress_type == zipfile.ZIP_STORED and name != "config.json":
             file: Any = archive.fp
             file.seek(info.header_offset + 26)
-            lengths = file.read(4)
-            start = (
-                info.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-            )
+            start = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
             return _Part(file, start, info.file_size)
         return io.BytesIO(member.read(size + _INFLATED))
 
@@ -125,7 +125,12 @@ def _read(store: Any, h5py: Any, config: Any, strings: Any, room: int) -> tuple[
     datasets = dict(_datasets(store, h5py, ""))
     if config is None and (text := strings(store).get("model_config")):
         config = json.loads(text)
-    known = dict(_configurations(config))
+    known: dict[str, Mapping[str, Any]] = {}
+    ambiguous = set[str]()
+    for name, each in _configurations(config):
+        if {k: each.get(k) for k in _MATTERS} != {k: known.get(name, each).get(k) for k in _MATTERS}:
+            ambiguous.add(name)
+        known[name] = each
     groups: dict[str, dict[str, Any]] = {}
     for path, dataset in datasets.items():
         place, _, last = path.rpartition("/")
@@ -140,6 +145,8 @@ def _read(store: Any, h5py: Any, config: Any, strings: Any, room: int) -> tuple[
         if configured is not None and not isinstance(configured, Mapping):
             raise ValueError(f"{place}: attribute {_ENTRY!r} is {kind(configured)}, expected a mapping")
         if norm := _of_variables(name if name not in norms else path, path, variables, configured, config):
+            if name in ambiguous:
+                norm = replace(norm, fault=f"{name!r} is the name of several batch norms with other options")
             norms[norm.name] = norm
     if not groups:  # Keras 2
         lazy = {path: _Lazy(d, room) for path, d in datasets.items() if not path.startswith("optimizer")}
@@ -261,26 +268,21 @@ def _of_variables(name: str, path: str, variables: dict[str, Any], known: Any, c
     named = bool(_LAYER.search(name) or _LAYER.search(path))
     if not alike or (known is None and (config is not None or not (named or len(values) == 4))):
         return None
-    scale, center, renorm = (
-        (bool(known.get(k, d)) for k, d in (("scale", 1), ("center", 1), ("renorm", 0)))
-        if known is not None
-        else (len(values) not in (2, 5), len(values) not in (2, 5), len(values) > 4)
-    )
+    count = len(values) - (3 if len(values) > 4 else 0)  # renormalisation has three more
+    guess = {"scale": count > 2, "center": count > 3, "renorm": len(values) > 4}
+    own = guess if known is None else {**_KERAS, **known}
+    scale, center, renorm = (bool(own[name]) for name in guess)
     names = ["gamma"] * scale + ["beta"] * center + ["mean", "var"]
-    guess = known is None and len(values) in (3, 6)
-    if guess:
-        names.pop(0)
     if len(values) != len(names) + 3 * renorm:
         got = f"{path} has {len(values)} variables"
         raise ValueError(f"{got}, expected {len(names) + 3 * renorm}, as its configuration says")
     keys = {n: f"{path}/vars/{i}" for i, n in enumerate(names)}
     vectors: dict[str, Any] = {n: vector_of(keys[n], values[i]) for i, n in enumerate(names)}
     fault = ""
-    if guess:
-        del vectors["beta"]
-        fault = (
-            f"{path} has one variable beside mean and variance, gamma or beta, which .keras tells, not .h5"
-        )
+    if known is None and count == 3:
+        del vectors["gamma"]
+        what = "one variable beside mean and variance, gamma or beta"
+        fault = f"{path} has {what}, which .keras tells, not .h5"
     unsure = "" if known is not None or named else "four vectors of one length are all that is known of it"
     other = {"renorm": True} if renorm else {}
     return _with(Norm(name, **vectors, format="keras", keys=keys, unsure=unsure, fault=fault, other=other,

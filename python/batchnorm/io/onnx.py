@@ -17,7 +17,7 @@ from ..typing import Array
 from .library import library
 from .norms import Norm, filled, vector_of
 
-__all__ = ["Constants", "attributes", "load", "norm_of", "read_onnx", "write_onnx"]
+__all__ = ["Constants", "attributes", "is_norm", "load", "norm_of", "read_onnx", "write_onnx"]
 
 _HOPS = 16  # Identity nodes between an initializer and its user
 
@@ -40,6 +40,11 @@ def attributes(node: Any) -> dict[str, Any]:
         elif each.type == 2:
             found[each.name] = each.i
     return found
+
+
+def is_norm(node: Any) -> bool:
+    """Whether a node is ONNX's own batch norm."""
+    return node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx")
 
 
 class Constants:
@@ -147,7 +152,7 @@ def read_onnx(path: str) -> tuple[dict[str, Norm], int]:
     for graph, constants in _graphs(model.graph, Constants(model.graph, folder), folder):
         tensors += len(graph.initializer)
         for node in graph.node:
-            if node.op_type == "BatchNormalization" and node.domain in ("", "ai.onnx"):
+            if is_norm(node):
                 norm = norm_of(node, constants, norms)
                 norms[norm.name] = norm
     theirs = {key for norm in norms.values() for key in norm.keys.values()}
@@ -194,12 +199,10 @@ def norm_of(node: Any, constants: Constants, taken: Container[str]) -> Norm:
 
 def _name(node: Any, taken: Container[str]) -> str:
     """What the exporter's source called it, if the names of its arrays tell; else the node's name."""
-    by_arrays = node.input[3].removesuffix(".running_mean") if len(node.input) > 3 else ""
-    names = [
-        by_arrays if len(node.input) > 3 and by_arrays != node.input[3] else "",
-        node.name,
-        *node.output[:1],
+    arrays = [
+        name.removesuffix(".running_mean") for name in node.input[3:4] if name.endswith(".running_mean")
     ]
+    names = [*arrays, node.name, *node.output[:1]]
     return next((n for n in names if n and n not in taken), f"{node.output[0]}_")
 
 

@@ -151,7 +151,7 @@ def rewrite(
     `write` is called with a function that writes to a path.
     """
     if kinds[0] == "torch":
-        tensors, metadata = _loaded(source), None
+        tensors, metadata = _loaded(source), {"format": "pt"}  # which some readers insist on
         norms: dict[str, Norm] = {}
         if nested := [key for key, value in tensors.items() if not hasattr(value, "detach")]:
             got = f"it holds {nested[0]!r}, which is {kind(tensors[nested[0]])}"
