@@ -131,6 +131,34 @@ def test_a_chain_of_them(tmp_path):
     assert len(found.folded) == 3 and found.error < 1e-5 and read(tmp_path / "y.onnx") == {}
 
 
+@pytest.mark.quick
+def test_a_graph_as_tf2onnx_makes_it(tmp_path):
+    """NHWC around the convolution, names of TensorFlow, constants shared by all batch norms."""
+    library("onnxruntime")
+    graph = (
+        Graph(["N", 7, 6, 4]).add("Transpose", perm=[0, 3, 1, 2]).add("Conv", (4, 4, 3, 3), pads=[1, 1, 1, 1])
+    )
+    ones, zeros = graph.constant(np.ones(4), "const_ones"), graph.constant(np.zeros(4), "const_zeros")
+    for i in range(2):
+        graph.add("BatchNormalization", inputs=(ones, zeros), epsilon=1e-3)
+        own = [
+            graph.constant(RANDOM(i).uniform(0.5, 2, 4), f"model/bn{i}/moving_{n}") for n in ("mean", "var")
+        ]
+        graph.nodes[-1].input.extend(own)
+        graph.nodes[-1].name = f"model/bn{i}/FusedBatchNormV3"
+        graph.add("Relu")
+        if i == 0:
+            graph.add("Conv", (4, 4, 1, 1), (4,))
+    path = graph.add("Transpose", perm=[0, 2, 3, 1]).save(tmp_path / "x.onnx", opset=13)
+    norms = read(path)
+    assert [(name, norm.eps) for name, norm in norms.items()] == [
+        (f"model/bn{i}/FusedBatchNormV3", 1e-3) for i in range(2)
+    ]
+    found = fold_file(path, tmp_path / "y.onnx", check=True)
+    assert len(found.folded) == 2 and found.error < 3e-6 and read(tmp_path / "y.onnx") == {}
+    assert len(graph.onnx.load(tmp_path / "y.onnx").graph.initializer) == 4
+
+
 LEFT = {
     "an input": (lambda g: g.norm(4), "it follows an input, not Conv"),
     "Relu": (lambda g: g.add("Relu").norm(4), "it follows Relu, not Conv, ConvTranspose or Gemm"),
