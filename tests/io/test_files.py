@@ -331,11 +331,11 @@ def test_keras_and_here_do_the_same_and_train_alike(keras_model, saved_keras):
     norm, theirs = read(saved_keras / "m.keras")["first"], keras_layers(keras_model)["first"]
     layer, x = to_layer(norm), images(70, axis=-1)
     np.testing.assert_allclose(
-        layer(x, training=False), _array(theirs(x, training=False)), rtol=1e-5, atol=2e-6
+        layer(x, training=False), _array(theirs(x, training=False)), rtol=1e-6, atol=2e-6
     )
     before = theirs.get_weights()
     try:
-        np.testing.assert_allclose(layer(x), _array(theirs(x, training=True)), rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(layer(x), _array(theirs(x, training=True)), rtol=1e-6, atol=2e-6)
         after = theirs.get_weights()
         np.testing.assert_allclose(layer.running_mean, after[2], rtol=1e-6)
         np.testing.assert_allclose(layer.running_var, after[3], rtol=1e-6)
@@ -392,7 +392,7 @@ def test_keras_takes_the_weights_written_here(tmp_path):
     x = images(71, axis=-1)
     for layer, norm in zip(given, norms, strict=True):
         np.testing.assert_allclose(
-            layer(x, training=False), _array(norm(x, training=False)), rtol=1e-5, atol=2e-6
+            layer(x, training=False), _array(norm(x, training=False)), rtol=1e-6, atol=2e-6
         )
 
 
@@ -545,7 +545,7 @@ def test_opencv_does_the_same(tmp_path):
     (tmp_path / "x.prototxt").write_text(text)
     net = cv2.dnn.readNetFromCaffe(str(tmp_path / "x.prototxt"), str(tmp_path / "x.caffemodel"))
     net.setInput(images(3))
-    np.testing.assert_allclose(net.forward(), layer(images(3), training=False), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(net.forward(), layer(images(3), training=False), rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("path", STATES, ids=lambda p: p.name)

@@ -318,9 +318,9 @@ def steps_of(apply, variables, layer):
     """Training of another library's layer beside ours, then inference."""
     for seed in range(3):
         y, variables = apply(variables, images(seed, axis=-1), True)
-        np.testing.assert_allclose(layer(images(seed, axis=-1)), y, rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(layer(images(seed, axis=-1)), y, rtol=1e-6, atol=2e-6)
     y, _ = apply(variables, images(9, axis=-1), False)
-    np.testing.assert_allclose(layer(images(9, axis=-1), training=False), y, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(layer(images(9, axis=-1), training=False), y, rtol=1e-6, atol=2e-6)
     return variables
 
 

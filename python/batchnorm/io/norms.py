@@ -49,8 +49,8 @@ class Norm:
     format : str
         Whose names these are, a key of ``FORMATS``.
     zero_debias : bool
-        Whether training goes on as with ``BatchNorm(zero_debias=True)``: in Caffe and with TensorFlow's
-        ``moving_mean/biased``.
+        Whether training goes on as with ``BatchNorm(zero_debias=True)``: in Caffe and Haiku. TensorFlow's
+        ``moving_mean/biased`` is passed over, as it has none for the variance.
     unsure : str
         Why this may not be a batch norm; else empty.
     fault : str
@@ -319,8 +319,6 @@ def _norm(format: str, prefix: str, held: dict[str, tuple[str, Any]], flat: Mapp
     if "num_updates" in held:
         options["num_updates"] = _count(*held["num_updates"])
     name = plain(prefix).rstrip("./_")
-    if format == "tensorflow":
-        options["zero_debias"] = prefix + "moving_mean/biased" in flat
     if format == "haiku":  # as its averages are by default
         options["zero_debias"] = "num_updates" in held
     if format != "batchnorm":  # where a library leaves no choice
