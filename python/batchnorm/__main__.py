@@ -20,6 +20,7 @@ import numpy as np
 from . import formats
 from ._version import __version__
 from .dataset import dataset_moments
+from .io.files import KINDS
 from .runtime import config, show_config
 from .tune import CALLS, recommended, tune
 from .typing import Array
@@ -129,8 +130,7 @@ def _tune(given: Namespace) -> None:
 
 
 def _kind_argument(add: Any, name: str) -> None:
-    kinds = "safetensors, torch, keras, onnx, caffe, npz"
-    add(f"--{name}", metavar="KIND", help=f"kind of the file, if its name does not say it: {kinds}")
+    add(f"--{name}", metavar="KIND", help=f"kind of the file, by its name if absent: {', '.join(KINDS)}")
 
 
 def _inspect_arguments(add: Any) -> None:
@@ -151,16 +151,14 @@ def _inspect(given: Namespace) -> int:
 def _files_arguments(add: Any) -> None:
     add("source", metavar="IN", help="a model file")
     add("target", metavar="OUT", help="the file to write, whole or not at all")
-    add("--eps", type=float, metavar="V", help="eps, where IN does not say it; in convert, that of OUT")
 
 
 def _convert_arguments(add: Any) -> None:
     _files_arguments(add)
-    add(
-        "--names",
-        metavar="FORMAT",
-        help=f"of .safetensors, .pt: {', '.join(formats.FORMATS)}",
-    )
+    add("--eps", type=float, metavar="V",
+        help="eps of whoever reads OUT: variances take the difference to that of IN")  # fmt: skip
+    names = ", ".join(name for name in formats.FORMATS if name not in ("onnx", "caffe"))
+    add("--names", metavar="FORMAT", help=f"whose names in .safetensors and .pt: {names}")
     add("--only", action="append", metavar="NAME", help="a batch norm to take; may be repeated")
     _kind_argument(add, "from")
     _kind_argument(add, "to")
@@ -184,6 +182,7 @@ def pair(text: str) -> formats.Pair:  # its name stands in an error of argparse
 
 def _fold_arguments(add: Any) -> None:
     _files_arguments(add)
+    add("--eps", type=float, metavar="V", help="eps of the batch norms, where IN does not say it")
     add("--pair", type=pair, action="append", metavar="LAYER:NORM[:OUT_AXIS[:GROUPS]]",
         help="of .safetensors and .pt: a layer and the batch norm behind it; out_axis is 1 for transposed "
         "convolutions, else 0; may be repeated")  # fmt: skip

@@ -16,6 +16,7 @@ INSTALL = {
     "keras": "keras",
     "cv2": "opencv-python-headless",
     "onnxscript": "onnxscript",
+    "onnxruntime": "onnxruntime",
     "jax": "flax",
     "flax": "flax",
     "haiku": "dm-haiku",
