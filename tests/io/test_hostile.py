@@ -420,6 +420,8 @@ def test_torch_archives_that_lie(tmp_path):
         return path
 
     refused(packed(zipfile.ZIP_DEFLATED), "it is not a file of torch.save: it is compressed")
+    program = {"x/constants.pkl": b"", "x/code/__torch__.py": b""}
+    refused(packed(**program), r"a program of TorchScript, .*: torch.save.torch.jit.load.path..state_dict")
     torch.save(torch.nn.Linear(2, 2), path)
     refused(
         path, r"holds a torch.nn.modules.linear.Linear; only tensors are read: use torch.save", memory=2**22

@@ -52,6 +52,10 @@ DICTIONARIES = {
         {f"module.a._orig_mod.bn.{k}": v for k, v in
          {"weight": G, "bias": B, "running_mean": M, "running_var": V}.items()}, "a.bn", "pytorch", None,
     ),
+    "of FSDP and a checkpointed block": (
+        {f"_fsdp_wrapped_module.a._checkpoint_wrapped_module.bn.{k}": v for k, v in
+         {"weight": G, "bias": B, "running_mean": M, "running_var": V}.items()}, "a.bn", "pytorch", None,
+    ),
     "a layer alone": ({"weight": G, "bias": B, "running_mean": M, "running_var": V}, "", "pytorch", None),
     "Keras paths": (
         {"sequential/bn/gamma": G, "sequential/bn/beta": B, "sequential/bn/moving_mean": M,

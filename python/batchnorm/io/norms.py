@@ -206,7 +206,8 @@ _ELSEWHERE = (*OPTIONS, "zero_debias", "scale", "center", "data_format", "keep",
               "allow_initial_statistics")  # fmt: skip
 _COUNTERS = [name for name in COUNTERS if name != "num_updates"]
 _COLLECTIONS = re.compile(r"(?:^|(?<=/))(?:params|batch_stats|state)/|^(?:arg|aux):")
-_WRAPPERS = re.compile(r"(?:^|(?<=/))(?:module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+_WRAPPED = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_WRAPPERS = re.compile(rf"(?:^|(?<=/))(?:module\.|{_WRAPPED})+|(?<=\.){_WRAPPED}")
 _INSTANCE = re.compile(r"(?:^|[._/])(?:in|inst|instance)_?(?:norm)?_?\d*$|instance_?norm", re.I)
 _MAY_BE = "may be an instance norm with running statistics, whose names are the same"
 _formats = word(*FORMATS, none=True)
@@ -267,7 +268,7 @@ def find(arrays: Mapping[str, Any], format: str | None = None) -> dict[str, Norm
 
 
 def plain(name: str) -> str:
-    """A name without what wrappers add to it: DataParallel, DistributedDataParallel, torch.compile."""
+    """A name without what wrappers add: DataParallel, DistributedDataParallel, FSDP, torch.compile."""
     return _WRAPPERS.sub("", name)
 
 

@@ -102,12 +102,13 @@ def _loaded(path: str) -> dict[str, Any]:
     if start != b"PK\x03\x04":
         raise ValueError(f"it is not a file of torch.save (it starts with {start!r})")
     with zipfile.ZipFile(path) as archive:  # before torch is asked
-        packed = [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
-        pickles = [n for n in archive.namelist() if n.rpartition("/")[2] == "data.pkl"]
-    if packed or len(pickles) != 1:
-        raise ValueError(
-            "it is not a file of torch.save: " + ("it is compressed" if packed else "no data.pkl")
-        )
+        ends = [each.filename.rpartition("/")[2] for each in archive.infolist()]
+        packed = any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist())
+    if "constants.pkl" in ends:
+        remedy = "torch.save(torch.jit.load(path).state_dict(), path)"
+        raise ValueError(f"it is a program of TorchScript, expected a state_dict: {remedy}")
+    if packed or ends.count("data.pkl") != 1:
+        raise ValueError(f"it is not a file of torch.save: {'it is compressed' if packed else 'no data.pkl'}")
     torch = library("torch", "reading a .pt file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
