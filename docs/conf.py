@@ -37,6 +37,7 @@ numpydoc_validation_checks = {"SS01", "PR01", "PR02", "PR04", "RT01"}
 numpydoc_validation_exclude = {
     r"\.(TrainResult|Gradients|DoubleGradients|MeanVar|DatasetMoments|Applied|CacheInfo|Parameter)$",
     r"\.(Diagnosis|Finding)$",
+    r"\.formats\.(Norm|Inspection|Folded|Pair|Format)$",
 }
 
 html_theme = "furo"

@@ -35,6 +35,11 @@ KINDS = {
         "io/*::test_states_that_do_not_fit*", "io/*another_library*", "io/*no_name_of_ours*",
         "io/test_npz.py::*",
     ),
+    "model files": (
+        "io/test_hostile.py::*", "io/test_norms.py::test_errors*", "io/test_files.py::*errors*",
+        "io/test_files.py::*missing_library*", "io/test_folding.py::*errors*",
+        "io/test_inspection.py::*errors*",
+    ),
     "range: Inf, NaN, 1e300, var = eps = 0": (
         "operations/test_numerics.py::*1e300*", "operations/test_numerics.py::*non_finite*",
         "operations/*var_and_eps_zero*", "operations/test_moments.py::*1e300*", "operations/*overflow*",

@@ -1,6 +1,7 @@
-"""``python -m batchnorm``: this build, statistics of files, thresholds for this machine.
+"""``python -m batchnorm``: this build, statistics of files, thresholds for this machine, model files.
 
-Exit status: 0, done; 1, a file or a value of no use, said in one line on stderr; 2, a wrong command line.
+Exit status: 0, done; 1, a file or a value of no use, said in one line on stderr; 2, a wrong command line; 3,
+``inspect`` has found something.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import re
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from . import formats
 from ._version import __version__
 from .dataset import dataset_moments
+from .io.files import KINDS
 from .runtime import config, show_config
 from .tune import CALLS, recommended, tune
 from .typing import Array
@@ -122,6 +126,82 @@ def _tune(given: Namespace) -> None:
     print(json.dumps({"tuning": found, "measured": measured}) if given.json else f"BATCHNORM_TUNING={found}")
 
 
+# ---- model files -------------------------------------------------------------------------------------------
+
+
+def _kind_argument(add: Any, name: str) -> None:
+    add(f"--{name}", metavar="KIND", help=f"kind of the file, by its name if absent: {', '.join(KINDS)}")
+
+
+def _inspect_arguments(add: Any) -> None:
+    add("file", metavar="FILE", help=".safetensors, .pt, .keras, .weights.h5, .h5, .onnx, .caffemodel, .npz")
+    add("--ignore", default="", metavar="CODE,...", help="findings that are neither printed nor counted")
+    _kind_argument(add, "kind")
+
+
+def _inspect(given: Namespace) -> int:
+    """List the batch norms of a model file and what looks wrong; exit status 3 if anything does."""
+    ignored = given.ignore.split(",")
+    found = formats.inspect(given.file, given.kind)
+    found = replace(found, findings=tuple(each for each in found if each.code not in ignored))
+    print(json.dumps(found.as_dict()) if given.json else found)
+    return 3 if found.findings else 0
+
+
+def _files_arguments(add: Any) -> None:
+    add("source", metavar="IN", help="a model file")
+    add("target", metavar="OUT", help="the file to write, whole or not at all")
+
+
+def _convert_arguments(add: Any) -> None:
+    _files_arguments(add)
+    add("--eps", type=float, metavar="V",
+        help="eps of whoever reads OUT: variances take the difference to that of IN")  # fmt: skip
+    names = ", ".join(name for name in formats.FORMATS if name not in ("onnx", "caffe"))
+    add("--names", metavar="FORMAT", help=f"whose names in .safetensors and .pt: {names}")
+    add("--only", action="append", metavar="NAME", help="a batch norm to take; may be repeated")
+    _kind_argument(add, "from")
+    _kind_argument(add, "to")
+
+
+def _convert(given: Namespace) -> None:
+    """Write the batch norms of a model file to one of another kind, and print what that cannot hold."""
+    kinds = getattr(given, "from"), given.to
+    notes = formats.convert(given.source, given.target, names=given.names, only=given.only, eps=given.eps,
+                            kinds=kinds)  # fmt: skip
+    if given.json:
+        return print(json.dumps({"lost": notes}))
+    for note in notes:
+        print(f"not in OUT: {note}")
+
+
+def pair(text: str) -> formats.Pair:  # its name stands in an error of argparse
+    layer, norm, *places = text.replace("=", ":").split(":")
+    return formats.Pair(layer, norm, *map(int, places))
+
+
+def _fold_arguments(add: Any) -> None:
+    _files_arguments(add)
+    add("--eps", type=float, metavar="V", help="eps of the batch norms, where IN does not say it")
+    add("--pair", type=pair, action="append", metavar="LAYER:NORM[:OUT_AXIS[:GROUPS]]",
+        help="of .safetensors and .pt: a layer and the batch norm behind it; out_axis is 1 for transposed "
+        "convolutions, else 0; may be repeated")  # fmt: skip
+    add("--check", action="store_true", help="of .onnx: compare both models on random input by ONNX Runtime")
+
+
+def _fold(given: Namespace) -> None:
+    """Fold the batch norms of a model file into the convolutions and dense layers before them."""
+    found = formats.fold_file(given.source, given.target, pairs=given.pair, eps=given.eps, check=given.check)
+    if given.json:
+        return print(json.dumps(found._asdict()))
+    for name in found.folded:
+        print(f"folded: {name}")
+    for name, why in found.left.items():
+        print(f"left: {name}: {why}")
+    if found.error is not None:
+        print(f"largest difference of the outputs: {found.error:.2g} of the largest output")
+
+
 # ---- the command line --------------------------------------------------------------------------------------
 
 # A command is a line here: what does it, whose docstring is its help, and what adds its arguments.
@@ -129,7 +209,11 @@ _COMMANDS: dict[str, Any] = {
     "info": (_info, lambda add: None),
     "stats": (_stats, _stats_arguments),
     "tune": (_tune, lambda add: None),
+    "inspect": (_inspect, _inspect_arguments),
+    "convert": (_convert, _convert_arguments),
+    "fold": (_fold, _fold_arguments),
 }
+_ON_FILES = (_inspect, _convert, _fold)
 
 
 def _main() -> int:
@@ -141,8 +225,15 @@ def _main() -> int:
         one.add_argument("--json", action="store_true", help="print JSON")
         arguments(one.add_argument)
     given = parser.parse_args()
+    run, status = _COMMANDS[given.command][0], 0
     try:
-        _COMMANDS[given.command][0](given)
+        try:
+            status = run(given) or 0
+        except (ValueError, TypeError, ImportError) as error:
+            if run not in _ON_FILES:
+                raise
+            text = re.sub(r"\b(names|only|eps|check|pairs)(?= is| names)", r"--\1", str(error))
+            raise _Error(text) from error
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough; what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -151,7 +242,7 @@ def _main() -> int:
     except (_Error, OSError) as error:
         print(f"python -m batchnorm {given.command}: error:", *str(error).split(), file=sys.stderr)
         return 1
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -1074,9 +1074,31 @@ class BatchNorm:
             The file is damaged or is something else.
         """
         with layer_state.reading(path) as state:
-            layer = cls.__new__(cls)
-            BatchNorm.__init__(layer, **layer_state.options_of(state))
-            return layer.load_state_dict(state)
+            return cls.from_state_dict(state)
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
+        """Build a layer from a state of ``state_dict``, with its settings and name, in training mode.
+
+        The ``__init__`` of a subclass is not called.
+
+        Parameters
+        ----------
+        state : mapping of str to ndarray
+            As ``state_dict`` gives it.
+
+        Returns
+        -------
+        BatchNorm
+
+        Raises
+        ------
+        TypeError, ValueError
+            As ``load_state_dict``.
+        """
+        layer = cls.__new__(cls)
+        BatchNorm.__init__(layer, **layer_state.options_of(state))
+        return layer.load_state_dict(state)
 
     def snapshot(self) -> RunningStatistics:
         """Copy the running statistics and their counters, all that a training forward changes.

@@ -113,7 +113,7 @@ def test_where_a_file_cannot_be(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     for name, error, match in (
-        (".", IsADirectoryError, "expected the name of a state file, this is a folder"),
+        (".", IsADirectoryError, "expected the name of a file, this is a folder"),
         ("missing/layer", FileNotFoundError, "No such file.*missing.layer'$"),
         ("file/layer", NotADirectoryError, "Not a directory.*file.layer'$"),
         ("pipe", ValueError, "pipe' is not a regular file"),

@@ -243,4 +243,31 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "layer/test_history.py::test_the_picture",
         "layer/test_history.py::test_memory_is_bounded_and_the_whole_of_training_stays_in_view",
     ),
+    "One table of names: PyTorch, Keras, TensorFlow, Flax, Haiku, MXNet, as dictionaries": (
+        "io/test_norms.py::test_names_of_other_libraries",
+        "io/test_norms.py::test_several_formats_at_once_and_their_order",
+    ),
+    "A layer of each, whose training goes on as there; and back": (
+        "io/test_norms.py::test_there_and_back",
+        "io/test_files.py::test_pytorch_and_here_do_the_same_and_train_alike",
+        "io/test_files.py::test_training_goes_on_as_in_caffe",
+    ),
+    "Files: .safetensors, .pt, Keras, ONNX, Caffe, read without trust": (
+        "io/test_files.py::test_there_and_back",
+        "io/test_hostile.py::test_pickles_are_never_read",
+        "io/test_hostile.py::test_flipped_bits_and_other_damage",
+    ),
+    "What is in a model file, and what looks wrong there": (
+        "io/test_inspection.py::test_findings",
+        "io/test_files.py::test_a_gigabyte_is_not_read",
+    ),
+    "From file to file; what the target cannot hold is said": (
+        "io/test_inspection.py::test_from_every_kind_to_every_other",
+        "io/test_inspection.py::test_what_is_not_carried_is_said",
+    ),
+    "ONNX models folded, and checked by running them; .safetensors and .pt by pairs": (
+        "io/test_folding.py::test_every_layer",
+        "io/test_folding.py::test_a_fold_that_would_be_wrong_is_not_written",
+        "io/test_folding.py::test_state_dicts",
+    ),
 }

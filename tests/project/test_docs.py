@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FunctionType
 
 import batchnorm
+import batchnorm.formats
 import batchnorm.typing
 import pytest
 from batchnorm import _core
@@ -26,9 +27,22 @@ pytestmark = pytest.mark.quick
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 PUBLIC = [name for name in batchnorm.__all__ if name != "__version__"]
+FORMATS = [name for name in batchnorm.formats.__all__ if name != "FORMATS"]
 # Public functions and classes whose docstring needs no example: results, and what only reports.
 WITHOUT_EXAMPLE = {
-    *("CacheInfo", "ColdStatisticsWarning", "DatasetMoments", "Diagnosis", "DoubleGradients", "Finding"),
+    *(
+        "Folded",
+        "Format",
+        "Inspection",
+        "Norm",
+        "Pair",
+        "CacheInfo",
+        "ColdStatisticsWarning",
+        "DatasetMoments",
+        "Diagnosis",
+        "DoubleGradients",
+        "Finding",
+    ),
     *("Gradients", "History", "MeanVar", "Parameter", "TrainResult", "Saved"),
     *("cache_info", "config", "empty_cache", "get_cmake_dir", "get_include", "get_isa", "get_num_threads"),
     *("isa_levels", "set_cache_limit", "set_isa", "set_num_threads", "show_config"),
@@ -82,15 +96,15 @@ def run(tests: list[doctest.DocTest]) -> int:
     return sum(len(test.examples) for test in tests)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*PUBLIC, *FORMATS])
 def test_docstring(name: str) -> None:
-    thing = getattr(batchnorm, name)
+    thing = getattr(batchnorm if name in PUBLIC else batchnorm.formats, name)
     assert inspect.getdoc(thing), f"{name} has no docstring"
     count = run(examples(thing, name))
     assert count >= 2 or name in WITHOUT_EXAMPLE, f"{name} has no example"
 
 
-@pytest.mark.parametrize("module", [batchnorm, batchnorm.typing], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [batchnorm, batchnorm.typing, batchnorm.formats], ids=lambda m: m.__name__)
 def test_docstring_of_a_module(module: object) -> None:
     text = inspect.getdoc(module) or ""
     assert run([doctest.DocTestParser().get_doctest(text, {}, "module", None, None)]) >= 2

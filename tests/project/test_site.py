@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 
 import batchnorm
+import batchnorm.formats
 import batchnorm.typing
 import pytest
 
@@ -116,6 +117,8 @@ def test_every_public_name_is_in_the_api() -> None:
     pages = "".join(page.read_text() for page in (DOCS / "api").glob("*.rst"))
     listed = re.findall(r"^\.\. auto(?:function|class|exception):: batchnorm\.(\w+)$", pages, re.M)
     assert sorted(listed) == sorted(set(batchnorm.__all__) - {"__version__"})
+    listed = re.findall(r"^\.\. auto(?:function|class):: batchnorm\.formats\.(\w+)$", pages, re.M)
+    assert sorted(listed) == sorted(set(batchnorm.formats.__all__) - {"FORMATS"})
 
 
 def gallery() -> dict[str, list[str]]:

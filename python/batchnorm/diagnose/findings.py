@@ -31,6 +31,8 @@ _ERRORS = 5.0
 _FEW = 32
 # A smaller decay than this averages fewer than 10 batches, so it is never advised.
 _LEAST_DECAY = 0.9
+# A gamma is the standard deviation of what a channel gives; it begins at 1, and trained ones rarely pass 10.
+_HUGE_GAMMA = 100.0
 _KEEP_OUT = "BatchNorm(on_nonfinite='raise') or 'skip' keeps them out of the running statistics"
 _LOOK = "Look for NaN and Inf in the data or in the layers before this one"
 _FITS = "no channel is further off than chance explains"
@@ -49,7 +51,8 @@ class Finding:
     ----------
     code : str
         "never_updated", "cold", "mismatched", "invalid_statistics", "skipped_batches", "invalid_batch",
-        "small_batch", "constant_channels", "eps_dominates", "not_reached" or "fine".
+        "small_batch", "constant_channels", "eps_dominates", "not_reached" or "fine". Of files also
+        "dead_channels", "huge_gamma", "shifted_var", "unsure" and "unreadable".
     text : str
         What is so, in words and numbers.
     remedy : str
@@ -292,6 +295,32 @@ def _eps_dominates(layer: LayerLike) -> list[Finding]:
     text += f" output there has a standard deviation of {std:.3g} instead of 1"
     remedy = f"Scale the data up, or use an eps well below the variances, such as eps={least / 100:.1g}"
     return _in(where, "eps_dominates", text, remedy, smallest_var=least, eps=eps)
+
+
+# ---- the layer in a file -----------------------------------------------------------------------------------
+
+
+def of_file(layer: LayerLike) -> list[Finding]:
+    """What the numbers of a trained layer tell, of its gamma too: 0 is where training may begin."""
+    return [*_of_layer(layer), *_dead(layer), *_huge(layer)]
+
+
+def _dead(layer: LayerLike) -> Iterator[Finding]:
+    var = layer.running.var.ravel()
+    gamma = np.ones_like(var) if layer.gamma is None else layer.gamma.ravel()
+    where, zero = np.flatnonzero((var == 0) | (gamma == 0)), int((gamma == 0).sum())
+    text = f"the running variance or gamma is 0 in {_channels(where)}, gamma in {zero} of them"
+    remedy = "Their output is constant in use, or was in training: prune them, or look for units that died"
+    yield from _in(where, "dead_channels", text, remedy, gamma_zero=zero, var_zero=int((var == 0).sum()))
+
+
+def _huge(layer: LayerLike) -> Iterator[Finding]:
+    gamma = np.zeros(0) if layer.gamma is None else np.abs(layer.gamma.ravel())
+    where = np.flatnonzero(~(gamma <= _HUGE_GAMMA))  # so is NaN
+    where, most = _sorted(where, -gamma), float(np.max(gamma, initial=0))
+    text = f"|gamma| is above {_HUGE_GAMMA:g} in {_channels(where)}, {most:.3g} at the most"
+    remedy = "Look for training that diverged, or for another array in gamma's place"
+    yield from _in(where, "huge_gamma", text, remedy, largest=most)
 
 
 # ---- beside batches ----------------------------------------------------------------------------------------

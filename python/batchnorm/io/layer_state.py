@@ -32,14 +32,14 @@ from ..settings import Settings, check_decay, checked_vector, flag, integer, kin
 from ..typing import Array, LayerLike
 from .npz import failing_as, read_arrays, write_arrays
 
-__all__ = ["New", "checked", "options_of", "reading", "save", "state_of"]
+__all__ = ["New", "checked", "options_of", "reading", "save", "state_of", "upgraded"]
 
 FORMAT_VERSION = 3
 
 _VECTORS = ("gamma", "beta", "running_mean", "running_var", "renorm_mean", "renorm_std")
 _LIMITS = ("rmin", "rmax", "dmax", "decay")
 _FIELDS = {field.name: field.default for field in dataclasses.fields(Settings)}
-_ENTRIES = (*(n for n in _FIELDS if n != "renorm"), *(f"renorm_{limit}" for limit in _LIMITS), "name")
+ENTRIES = (*(n for n in _FIELDS if n != "renorm"), *(f"renorm_{limit}" for limit in _LIMITS), "name")
 # Counters: the kinds of their dtype, least and largest value, and whether each channel has one.
 COUNTERS = {
     "num_updates": ("iu", 0, 2**63 - 1, False), "num_skipped": ("iu", 0, 2**63 - 1, False),
@@ -56,7 +56,7 @@ _FOREIGN = {
     "num_batches_tracked": "num_updates",
 }  # fmt: skip
 # What a layer may take over.
-_TAKEN = {*_VECTORS, *COUNTERS, *_ENTRIES, "save_memory"}.difference(_KEPT)
+_TAKEN = {*_VECTORS, *COUNTERS, *ENTRIES, "save_memory"}.difference(_KEPT)
 
 
 class New(NamedTuple):
@@ -74,7 +74,7 @@ def state_of(layer: LayerLike) -> dict[str, Array]:
     values |= {f"renorm_{limit}": settings.renorm and settings.renorm[limit] for limit in _LIMITS}
     state = {name: value.copy() for name, value in _vectors(layer).items()}
     state["format_version"] = np.array(FORMAT_VERSION)
-    for name in _ENTRIES:
+    for name in ENTRIES:
         value = values[name]
         state[name] = np.array("none" if value is None else int(value) if isinstance(value, bool) else value)
     return state | {name: np.array(getattr(running, name)) for name in COUNTERS}
@@ -97,7 +97,7 @@ def reading(path: str | os.PathLike[str]) -> Iterator[dict[str, Array]]:
 
 def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a new layer for this state."""
-    state = _upgraded(state)
+    state = upgraded(state)
     options = _settings(state)
     if (data_format := options.get("data_format")) is not None and "channel_axis" in options:
         axis = options.pop("channel_axis")
@@ -110,7 +110,7 @@ def options_of(state: Mapping[str, Any]) -> dict[str, Any]:
 def checked(layer: LayerLike, state: Mapping[str, Any], strict: bool) -> New:
     """What ``layer.load_state_dict(state)`` takes over; raises if that cannot be."""
     flag("strict", strict)
-    state, own = _upgraded(state), layer.settings
+    state, own = upgraded(state), layer.settings
     given = _settings(state)
     for name, value in (("activation", own.activation), ("slope", own.slope)):
         if given.get(name, value) != value:
@@ -126,7 +126,7 @@ def checked(layer: LayerLike, state: Mapping[str, Any], strict: bool) -> New:
     there = (settings.scale, settings.center, True, True, *[settings.has_reference] * 2)
     names = list(itertools.compress(_VECTORS, there))
     if strict:
-        _check_names(state, (*names, "format_version", *_ENTRIES, *COUNTERS))
+        _check_names(state, (*names, "format_version", *ENTRIES, *COUNTERS))
     held, vectors = _vectors(layer), dict[str, Array]()
     shape = held["running_mean"].shape if held else None
     for name in filter(state.__contains__, names):
@@ -146,7 +146,7 @@ def _vectors(layer: LayerLike) -> dict[str, Array]:
     return {name: value for name, value in zip(_VECTORS, values, strict=True) if value is not None}
 
 
-def _upgraded(state: Mapping[str, Any]) -> dict[str, Any]:
+def upgraded(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state of any format as one of today's. What a format did not know is what its layers did."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state is {kind(state)}, expected a mapping of names to arrays")
@@ -166,7 +166,7 @@ def _upgraded(state: Mapping[str, Any]) -> dict[str, Any]:
         updates = _counter("num_updates", new.get("num_updates", 0), ())
         decay = check_decay("decay", _python("decay", new.get("decay", "none"))) or 0.0
         known = not updates and ((mean != 0).any() or (var != 1).any())
-        added |= {name: _FIELDS.get(name) for name in _ENTRIES if name not in (*_FORMAT_1, *added)}
+        added |= {name: _FIELDS.get(name) for name in ENTRIES if name not in (*_FORMAT_1, *added)}
         added |= {"num_skipped": 0, "num_values": 0, "initial_weight": 0.0 if known else decay**updates}
     if "num_values" in new:  # of all channels together
         new["num_values"] = _counter("num_values", new["num_values"], ()) / max(mean.size, 1)
@@ -222,8 +222,9 @@ def _refuse_foreign(state: Mapping[str, Any]) -> None:
     if found:
         assign = ", ".join(f"bn.{name} = ..." for name in _VECTORS[:4])
         raise ValueError(
-            f"the state is that of another library: {', '.join(found.values())}. Assign its arrays one by "
-            f"one, {assign}, and build the layer with its eps (1e-5 in PyTorch, 1e-3 in Keras by default)"
+            f"the state is that of another library: {', '.join(found.values())}. Take it by find and"
+            f" to_layer of batchnorm.formats. Or assign its arrays, {assign}, and build the layer with its"
+            " eps (1e-5 in PyTorch, 1e-3 in Keras by default)"
         )
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ..settings import kind
 
-__all__ = ["failing_as", "read_arrays", "write_arrays"]
+__all__ = ["failing_as", "path_text", "read_arrays", "replacing", "write_arrays"]
 
 # The record at the end of a zip without comment (APPNOTE 4.3.16): signature, disk, disk, members, members,
 # directory size, directory offset, comment size. A zip64 locator may stand before it.
@@ -51,29 +51,34 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]
 
     Equal arrays give equal bytes: members are stored uncompressed, little-endian, dated 1980.
     """
-    name = _path_text(path)
     for key, value in arrays.items():
         if value.dtype.kind not in _KINDS:
             raise TypeError(f"{key} has dtype {value.dtype}, a state file holds real numbers and str")
     if sum(value.nbytes for value in arrays.values()) > _MAX_BYTES:
         raise ValueError(f"the state is larger than the {_MAX_BYTES} bytes a state file may have")
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=False) as archive:
+        for key, value in arrays.items():
+            info = zipfile.ZipInfo(f"{key}.npy")  # the date of a new ZipInfo is 1980-01-01
+            info.create_system = 3  # Unix, wherever this runs
+            with archive.open(info, "w") as member:
+                little = value.astype(value.dtype.newbyteorder("<"), order="C")
+                npy.write_array(member, little, version=(1, 0), allow_pickle=False)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The name of a new file to write, which becomes `path` at the end, in one step, or goes."""
+    name = path_text(path)
     target = os.path.realpath(name)  # a symbolic link keeps pointing, its target is replaced
     temporary = os.path.join(os.path.dirname(target), f".batchnorm-{secrets.token_hex(8)}.tmp")
     try:
-        file = open(temporary, "xb")
+        open(temporary, "xb").close()
     except OSError as error:
         error.filename = name
         raise
     try:
-        with file:
-            with zipfile.ZipFile(file, "w", allowZip64=False) as archive:
-                for key, value in arrays.items():
-                    info = zipfile.ZipInfo(f"{key}.npy")  # the date of a new ZipInfo is 1980-01-01
-                    info.create_system = 3  # Unix, wherever this runs
-                    with archive.open(info, "w") as member:
-                        little = value.astype(value.dtype.newbyteorder("<"), order="C")
-                        npy.write_array(member, little, version=(1, 0), allow_pickle=False)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
@@ -92,7 +97,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     ValueError
         The content is damaged, hostile or something else.
     """
-    name = _path_text(path)
+    name = path_text(path)
     with open(name, "rb") as file, failing_as(f"cannot read {name!r}"):
         size = os.fstat(file.fileno()).st_size
         count = _check_ends(file, size)
@@ -101,13 +106,13 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
             return {info.filename[: -len(".npy")]: _read(archive, info) for info in archive.infolist()}
 
 
-def _path_text(path: object) -> str:
+def path_text(path: object) -> str:
     """`path` as text, if a state may be there: not a folder, a pipe or a device."""
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(text, str):
         raise TypeError(f"path is {kind(path)}, expected str or os.PathLike of str")
     if os.path.isdir(text):
-        raise IsADirectoryError(errno.EISDIR, "expected the name of a state file, this is a folder", text)
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file, this is a folder", text)
     # Opening a pipe would wait for ever.
     _require(os.path.isfile(text) or not os.path.exists(text), f"{text!r} is not a regular file")
     return text
@@ -123,7 +128,7 @@ def failing_as(what: str) -> Iterator[None]:
     """Make a ValueError of whatever bad content raises: zipfile, zlib and ast have a dozen types."""
     try:
         yield
-    except (MemoryError, OSError):  # the machine's fault, not the file's
+    except (MemoryError, OSError, ImportError):  # the machine's fault, not the file's
         raise
     except Exception as error:
         raise ValueError(f"{what}: {str(error) or type(error).__name__}") from error
