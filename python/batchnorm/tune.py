@@ -22,8 +22,8 @@ __all__ = ["CALLS", "Line", "recommended", "tune"]
 _NEVER = 1 << 50
 _MIB = 1 << 20
 CALLS = ("forward", "backward", "inference")
-# Least and largest size, and how much of it is an element of x in each call. A size is bytes read and written,
-# or elements that are gone through.
+# Least and largest size, and how much of it is an element of x in each call. A size is bytes read and
+# written, or elements that are gone through.
 _THRESHOLDS = {
     "cached_bytes": (4 * _MIB, 512 * _MIB, {"forward": 8, "backward": 12, "inference": 8}),
     "fetch_bytes": (4 * _MIB, 512 * _MIB, {"forward": 8, "backward": 12, "inference": 8}),
