@@ -28,8 +28,8 @@ TESTS = ROOT / "tests"
 PUBLIC = [name for name in batchnorm.__all__ if name != "__version__"]
 # Public functions and classes whose docstring needs no example: results, and what only reports.
 WITHOUT_EXAMPLE = {
-    *("CacheInfo", "ColdStatisticsWarning", "DatasetMoments", "Diagnosis", "DoubleGradients", "Finding"),
-    *("Gradients", "History", "MeanVar", "Parameter", "TrainResult", "Saved"),
+    *("CacheInfo", "ColdStatisticsWarning", "Compared", "DatasetMoments", "Diagnosis", "DoubleGradients"),
+    *("Finding", "Gradients", "History", "MeanVar", "Parameter", "TrainResult", "Saved"),
     *("cache_info", "config", "empty_cache", "get_cmake_dir", "get_include", "get_isa", "get_num_threads"),
     *("isa_levels", "set_cache_limit", "set_isa", "set_num_threads", "show_config"),
 }

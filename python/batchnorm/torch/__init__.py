@@ -1,0 +1,24 @@
+"""For PyTorch models: find out why one tests badly, mend its statistics, fold its batch norms.
+
+- ``diagnose``: what is wrong with the batch norms of any model, nothing converted
+- ``recalibrate``: their running statistics replaced by those of data, exactly
+
+Needs PyTorch: ``pip install "batchnorm[torch]"``.
+
+>>> import torch, batchnorm.torch
+>>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+>>> batchnorm.torch.diagnose(model, [torch.randn(64, 3)]).codes
+('never_updated',)
+"""
+
+from __future__ import annotations
+
+try:
+    import torch as _torch  # noqa: F401
+except ImportError as error:
+    raise ImportError(f'batchnorm.torch needs PyTorch: pip install "batchnorm[torch]" ({error})') from error
+
+from .diagnose import diagnose
+from .recalibrate import recalibrate
+
+__all__ = ["diagnose", "recalibrate"]
