@@ -55,7 +55,7 @@ def held(model):
     state = {
         n: (id(t), t.dtype, t.detach().clone().view(-1)) for n, t in model.state_dict(keep_vars=True).items()
     }
-    bytes_ = {n: (i, d, t.numpy(force=True).tobytes()) for n, (i, d, t) in state.items()}
+    bytes_ = {n: (i, d, t.view(torch.uint8).numpy(force=True).tobytes()) for n, (i, d, t) in state.items()}
     modes = [m.training for m in model.modules()]
     hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks), m.__dict__.keys()) for m in model.modules()]
     grads = [p.grad is None for p in model.parameters()]

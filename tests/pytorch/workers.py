@@ -16,6 +16,7 @@ def _work(rank, world, folder, function, arguments):
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     try:
         torch.save(function(rank, *arguments), Path(folder) / f"{rank}.pt")
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
 

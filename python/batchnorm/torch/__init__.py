@@ -2,6 +2,7 @@
 
 - ``diagnose``: what is wrong with the batch norms of any model, nothing converted
 - ``recalibrate``: their running statistics replaced by those of data, exactly
+- ``fold``: a copy for inference without batch norms, proven on random input
 
 Needs PyTorch: ``pip install "batchnorm[torch]"``.
 
@@ -19,6 +20,7 @@ except ImportError as error:
     raise ImportError(f'batchnorm.torch needs PyTorch: pip install "batchnorm[torch]" ({error})') from error
 
 from .diagnose import diagnose
+from .fold import fold
 from .recalibrate import recalibrate
 
-__all__ = ["diagnose", "recalibrate"]
+__all__ = ["diagnose", "fold", "recalibrate"]

@@ -176,18 +176,26 @@ def passed(
         raise TypeError(f"forward is {kind(forward)}, expected a function of one batch, or None")
     if isinstance(batches, torch.Tensor | np.ndarray | Mapping) or not isinstance(batches, Iterable):
         raise TypeError(f"batches is {kind(batches)}, expected an iterable of batches, such as [x]")
-    places = {p.device for p in model.parameters()}
     count = 0
     for count, batch in enumerate(batches, 1):
-        for tensor in _tensors(batch) if forward is None else ():
-            if len(places) == 1 and tensor.device not in places:
-                got = f"batches hold a tensor on {tensor.device}, the model is on {places.pop()}"
-                raise ValueError(f"{got}; move one of them, model.to({str(tensor.device)!r})")
-        (forward or (lambda batch: called(model, batch)))(batch)
+        if forward is None:
+            check_device(model, batch)
+            called(model, batch)
+        else:
+            forward(batch)
         yield count
     if count < least:
         why = "an iterator that was gone through before is empty: pass a list or a DataLoader"
         raise ValueError(f"batches is empty, expected at least one batch; {why}")
+
+
+def check_device(model: Any, batch: Any) -> None:
+    """Raise if the model is on one device, and what it gets of a batch on another."""
+    places = {p.device for p in model.parameters()}
+    for tensor in _tensors(batch):
+        if len(places) == 1 and tensor.device not in places:
+            got = f"a batch has a tensor on {tensor.device}, the model is on {places.pop()}"
+            raise ValueError(f"{got}; move one of them, model.to({str(tensor.device)!r})")
 
 
 def called(model: Any, batch: Any) -> Any:

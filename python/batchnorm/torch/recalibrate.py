@@ -45,7 +45,7 @@ def recalibrate(
     one_by_one : bool, default True
         True: a pass for the layers that no other batch norm comes before, then one for those behind them,
         and so on. Each layer gets exactly the statistics that it will meet in eval mode, those of one giant
-        batch; a ResNet-50 takes 50 passes. False: one pass, in which each layer normalises with each batch's own statistics meanwhile, as
+        batch. False: one pass, in which each layer normalises with each batch's own statistics meanwhile, as
         ``torch.optim.swa_utils.update_bn`` does. The first layers then have the exact statistics, and the
         others nearly so if batches are large and shuffled.
     group : torch.distributed.ProcessGroup, optional
