@@ -36,7 +36,7 @@ numpydoc_validation_checks = {"SS01", "PR01", "PR02", "PR04", "RT01"}
 # Results and views that nobody builds: their fields are Attributes.
 numpydoc_validation_exclude = {
     r"\.(TrainResult|Gradients|DoubleGradients|MeanVar|DatasetMoments|Applied|CacheInfo|Parameter)$",
-    r"\.(Diagnosis|Finding)$",
+    r"\.(Compared|Diagnosis|Finding)$",
 }
 
 html_theme = "furo"

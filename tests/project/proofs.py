@@ -152,6 +152,22 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "operations/test_fold.py::test_eps_and_out_axis_have_no_default",
     ),
     # ---- the layer
+    "PyTorch models diagnosed as they are, by module path, nothing changed": (
+        "pytorch/test_diagnose.py::test_each_fault_is_told_with_its_layer",
+        "pytorch/test_diagnose.py::test_what_it_finds_is_the_layers_own",
+        "pytorch/test_diagnose.py::test_bad_input_changes_nothing",
+    ),
+    "A diagnosis as a table, a picture, JSON": (
+        "pytorch/test_diagnose.py::test_numbers_for_people_and_programs",
+    ),
+    "PyTorch models recalibrated exactly, over several processes too": (
+        "pytorch/test_recalibrate.py::test_each_layer_has_exactly_what_it_meets",
+        "pytorch/test_recalibrate.py::test_several_processes_have_the_statistics_of_all",
+    ),
+    "PyTorch models folded, proven before they are returned": (
+        "pytorch/test_fold.py::test_every_layer",
+        "pytorch/test_fold.py::test_what_would_change_the_output_is_left",
+    ),
     "Lazy channel count; a given one is checked; a guess that looks wrong is said": (
         "layer/test_lazy.py::test_a_lazy_layer_is_as_one_with_a_count",
         "layer/test_lazy.py::test_another_channel_count_is_told_of_x",

@@ -51,6 +51,8 @@ def test_the_pages_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     """Block by block in one namespace, as a reader would; sessions must print what they show."""
     if "plot_statistics" in page.read_text():
         pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra demo)")
+    if "import torch" in page.read_text():
+        pytest.importorskip("torch", reason="torch is not installed (extra torch)")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
@@ -118,6 +120,14 @@ def test_every_public_name_is_in_the_api() -> None:
     assert sorted(listed) == sorted(set(batchnorm.__all__) - {"__version__"})
 
 
+def test_every_name_for_pytorch_is_in_the_api() -> None:
+    pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+    module = importlib.import_module("batchnorm.torch")
+    text = (DOCS / "api" / "torch.rst").read_text()
+    listed = re.findall(r"^\.\. auto(?:function|class):: batchnorm\.torch\.(\w+)$", text, re.M)
+    assert sorted(listed) == sorted(module.__all__)
+
+
 def gallery() -> dict[str, list[str]]:
     """The table of docs/_ext/pictures.py; its imports are those of the extra `docs`."""
     for node in ast.parse((DOCS / "_ext" / "pictures.py").read_text()).body:
@@ -146,7 +156,7 @@ def test_every_picture_is_shown() -> None:
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    for needed in ("sphinx", "numpydoc", "furo", "myst_parser", "sklearn", "matplotlib", "rich"):
+    for needed in ("sphinx", "numpydoc", "furo", "myst_parser", "sklearn", "matplotlib", "rich", "torch"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed (extra docs)")
     run(sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", DOCS, tmp_path)
