@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from .. import _hints
 from ..fold import fold as folded_weights
-from .model import STATISTICS, array_of, called, check_device, hooked, layers_of, unwrapped
+from .graph import Call, traced
+from .model import STATISTICS, array_of, called, check_device, has_hooks, hooked, layers_of, unwrapped
+from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 __all__ = ["fold"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BEFORE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_THEIRS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS = (*_THEIRS, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 # How far the outputs of a whole model may be apart, relative to the largest: what its layers make of the
 # rounding of their new weights. A wrong layer folded makes about 1.
 _APART = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
@@ -89,8 +92,8 @@ def fold(model: Any, example: Any = None) -> Any:
     """
     plain = unwrapped(model)
     norms = layers_of(plain)
-    traced, shown = _traced(_evaluated(plain))
-    pairs = {norm: before for norm, before in traced.items() if _foldable(plain, norm, before)}
+    calls, shown = traced(_evaluated(plain))
+    pairs = {n: before for n, before in _followed(calls).items() if _foldable(plain, n, before)}
     if example is not None:
         check_device(plain, example)
         found = _seen(_evaluated(plain), example)
@@ -131,28 +134,11 @@ def _folded(model: Any, pairs: Pairs) -> Any:
 # ---- which pairs there are ---------------------------------------------------------------------------------
 
 
-def _traced(model: Any) -> tuple[Pairs, set[str]]:
-    """Pairs that torch.fx shows, of the model or of its parts, and the modules that it could show."""
-    try:
-        with torch.no_grad():
-            graph = fx.Tracer().trace(model)
-    except Exception:  # whatever its code does when it meets a proxy
-        pairs, shown = Pairs(), set[str]()
-        for name, child in model.named_children():
-            if any(True for _ in child.children()):
-                inner, seen = _traced(child)
-                pairs |= {f"{name}.{norm}": f"{name}.{before}" for norm, before in inner.items()}
-                shown |= {f"{name}.{each}" for each in seen}
-        return pairs, shown
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    targets = [node.target for node in calls]
-    found = Pairs()
-    for node in calls:
-        before = node.args[0] if node.args else node.kwargs.get("input")
-        if isinstance(before, fx.Node) and before in calls and len(before.users) == 1:
-            if targets.count(node.target) == targets.count(before.target) == 1:
-                found[node.target] = before.target
-    return found, {name for name, _ in model.named_modules()}
+def _followed(calls: list[Call]) -> Pairs:
+    """Modules that alone take what another makes, of those that are called once."""
+    names = [call.name for call in calls]
+    once = [call for call in calls if call.taker and names.count(call.name) == names.count(call.taker) == 1]
+    return {str(call.taker): call.name for call in once}
 
 
 def _foldable(model: Any, norm: str, before: str) -> bool:
@@ -160,8 +146,7 @@ def _foldable(model: Any, norm: str, before: str) -> bool:
     modules = [model.get_submodule(name) for name in (norm, before)]
     everywhere = [module for _, module in model.named_modules(remove_duplicate=False)]
     once = all(sum(other is module for other in everywhere) == 1 for module in modules)
-    hooks = ("_forward_hooks", "_forward_pre_hooks")
-    plain = not any(vars(module)[hook] for module in modules for hook in hooks)
+    plain = not any(has_hooks(module) for module in modules)
     known = type(modules[0]) in _NORMS and type(modules[1]) in _BEFORE
     tracked = known and all(getattr(modules[0], each) is not None for each in STATISTICS)
     return once and plain and tracked

@@ -140,6 +140,11 @@ def _both_nan(a: Any, b: Any) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def has_hooks(module: Any) -> bool:
+    """Whether something looks at what enters or leaves a module."""
+    return bool(vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"])
+
+
 @contextlib.contextmanager
 def hooked(handles: Iterable[Any]) -> Iterator[None]:
     """Inside, these hooks are there."""
