@@ -295,16 +295,16 @@ def _check_pair(model: Any, result: Any, norm: str, before: str) -> None:
         sizes = zip(layer.kernel_size, layer.dilation, strict=True)
         shape = [2, layer.in_channels, *((k - 1) * d + 3 for k, d in sizes)]
     x = torch.randn(shape, generator=g, dtype=torch.float64)
+    eps = bn.eps
     with torch.no_grad():
-        want, got = bn(layer(x)), new(x)
+        numbers = [bn.running_mean, bn.running_var, bn.weight, bn.bias]
+        want, got = nn.functional.batch_norm(layer(x), *numbers, eps=eps), new(x)
         for parameter in [*new.parameters(), *layer.parameters()]:
             parameter.abs_()
-        if bn.affine:
-            bn.weight.abs_()
-            bn.bias.abs_()
-        bn.running_mean.abs_().neg_()
+        numbers = [n if n is None else n.abs() for n in numbers]
         # What is added up, without cancellation: by the new layer, whose weights are rounded, and here.
-        bound = torch.finfo(dtype).eps * new(x.abs()) + torch.finfo(torch.float64).eps * bn(layer(x.abs()))
+        added = nn.functional.batch_norm(layer(x.abs()), -numbers[0], *numbers[1:], eps=eps)
+        bound = torch.finfo(dtype).eps * new(x.abs()) + torch.finfo(torch.float64).eps * added
     bad = (got - want).abs() > _ROUNDINGS * bound
     if bad.any() or not want.isfinite().all():
         at = int(bad.any(0).flatten(1).any(1).nonzero()[0]) if bad.dim() > 2 and bad.any() else 0

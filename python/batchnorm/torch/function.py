@@ -206,11 +206,13 @@ def operator(
 
 
 def _suits(x: Any, weight: Any, bias: Any, mean: Any, var: Any, residual: Any) -> bool:
-    """Whether PyTorch takes these dtypes together: x's, or of float16 and bfloat16 also float32."""
+    """Whether there are values, and PyTorch takes these dtypes together: x's, or of 16 bits also float32."""
     dtype = x.dtype
     for t in (weight, bias, mean, var):
         if t is not None and t.dtype is not dtype and (dtype in _WIDE or t.dtype is not torch.float32):
             return False
+    if not x.numel():
+        return False
     return residual is None or (residual.dtype is dtype and native(residual) and residual.shape == x.shape)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..settings import word
 from .function import Views, native, normalise, operator
@@ -122,18 +123,37 @@ class BatchNormAddAct2d(BatchNormAct2d):
         return self.normalised(x, residual)
 
 
-class SyncBatchNorm(Normalising, nn.SyncBatchNorm):
+class SyncBatchNorm(Normalising, _BatchNorm):
     """``torch.nn.SyncBatchNorm`` on the CPU, over gloo; on GPUs it is PyTorch's own.
 
     In training with several processes, statistics are those of the batches of all of them, whose parts may be
     of any sizes, also empty. Sums are exchanged in a form in which no rounding depends on how the batch is
     cut. Weight and bias get this process's own gradients, as PyTorch's do. Use
-    ``nn.SyncBatchNorm.convert_sync_batchnorm(model)``, then :func:`convert`.
+    ``nn.SyncBatchNorm.convert_sync_batchnorm(model)``, then :func:`convert`. It is no subclass of PyTorch's,
+    which DistributedDataParallel refuses on the CPU. There is no double backward, as with PyTorch's.
+
+    Parameters
+    ----------
+    num_features : int
+        As for ``torch.nn.SyncBatchNorm``, and so are ``eps``, ``momentum``, ``affine`` and
+        ``track_running_stats``.
+    process_group : torch.distributed.ProcessGroup, optional
+        The processes; all of them if absent.
     """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, process_group: Any = None, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.process_group = process_group
 
     def _check_input_dim(self, x: Any) -> None:
         if x.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {x.dim()}D input)")
+
+    def _check_non_zero_input_channels(self, x: Any) -> None:
+        nn.SyncBatchNorm._check_non_zero_input_channels(self, x)
 
     def forward(self, x: Any) -> Any:
         """The output."""

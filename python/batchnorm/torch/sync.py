@@ -63,8 +63,11 @@ class _Synchronised(torch.autograd.Function):
         sum_g, sum_gx = _gathered(np.concatenate([g.dbeta, g.dgamma]), group).sum(axis=0).reshape(2, -1)
         # What reaches x through the statistics is affine in x_hat, as a batch norm is.
         scale = gamma * ctx.state.inv_std / count
+        affine = np.stack([-scale * sum_gx, -scale * sum_g])
+        lost = ~np.isfinite(affine).all(axis=0)
+        affine[:, lost], bad = 0, bad | torch.from_numpy(lost)
         dx = batch_norm(
-            values, gamma=-scale * sum_gx, beta=-scale * sum_g, residual=g.dx, num_threads=threads, **options
+            values, gamma=affine[0], beta=affine[1], residual=g.dx, num_threads=threads, **options
         )
         made = tensor_of(dx), tensor_of(g.dgamma), tensor_of(g.dbeta)
         for gradient in made:
