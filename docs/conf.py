@@ -37,6 +37,7 @@ numpydoc_validation_checks = {"SS01", "PR01", "PR02", "PR04", "RT01"}
 numpydoc_validation_exclude = {
     r"\.(TrainResult|Gradients|DoubleGradients|MeanVar|DatasetMoments|Applied|CacheInfo|Parameter)$",
     r"\.(Compared|Diagnosis|Finding)$",
+    r"\.torch\.(Sync)?BatchNorm",  # arguments are those of torch.nn
 }
 
 html_theme = "furo"

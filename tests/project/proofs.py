@@ -168,6 +168,24 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "pytorch/test_fold.py::test_every_layer",
         "pytorch/test_fold.py::test_what_would_change_the_output_is_left",
     ),
+    "PyTorch modules on the CPU: same state, same results, both orders of gradients": (
+        "pytorch/test_proof.py::test_module_info",
+        "pytorch/test_proof.py::test_op_info",
+        "pytorch/test_proof.py::test_gradcheck_and_gradgradcheck",
+        "pytorch/test_modules.py::test_values_that_the_functions_refuse",
+        "pytorch/test_modules.py::test_it_keeps_the_input_as_pytorch_does",
+    ),
+    "Batch norm, residual and activation as one PyTorch module": (
+        "pytorch/test_modules.py::test_fused_activations",
+        "pytorch/test_proof.py::test_gradients_behind_an_activation",
+    ),
+    "Synchronised statistics on the CPU, parts of any size": (
+        "pytorch/test_modules.py::test_synchronised_statistics_are_those_of_the_whole_batch",
+        "pytorch/test_modules.py::test_ddp_and_faults_of_one_process",
+    ),
+    "A model's batch norms converted and back, with the ReLU behind them": (
+        "pytorch/test_modules.py::test_convert_and_revert",
+    ),
     "Lazy channel count; a given one is checked; a guess that looks wrong is said": (
         "layer/test_lazy.py::test_a_lazy_layer_is_as_one_with_a_count",
         "layer/test_lazy.py::test_another_channel_count_is_told_of_x",

@@ -224,7 +224,7 @@ def test_every_feature_has_its_proof_and_no_other() -> None:
 @pytest.mark.parametrize("feature", PROOFS)
 def test_a_feature_is_there(feature: str) -> None:
     served_by = dict(rows())[feature]
-    names = re.findall(r"`([A-Za-z_.]+)(?:\(([^`]*)\))?`", served_by)
+    names = re.findall(r"`([A-Za-z0-9_.]+)(?:\(([^`]*)\))?`", served_by)
     assert names
     for name, arguments in names:
         if name.startswith("torch."):
