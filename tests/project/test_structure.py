@@ -196,7 +196,7 @@ ROWS = (
     ("moments", "dataset", "images"),
     ("diagnose", "io"),
     ("layer",),
-    ("torch",),
+    ("torch", "keras"),
     ("__init__", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
@@ -244,7 +244,7 @@ def test_top_level_names() -> None:
     expected = {n for n in RANK if n not in ("_core", "__main__")}
     assert {n.split(".")[0] for n in modules()} - {"__main__"} == expected
     others = {p.name for p in PYTHON.iterdir() if p.suffix not in (".py", ".so") and p.name != "__pycache__"}
-    assert others <= {"_core.pyi", "py.typed", "diagnose", "io", "torch", "include", "lib"}
+    assert others <= {"_core.pyi", "py.typed", "diagnose", "io", "torch", "keras", "include", "lib"}
 
 
 @needs_source

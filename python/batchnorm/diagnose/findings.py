@@ -54,7 +54,7 @@ class Words:
     average: str = "decay={old}"
     longer: str = "use decay={old:g} or less for so many updates"
     unbiased: str = "build the layer with zero_debias=True or decay=None"
-    short: str = "decay is the weight of the old value, 1 - momentum of PyTorch: use decay={new:g}"
+    short: str = "decay is the weight of the old value, 1 - momentum of PyTorch: use decay={old:g}"
     broken: str = "calls in eval mode are an error"
     keep_out: str = "BatchNorm(on_nonfinite='raise') or 'skip' keeps them out of the running statistics"
     assign: str = "assign running_mean and running_var"
@@ -303,6 +303,25 @@ def diagnose(layers: Layers, forward: Callable[[Any], Any], batches: Iterable[An
     return of_network(chosen, collectors)
 
 
+def settle(layer: Any, collector: Collector) -> None:
+    """Of another library's layer, believe that initial values still weigh something only if what passed
+    through fits better without them: the decay may be another one than in training, or the statistics
+    recalibrated."""
+    running = layer.running
+    if running.mean is None or not (collector.batches and running.num_updates):
+        return
+    mean, var, weight = (v.astype(np.float64) for v in (running.mean, running.var, running.initial_weight))
+    samples = np.minimum(collector.counts, collector.samples)
+    batch = collector.moments.mean, collector.moments.var, samples
+    valid = np.isfinite(mean) & np.isfinite(var) & (var >= 0) & (collector.counts > 0)
+    with np.errstate(all="ignore"):
+        seen = mean / (1 - weight), np.maximum((var - weight) / (1 - weight), 0)
+    believed = valid & (weight < 1)
+    as_it_is = misfit(layer.settings.eps, batch, mean, var, valid)[0].sum()
+    if as_it_is <= misfit(layer.settings.eps, batch, *seen, believed)[0].sum() and weight.any():
+        running.restore(initial_weight=0.0)
+
+
 def of_layer(layer: Examined, collector: Collector | None = None) -> list[Finding]:
     """All that is wrong with a layer, the most serious first."""
     state = (never_updated(layer), *_invalid(layer), cold(layer), *_skipped(layer), *_short(layer))
@@ -356,7 +375,7 @@ def cold(layer: Examined, bound: float = COLD) -> Finding | None:
     if decay is not None and enough >= _LEAST_DECAY:
         numbers["recommended_decay"] = enough
         ways.append(_rate(words.longer, enough))
-    if decay is not None and not (settings.warmup or settings.zero_debias):
+    if decay is not None and words.unbiased and not (settings.warmup or settings.zero_debias):
         ways.append(words.unbiased)
     remedy, some = ", or ".join(ways), _some(np.flatnonzero(weights > bound), -weights)
     remedy = f"{remedy[:1].upper()}{remedy[1:]}. To mend the statistics now call {words.recalibrate}"

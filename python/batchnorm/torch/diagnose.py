@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import numpy as np
-
-from ..diagnose.findings import Diagnosis, Finding, misfit, of_network
+from ..diagnose.findings import Diagnosis, Finding, of_network, settle
 from ..diagnose.network import Collector
 from .model import Layer, collecting, layers_of, passed, quiet, unwrapped
 
@@ -69,26 +67,8 @@ def diagnose(model: Any, batches: Iterable[Any], *, forward: Callable[[Any], Any
         for _ in passed(plain, batches, forward):
             pass
     for name, layer in layers.items():
-        _settle(layer, collectors[name])
+        settle(layer, collectors[name])
     return of_network(layers, collectors, lambda layer: list(_of_torch(layer)))
-
-
-def _settle(layer: Layer, collector: Collector) -> None:
-    """Believe that the initial values still weigh something only if the batches fit better without them:
-    the momentum may be another one than in training, or the statistics recalibrated."""
-    running = layer.running
-    if not (layer.tracked and collector.batches and running.num_updates):
-        return
-    mean, var, weight = (v.astype(np.float64) for v in (running.mean, running.var, running.initial_weight))
-    samples = np.minimum(collector.counts, collector.samples)
-    batch = collector.moments.mean, collector.moments.var, samples
-    valid = np.isfinite(mean) & np.isfinite(var) & (var >= 0) & (collector.counts > 0)
-    with np.errstate(all="ignore"):
-        seen = mean / (1 - weight), np.maximum((var - weight) / (1 - weight), 0)
-    believed = valid & (weight < 1)
-    as_it_is = misfit(layer.settings.eps, batch, mean, var, valid)[0].sum()
-    if as_it_is <= misfit(layer.settings.eps, batch, *seen, believed)[0].sum() and weight.any():
-        running.restore(initial_weight=0.0)
 
 
 def _of_torch(layer: Layer) -> Iterator[Finding]:
