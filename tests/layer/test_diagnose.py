@@ -196,7 +196,7 @@ def test_invalid_statistics(name, values, words):
         assert found.findings[0].channels == tuple(values) and words in str(found)
 
 
-@pytest.mark.parametrize(("decay", "advised"), [(0.01, 0.99), (0.1, 0.9), (0.4, 0.9)])
+@pytest.mark.parametrize(("decay", "advised"), [(0.01, 0.99), (0.1, 0.9), (0.3, 0.9)])
 def test_a_decay_that_is_a_momentum(decay, advised):
     layer = fitted(decay=decay)
     for found in (diagnosed(layer), diagnosed(layer, data(seed=9))):

@@ -186,6 +186,15 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "A model's batch norms converted and back, with the ReLU behind them": (
         "pytorch/test_modules.py::test_convert_and_revert",
     ),
+    "Keras 3 models diagnosed and recalibrated, on any backend": (
+        "keras3/test_keras.py::test_each_fault_is_told_with_its_layer",
+        "keras3/test_keras.py::test_each_layer_has_exactly_what_it_meets",
+        "keras3/test_keras.py::test_on_each_backend",
+    ),
+    "Keras 3 models folded, compared before they are returned": (
+        "keras3/test_keras.py::test_fold",
+        "keras3/test_keras.py::test_what_is_not_folded",
+    ),
     "Lazy channel count; a given one is checked; a guess that looks wrong is said": (
         "layer/test_lazy.py::test_a_lazy_layer_is_as_one_with_a_count",
         "layer/test_lazy.py::test_another_channel_count_is_told_of_x",

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -95,6 +96,26 @@ def test_docstring(name: str) -> None:
 def test_docstring_of_a_module(module: object) -> None:
     text = inspect.getdoc(module) or ""
     assert run([doctest.DocTestParser().get_doctest(text, {}, "module", None, None)]) >= 2
+
+
+@pytest.mark.parametrize(("name", "needs"), [("torch", ("torch",)), ("keras", ("torch", "keras"))])
+def test_docstrings_for_other_libraries(name: str, needs: tuple[str, ...]) -> None:
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    for each in needs:
+        pytest.importorskip(each, reason=f"{each} is not installed (extra {name})")
+    module = importlib.import_module(f"batchnorm.{name}")
+    text = inspect.getdoc(module) or ""
+    assert run([doctest.DocTestParser().get_doctest(text, {}, "module", None, None)]) >= 2
+    for public in module.__all__:
+        thing = getattr(module, public)
+        assert inspect.getdoc(thing), public
+        tests = examples(thing, public)
+        if inspect.isfunction(thing):
+            assert run(tests) >= 2 or public == "revert", f"{public} has no example"
+            for parameter in parameters_of(thing):
+                assert re.search(rf"\b{parameter}\b", inspect.getdoc(thing) or ""), parameter
+        else:
+            run(tests)
 
 
 def parameters_of(thing: object) -> list[str]:
@@ -227,9 +248,12 @@ def test_a_feature_is_there(feature: str) -> None:
     names = re.findall(r"`([A-Za-z0-9_.]+)(?:\(([^`]*)\))?`", served_by)
     assert names
     for name, arguments in names:
-        if name.startswith("torch."):
+        room = name.partition(".")[0]
+        if room in ("torch", "keras"):
+            os.environ.setdefault("KERAS_BACKEND", "torch")
             pytest.importorskip("torch", reason="torch is not installed (extra torch)")
-            importlib.import_module("batchnorm.torch")
+            pytest.importorskip(room, reason=f"{room} is not installed (extra {room})")
+            importlib.import_module(f"batchnorm.{room}")
         thing: object = batchnorm
         for part in name.split("."):
             thing = getattr(thing, part)

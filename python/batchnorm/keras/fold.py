@@ -88,7 +88,7 @@ def fold(model: Any, example: Any = None) -> Any:
     for layer in model.layers:
         if layer.name not in pairs:
             if layer.weights:
-                new[layer.name].set_weights(layer.get_weights())
+                new[layer.name].set_weights([array_of(weight) for weight in layer.weights])
         elif layer is pairs[layer.name][0]:
             new[layer.name].set_weights(_weights(*pairs[layer.name]))
     _check(model, result, example)
@@ -125,7 +125,7 @@ def _before(model: Any, norm: Any) -> Any:
 
 
 def _weights(layer: Any, norm: Any) -> list[Any]:
-    kernel, *rest = layer.get_weights()
+    kernel, *rest = map(array_of, layer.weights)
     values = (norm.moving_mean, norm.moving_variance, norm.gamma, norm.beta)
     vectors: list[Any] = [None if v is None else array_of(v) for v in values]
     bias = rest[0] if rest else None

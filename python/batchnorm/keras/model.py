@@ -52,8 +52,13 @@ def layers_of(model: Any) -> dict[str, Any]:
 
 
 def array_of(tensor: Any) -> Array:
-    """A tensor of the backend as an array; of bfloat16 as float32."""
-    array: Array = np.asarray(keras.ops.convert_to_numpy(tensor))
+    """A tensor of the backend as an array, which may be its own memory; of bfloat16 as float32."""
+    value = getattr(tensor, "value", tensor)
+    if keras.backend.backend() == "torch" and hasattr(value, "detach"):  # Keras' own way makes NumPy 2 warn
+        narrow = keras.backend.standardize_dtype(value.dtype) == "bfloat16"
+        array: Array = (value.float() if narrow else value).numpy(force=True)
+    else:
+        array = np.asarray(keras.ops.convert_to_numpy(value))
     return array if array.dtype in (np.float16, np.float32, np.float64) else array.astype(np.float32)
 
 
@@ -103,7 +108,7 @@ class Layer:
 def restored(layers: Mapping[str, Any]) -> Iterator[None]:
     """Afterwards the layers have the statistics of before."""
     variables = [getattr(layer, each) for layer in layers.values() for each in STATISTICS]
-    before = [array_of(variable) for variable in variables]
+    before = [array_of(variable).copy() for variable in variables]
     try:
         yield
     finally:

@@ -52,10 +52,11 @@ def diagnose(model: Any, batches: Iterable[Any], *, forward: Callable[[Any], Any
     Examples
     --------
     >>> import numpy as np, keras, batchnorm.keras
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.BatchNormalization(name="bn")])
+    >>> layers = [keras.Input((3,)), keras.layers.BatchNormalization(name="bn")]
+    >>> model = keras.Sequential(layers, name="net")
     >>> found = batchnorm.keras.diagnose(model, [np.random.default_rng(0).normal(size=(64, 3))])
     >>> [(finding.layer, finding.code) for finding in found]
-    [('bn', 'never_updated')]
+    [('net/bn', 'never_updated')]
     """
     chosen = layers_of(model)
     layers = {name: Layer(name, layer, model) for name, layer in chosen.items()}

@@ -74,7 +74,7 @@ def recalibrate(
     --------
     >>> import torch, batchnorm.torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    >>> batches = torch.randn(100, 3).split(32)
+    >>> batches = torch.randn(150, 3).split(50)
     >>> batchnorm.torch.recalibrate(model, batches)
     >>> batchnorm.torch.diagnose(model, batches).codes
     ('fine',)
