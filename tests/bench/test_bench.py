@@ -440,6 +440,8 @@ def test_pytorch_models(bench, what, capfd):
         lines = capfd.readouterr().out.splitlines()
         assert len(lines) == 8 and float(lines[4].split()[2]) < 1e-5
         return
-    done = program("pytorch.py", "--batch", 2, "--size", 32, "--rounds", 1, "steps")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("peak, ") == 5 and done.stdout.count("inference, fold") == 2
+    module.steps_of("ResNet-18", 2, 32, 1)
+    module.peak_of("ResNet-18", 2, 32, "convert, BatchNormAddAct2d")
+    printed = capfd.readouterr().out
+    for line in ("step, torch", "step, convert, BatchNormAddAct2d", "inference, fold", "peak, convert"):
+        assert line in printed
