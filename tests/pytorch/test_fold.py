@@ -137,6 +137,17 @@ def test_what_would_change_the_output_is_left(branch):
         assert same(model, folded, images(5, seed=8))
 
 
+class Elsewhere(nn.Module):
+    """The convolution's weight is used beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+
+
 def shared():
     conv = nn.Conv2d(3, 3, 1)
     return nn.Sequential(conv, nn.BatchNorm2d(3), conv, nn.BatchNorm2d(3))
@@ -155,7 +166,7 @@ def parametrized():
 @pytest.mark.parametrize(
     "make",
     [
-        shared, hooked, parametrized, lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)),
+        shared, hooked, Elsewhere, parametrized, lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)),
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), lambda: nn.BatchNorm2d(3),
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
     ],
@@ -163,7 +174,14 @@ def parametrized():
 def test_what_is_not_folded(make):
     for example in (None, images(3)):
         with pytest.raises(ValueError, match=r"none follows a convolution or nn\.Linear, alone and at once"):
-            fold(make(), example)
+            fold(lived(make()), example)
+
+
+def test_a_linear_layer_along_another_axis():
+    """As many steps as outputs: the shapes fit, and an example shows that folding would be wrong."""
+    model, x = lived(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))), torch.randn(6, 4, 5)
+    with pytest.raises(ValueError, match="none follows"):
+        fold(model, x)
 
 
 def test_bad_statistics_and_bad_input():
@@ -195,5 +213,5 @@ class Noisy(nn.Module):
 
 
 def test_a_model_that_is_never_the_same():
-    with pytest.raises(ValueError, match="output on example differs; is the model random in eval mode"):
+    with pytest.raises(ValueError, match="outputs on example differ each time; is it random in eval mode"):
         fold(lived(Noisy()), images(2))

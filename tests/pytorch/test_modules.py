@@ -19,6 +19,7 @@ from pytorch.models import images, small  # noqa: E402
 from pytorch.workers import on_ranks  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
+from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 
@@ -238,6 +239,19 @@ def test_copies_and_files():
                 other(image()) - other.bias.view(1, 3, 1, 1), 3 * (own(image()) - own.bias.view(1, 3, 1, 1))
             )
             own.running_mean.copy_(other.running_mean)
+
+
+def test_parametrized_and_pruned_parameters():
+    class Absolute(nn.Module):
+        def forward(self, weight):
+            return weight.abs()
+
+    theirs, own = pair()
+    for module in (theirs, own):
+        parametrize.register_parametrization(module, "weight", Absolute())
+        prune.l1_unstructured(module, "bias", 1)
+    assert_same_step(theirs, own, image())
+    assert is_ours(own(image()))
 
 
 # ---- activations -------------------------------------------------------------------------------------------

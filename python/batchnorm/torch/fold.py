@@ -97,7 +97,7 @@ def fold(model: Any, example: Any = None) -> Any:
     if example is not None:
         check_device(plain, example)
         found = _seen(_evaluated(plain), example)
-        pairs = _proven(plain, pairs, {n: b for n, b in found.items() if _foldable(plain, n, b)}, example)
+        pairs = _proven(plain, {n: b for n, b in found.items() if _foldable(plain, n, b)} | pairs, example)
     result = _folded(plain, pairs)
     for norm, before in pairs.items():
         _check_pair(plain, result, norm, before)
@@ -182,8 +182,8 @@ def _seen(model: Any, example: Any) -> Pairs:
 # ---- proof -------------------------------------------------------------------------------------------------
 
 
-def _proven(model: Any, sure: Pairs, maybe: Pairs, example: Any) -> Pairs:
-    """The pairs after whose folding the model's output is the same, those that are sure among them."""
+def _proven(model: Any, pairs: Pairs, example: Any) -> Pairs:
+    """Those pairs after whose folding the model's output is the same."""
     batches = [example, _random_like(example)]
     want, wide = _wide_answers(model, batches)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -193,14 +193,15 @@ def _proven(model: Any, sure: Pairs, maybe: Pairs, example: Any) -> Pairs:
         got = _answers(tried.double(), [_doubled(b) for b in batches]) if wide else _answers(tried, batches)
         return [*map(_close, got, want, repeat(_APART.get(dtype, 0.3)))] == [True] * len(want)
 
-    if same(maybe | sure):
-        return maybe | sure
-    if not same(sure):
-        raise ValueError("the folded model's output on example differs; is the model random in eval mode?")
-    for norm, before in maybe.items():
-        if norm not in sure and same(sure | {norm: before}):
-            sure = sure | {norm: before}
-    return sure
+    if same(pairs):
+        return pairs
+    if not same({}):
+        raise ValueError("the model's outputs on example differ each time; is it random in eval mode?")
+    good = Pairs()
+    for norm, before in pairs.items():
+        if same(good | {norm: before}):
+            good[norm] = before
+    return good
 
 
 def _wide_answers(model: Any, batches: list[Any]) -> tuple[list[Any], bool]:

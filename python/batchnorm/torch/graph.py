@@ -38,7 +38,10 @@ def traced(model: Any) -> tuple[list[Call], set[str]]:
                 shown |= {f"{name}.{each}" for each in seen}
         return calls, shown
     nodes = [node for node in graph.nodes if node.op == "call_module"]
-    return [Call(node.target, _taker(node)) for node in nodes], {name for name, _ in model.named_modules()}
+    # A module whose parameters are used by themselves, too, counts as called once more.
+    others = [node.target.rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"]
+    calls = [Call(node.target, _taker(node)) for node in nodes] + [Call(name, None) for name in others]
+    return calls, {name for name, _ in model.named_modules()}
 
 
 def _taker(node: Any) -> str | None:

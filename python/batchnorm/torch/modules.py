@@ -26,6 +26,8 @@ class Normalising:
     rectifies = False  # `convert` has found a ReLU behind it, which leaves alone what is marked
     training: bool
     track_running_stats: bool
+    weight: Any
+    bias: Any
     momentum: float | None
     eps: float
 
@@ -43,6 +45,10 @@ class Normalising:
             self._check_input_dim(x)
         buffers, parameters = vars(self)["_buffers"], vars(self)["_parameters"]
         mean, var, updates = (buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked"))
+        try:  # not `self.weight`, which takes 10 times as long
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:  # parametrized, or pruned
+            weight, bias = self.weight, self.bias
         factor = 0.0 if self.momentum is None else self.momentum
         if self.training:
             if not self.track_running_stats:
@@ -51,7 +57,6 @@ class Normalising:
                 updates.add_(1)
                 factor = 1.0 / float(updates) if self.momentum is None else factor
         by_batch = self.training or (mean is None and var is None)
-        weight, bias = parameters["weight"], parameters["bias"]
         activation = "relu" if here and self.rectifies else self.activation
         given = x, weight, bias, mean, var, by_batch, factor, self.eps, activation, residual
         if not here:
@@ -164,12 +169,11 @@ class SyncBatchNorm(Normalising, _BatchNorm):
         if not native(x):
             return nn.SyncBatchNorm.forward(self, x)
         self._check_input_dim(x)
-        buffers, parameters = vars(self)["_buffers"], vars(self)["_parameters"]
-        mean, var, updates = (buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked"))
+        mean, var, updates = self.running_mean, self.running_var, self.num_batches_tracked
         factor = 0.0 if self.momentum is None else self.momentum
         tracked = self.track_running_stats and mean is not None
         if tracked and updates is not None:
             updates.add_(1)
             factor = 1.0 / float(updates) if self.momentum is None else factor
         running = (mean, var, factor) if tracked else None
-        return synchronised(x, parameters["weight"], parameters["bias"], running, self.eps, group)
+        return synchronised(x, self.weight, self.bias, running, self.eps, group)
