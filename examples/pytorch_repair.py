@@ -15,6 +15,7 @@ Needs the extras `demo` and `torch` of batchnorm.
 from __future__ import annotations
 
 import argparse
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,14 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     diagnosis = batchnorm.torch.diagnose(model, [tests])
     print(diagnosis.table())
-    print(f"\n{diagnosis.findings[0]}\n")
+    print(f"\n{textwrap.fill(str(diagnosis.findings[0]), 84)}\n")
     batchnorm.torch.recalibrate(model, images.split(256))
     after = batchnorm.torch.diagnose(model, [tests])
     folded = batchnorm.torch.fold(model)
 
     found |= {"repaired": accuracy(model, tests, wanted), "folded": accuracy(folded, tests, wanted)}
     found |= {"before": diagnosis.codes, "after": after.codes}
-    print(f"{found['repaired']:.1%} right after recalibrate(). {after}")
+    print(f"{found['repaired']:.1%} right after recalibrate(); diagnose() says {after.codes}")
     times = milliseconds(model, tests[:64]), milliseconds(folded, tests[:64])
     print(f"{found['folded']:.1%} after fold(); 64 images in {times[1]:.2f} ms instead of {times[0]:.2f}")
     diagnosis.plot(options.out)

@@ -59,7 +59,11 @@ def table(diagnosis: Any) -> str:
             off, first = _worst(each.distance)
             factor, second = _worst(_factors(each.ratio))
             known = first >= 0
-            cells = [str(each.distance.size), f"{each.count:.4g}", f"{off:.3g} std" if known else "-"]
+            cells = [
+                str(each.distance.size),
+                f"{each.count:.{4 if each.count < 1000 else 16}g}",
+                f"{off:.3g} std" if known else "-",
+            ]
             cells += [str(first) if known else "", f"{factor:.3g} x" if known else "-"]
             cells += [str(second) if known else ""]
         rows.append((name, *cells, ", ".join(found) or "fine"))
