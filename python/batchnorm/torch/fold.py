@@ -14,7 +14,17 @@ from torch import nn
 from .. import _hints
 from ..fold import fold as folded_weights
 from .graph import Call, traced
-from .model import STATISTICS, array_of, called, check_device, has_hooks, hooked, layers_of, unwrapped
+from .model import (
+    STATISTICS,
+    array_of,
+    called,
+    check_device,
+    eagerly,
+    has_hooks,
+    hooked,
+    layers_of,
+    unwrapped,
+)
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 __all__ = ["fold"]
@@ -214,7 +224,7 @@ def _wide_answers(model: Any, batches: list[Any]) -> tuple[list[Any], bool]:
 
 def _answers(model: Any, batches: Iterable[Any]) -> list[Any]:
     """All floating tensors of the model's answers."""
-    with torch.no_grad(), torch.random.fork_rng([]), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), torch.random.fork_rng([]), eagerly():
         torch.manual_seed(0)
         found = [t for batch in batches for t in _leaves(called(model, batch))]
     return [t for t in found if t.is_floating_point()]

@@ -246,7 +246,8 @@ def normalise(
         return operator(*given)
     if tracked and by_batch:
         if mean.dtype in _WIDE:
-            torch.autograd.graph.increment_version((mean, var))
+            torch.autograd.graph.increment_version(mean)
+            torch.autograd.graph.increment_version(var)
         else:
             mean.copy_(torch.from_numpy(statistics[0]))
             var.copy_(torch.from_numpy(statistics[1]))

@@ -9,6 +9,7 @@ that add an activation work as they are.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -88,7 +89,6 @@ class Layer:
             decay=decay, eps=module.eps, allow_initial_statistics=not self.tracked
         )  # without statistics there are none to call initial
         self.dtype = np.dtype(np.float64 if self.tracked and mean.dtype == torch.float64 else np.float32)
-        self.channels = module.num_features
         self.running = RunningStatistics()
         if not self.tracked:
             return
@@ -112,6 +112,12 @@ def array_of(tensor: Any) -> Array:
 # ---- running it --------------------------------------------------------------------------------------------
 
 
+def eagerly() -> Any:
+    """A context in which nothing compiled runs; it spares the compiler's import where nothing is compiled."""
+    there = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if there else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def quiet(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
     """Inside, the model is in eval mode, its batch norms normalise by the batch, nothing is compiled and
@@ -120,7 +126,7 @@ def quiet(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
     own = [(m, name, getattr(m, name)) for m in layers.values() for name in STATISTICS]
     buffers = [(m, n, b, b.clone()) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.random.fork_rng(devices), torch.no_grad(), eagerly():
         try:
             for module, _ in modes:
                 module.training = False
