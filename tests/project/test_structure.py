@@ -330,7 +330,7 @@ def python_lines(path: Path) -> int:
 
 @needs_source
 def test_the_package_stays_small() -> None:
-    rooms = {"torch": 986, "keras": 292, "": 3531}  # what needs another library has a ceiling of its own
+    rooms = {"torch": 989, "keras": 292, "": 3531}  # what needs another library has a ceiling of its own
     count = {p.relative_to(PYTHON): python_lines(p) for p in PYTHON.rglob("*.py")}
     for room, ceiling in rooms.items():
         own = {p: n for p, n in count.items() if (p.parts[0] if p.parts[0] in rooms else "") == room}

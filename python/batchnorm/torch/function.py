@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._C import _functorch  # type: ignore[import-not-found,unused-ignore]
+from torch._C import _functorch, _is_tracing
 from torch.autograd import forward_ad
 
 from ..functional import batch_norm, batch_norm_backward, batch_norm_double_backward, batch_norm_train
@@ -38,7 +38,7 @@ _NEEDS: dict[Any, Any] = {
     for wanted in product((False, True), repeat=4)
 }
 
-_is_compiling, _is_tracing = torch.compiler.is_compiling, torch.jit.is_tracing
+_is_compiling = torch.compiler.is_compiling
 _peek, _levels = _functorch.peek_interpreter_stack, vars(forward_ad)
 
 
@@ -132,11 +132,13 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Any) -> Any:
-        x, weight, bias, *rest = ctx.saved_tensors
-        given = dy, x, weight, bias, rest[0] if rest else None, ctx.state, ctx.needs_input_grad
+        saved = ctx.saved_tensors
         if torch.is_grad_enabled():
+            residual = saved[3] if len(saved) > 3 else None
+            given = (dy, *saved[:3], residual, ctx.state, ctx.needs_input_grad)
             return *_Gradients.apply(*given), None, None
-        return *_gradients(*given), None, None
+        dx, dw, db, dr = _gradients(dy, *saved, state=ctx.state, wanted=ctx.needs_input_grad)
+        return dx, dw, db, dr, None, None
 
 
 _apply = super(torch.autograd.Function, _Normalise).apply  # its own looks for what `native` has looked for
@@ -147,14 +149,15 @@ def _any_grad(*tensors: Any) -> bool:
 
 
 def _gradients(
-    dy: Any, x: Any, weight: Any, bias: Any, residual: Any, state: Any, wanted: tuple[bool, ...]
+    dy: Any, x: Any, weight: Any, bias: Any, residual: Any = None, *, state: Any, wanted: tuple[bool, ...]
 ) -> tuple[Any, Any, Any, Any]:
     """Tensors of those gradients that are wanted."""
-    needs = _NEEDS[wanted[:4]]
-    given = None if residual is None else array(residual)
-    threads = torch.get_num_threads()
-    g = batch_norm_backward(array(dy), state, x=array(x), residual=given, needs=needs, num_threads=threads)
-    return tensor_of(g.dx), tensor_of(g.dgamma, weight), tensor_of(g.dbeta, bias), tensor_of(g.dresidual)
+    needs, threads = _NEEDS[wanted[:4]], torch.get_num_threads()
+    if residual is not None:
+        residual = array(residual)
+    g = batch_norm_backward(array(dy), state, x=array(x), residual=residual, needs=needs, num_threads=threads)
+    dx, dgamma, dbeta = g
+    return tensor_of(dx), tensor_of(dgamma, weight), tensor_of(dbeta, bias), tensor_of(g.dresidual)
 
 
 class _Gradients(torch.autograd.Function):
@@ -167,7 +170,7 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(dy, x, weight, bias, residual)
         ctx.state = state
         ctx.set_materialize_grads(False)
-        return _gradients(dy, x, weight, bias, residual, state, wanted)
+        return _gradients(dy, x, weight, bias, residual, state=state, wanted=wanted)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -208,12 +211,13 @@ def operator(
 def _suits(x: Any, weight: Any, bias: Any, mean: Any, var: Any, residual: Any) -> bool:
     """Whether there are values, and PyTorch takes these dtypes together: x's, or of 16 bits also float32."""
     dtype = x.dtype
-    for t in (weight, bias, mean, var):
+    for t in (weight, mean, bias, var):
         if t is not None and t.dtype is not dtype and (dtype in _WIDE or t.dtype is not torch.float32):
             return False
-    if not x.numel():
-        return False
-    return residual is None or (residual.dtype is dtype and native(residual) and residual.shape == x.shape)
+    if residual is None:
+        return bool(x.numel())
+    alike = residual.dtype is dtype and residual.shape == x.shape and native(residual)
+    return alike and bool(x.numel())
 
 
 def normalise(

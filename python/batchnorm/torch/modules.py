@@ -31,9 +31,6 @@ class Normalising:
     momentum: float | None
     eps: float
 
-    def _check_input_dim(self, x: Any) -> None:
-        super()._check_input_dim(x)  # type: ignore[misc]
-
     def forward(self, x: Any) -> Any:
         """The output."""
         return self.normalised(x)
@@ -42,9 +39,10 @@ class Normalising:
         """The output, after the residual and the activation if there are any."""
         here = native(x)
         if here or isinstance(x, torch.Tensor):
-            self._check_input_dim(x)
-        buffers, parameters = vars(self)["_buffers"], vars(self)["_parameters"]
-        mean, var, updates = (buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked"))
+            self._check_input_dim(x)  # type: ignore[attr-defined]
+        own = vars(self)
+        buffers, parameters = own["_buffers"], own["_parameters"]
+        mean, var, updates = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         try:  # not `self.weight`, which takes 10 times as long
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:  # parametrized, or pruned
@@ -61,9 +59,9 @@ class Normalising:
         given = x, weight, bias, mean, var, by_batch, factor, self.eps, activation, residual
         if not here:
             return operator(*given)
-        views = vars(self).get("views")
+        views = own.get("views")
         if views is None:
-            views = vars(self)["views"] = Views()
+            views = own["views"] = Views()
         y = normalise(*given, views)
         if self.rectifies:
             y.is_rectified = True
