@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "_ext"))
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import batchnorm  # noqa: E402
 
@@ -36,8 +38,9 @@ numpydoc_validation_checks = {"SS01", "PR01", "PR02", "PR04", "RT01"}
 # Results and views that nobody builds: their fields are Attributes.
 numpydoc_validation_exclude = {
     r"\.(TrainResult|Gradients|DoubleGradients|MeanVar|DatasetMoments|Applied|CacheInfo|Parameter)$",
-    r"\.(Diagnosis|Finding)$",
+    r"\.(Compared|Diagnosis|Finding)$",
     r"\.formats\.(Norm|Inspection|Folded|Pair|Format)$",
+    r"\.torch\.(Sync)?BatchNorm",  # arguments are those of torch.nn
 }
 
 html_theme = "furo"

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 GALLERY: dict[str, list[str]] = {
     "lenet": [],
     "good_train_bad_test": [],
+    "pytorch_repair": [],
     "small_batches": ["--seeds", "3"],
     "padded_sequences": ["--seeds", "3"],
     "image_preprocessing": [],

@@ -32,7 +32,7 @@ from ._openmp import _core  # first: it decides how OpenMP waits
 # isort: on
 from ._version import __version__
 from .dataset import DatasetMoments, dataset_moments
-from .diagnose import Diagnosis, Finding, History, diagnose, freeze, no_update, recalibrate
+from .diagnose import Compared, Diagnosis, Finding, History, diagnose, freeze, no_update, recalibrate
 from .fold import fold
 from .functional import (
     DoubleGradients,
@@ -69,6 +69,7 @@ __all__ = [
     "BatchNorm",
     "CacheInfo",
     "ColdStatisticsWarning",
+    "Compared",
     "DatasetMoments",
     "Diagnosis",
     "DoubleGradients",

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +14,8 @@ import numpy as np
 from . import _core
 from .images import CHANNEL_AXES, GREY
 from .moments import FIRST_AXIS, MeanVar, Moments, array_of, common_count, reduced_axes, refuse_group, unit
-from .settings import UnsaidAxis, flag, integer, kind
+from .progress import bar
+from .settings import UnsaidAxis, integer, kind
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
 
 __all__ = ["DatasetMoments", "dataset_moments"]
@@ -160,12 +159,12 @@ def dataset_moments(
         if function is not None and not callable(function):
             raise TypeError(f"{name} is {kind(function)}, expected a function, or None")
     top = unit(1 if max_value is None else max_value)
-    show = None if progress is None else flag("progress", progress)
     elements = _elements(batches)
     form = str(total.state_dict()["data_format"])
     cut = CHANNEL_AXES.get(form, total.channel_axis)  # also of single images
     said = total.channels is not None or form or not isinstance(total.channel_axis, UnsaidAxis)
-    with _bar(show, None if read is not None else _bytes_of(batches)) as advance:
+    size = None if read is not None else _bytes_of(batches)
+    with bar(progress, "moments", size, of_bytes=True) as advance:
         for element in elements:
             made = not _is_array(element) and (read is not None or not _is_path(element))
             for piece in _pieces_of(element, cut, chunk, read, transform):
@@ -296,36 +295,3 @@ def _open_npy(path: str | os.PathLike[str]) -> Array:
         what = f"cannot read {name!r} as an .npy file: {str(error) or type(error).__name__}"
         remedy = "pass read=, a function that makes an array of a path, such as PIL.Image.open"
         raise ValueError(f"{what}; {remedy}") from error
-
-
-# ---- progress ----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _bar(show: bool | None, total: int | None) -> Iterator[Callable[[int], object]]:
-    """A function that is told the bytes read, and shows them."""
-    progress = _make_bar(show) if show or (show is None and sys.stderr.isatty()) else None
-    if progress is None:
-        yield lambda n: None
-        return
-    with progress:
-        task = progress.add_task("moments", total=total)
-        yield lambda n: progress.advance(task, n)
-        done = progress.tasks[0].completed
-        progress.update(task, total=done, completed=done)  # known at last
-
-
-def _make_bar(show: bool | None) -> Any:
-    try:
-        from rich import progress
-        from rich.console import Console
-    except ImportError:
-        if show:
-            raise ImportError(
-                "progress=True needs the package rich: pip install 'batchnorm[progress]', or pass "
-                "progress=False"
-            ) from None
-        return None
-    columns = progress.BarColumn, progress.DownloadColumn, progress.TransferSpeedColumn
-    made = [column() for column in (*columns, progress.TimeRemainingColumn)]
-    return progress.Progress("{task.description}", *made, console=Console(stderr=True))

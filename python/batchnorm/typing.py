@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "ActivationName", "Array", "CallOptions", "ChannelAxis", "DataFormatName", "GradientName", "Group",
-    "KeepName", "LayerLike", "Mask", "Observe", "OnNonfinite", "RenormOptions", "RunningLike", "StatsName",
-    "Vector",
+    "ActivationName", "Array", "CallOptions", "ChannelAxis", "DataFormatName", "Examined", "GradientName",
+    "Group", "KeepName", "LayerLike", "Mask", "Observe", "OnNonfinite", "RenormOptions", "RunningLike",
+    "StatsName", "Vector",
 ]  # fmt: skip
 
 # A tensor, or one value per channel, of any dtype the function takes.
@@ -106,19 +106,25 @@ class RunningLike(Protocol):
     ) -> None: ...
 
 
-class LayerLike(Protocol):
-    """What functions on whole networks use of a layer: :class:`batchnorm.BatchNorm` has it all."""
+class Examined(Protocol):
+    """What a diagnosis uses of a layer, ours or another library's."""
 
     name: str | None
     settings: Any
-    gamma: Array | Any
-    beta: Array | Any
     dtype: np.dtype[Any]
 
     @property
     def running(self) -> RunningLike: ...
     @property
     def frozen(self) -> bool: ...
+
+
+class LayerLike(Examined, Protocol):
+    """What functions on whole networks use of a layer: :class:`batchnorm.BatchNorm` has it all."""
+
+    gamma: Array | Any
+    beta: Array | Any
+
     def snapshot(self) -> Any: ...
     def rollback(self, snapshot: Any, /) -> Any: ...
     def using(

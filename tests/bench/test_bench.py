@@ -418,3 +418,30 @@ def test_bad_options_of_scaling(bench, capsys, arguments, words):
         bench("scaling").parser().parse_args(arguments)
     assert e.value.code == 2
     assert words in capsys.readouterr().err
+
+
+# ---- PyTorch models ----
+
+
+@pytest.mark.parametrize("what", ["steps", "recalibrate"])
+def test_pytorch_models(bench, what, capfd):
+    """On small tensors; a converted network does what the plain one does."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    module = bench("pytorch")
+    for name, made in module.NETWORKS.items():
+        torch.manual_seed(0)
+        plain, x = made().eval(), torch.randn(2, 3, 32, 32)
+        fused = made(fused=True)
+        fused.load_state_dict(plain.state_dict())
+        for other in (module.ours.convert(fused.eval()), module.ours.fold(plain)):
+            torch.testing.assert_close(other(x), plain(x), rtol=1e-3, atol=1e-4, msg=name)
+    if what == "recalibrate":
+        module.recalibrate()
+        lines = capfd.readouterr().out.splitlines()
+        assert len(lines) == 8 and float(lines[4].split()[2]) < 1e-5
+        return
+    module.steps_of("ResNet-18", 2, 32, 1)
+    module.peak_of("ResNet-18", 2, 32, "convert, BatchNormAddAct2d")
+    printed = capfd.readouterr().out
+    for line in ("step, torch", "step, convert, BatchNormAddAct2d", "inference, fold", "peak, convert"):
+        assert line in printed

@@ -297,7 +297,7 @@ def test_what_is_known_of_the_statistics():
     assert to_layer(Norm("a", M, V, num_updates=10**6)).report().ok
     assert to_layer(Norm("a", M, V, num_updates=5)).report().codes == ("cold",)
     assert to_layer(Norm("a", M, V, num_updates=5, zero_debias=True)).report().ok
-    assert to_layer(Norm("a", M, V, num_updates=5), decay=0.1).report().ok
+    assert to_layer(Norm("a", M, V, num_updates=7), decay=0.5).report().ok
 
 
 def test_options_of_the_layer():

@@ -196,6 +196,16 @@ def test_invalid_statistics(name, values, words):
         assert found.findings[0].channels == tuple(values) and words in str(found)
 
 
+@pytest.mark.parametrize(("decay", "advised"), [(0.01, 0.99), (0.1, 0.9), (0.3, 0.9)])
+def test_a_decay_that_is_a_momentum(decay, advised):
+    layer = fitted(decay=decay)
+    for found in (diagnosed(layer), diagnosed(layer, data(seed=9))):
+        assert found.codes == ("short_average",) and found.findings[0].numbers == {"decay": decay}
+        assert f"with decay={decay} the last batch weighs {100 - 100 * decay:g} %" in str(found)
+        assert f"1 - momentum of PyTorch: use decay={advised:g}." in str(found)
+    assert diagnosed(fitted(decay=0.9), data(seed=9)).codes[0] == "cold"
+
+
 def test_a_batch_with_nan():
     x = data(seed=9)
     x[3, 2] = np.nan

@@ -152,6 +152,49 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "operations/test_fold.py::test_eps_and_out_axis_have_no_default",
     ),
     # ---- the layer
+    "PyTorch models diagnosed as they are, by module path, nothing changed": (
+        "pytorch/test_diagnose.py::test_each_fault_is_told_with_its_layer",
+        "pytorch/test_diagnose.py::test_what_it_finds_is_the_layers_own",
+        "pytorch/test_diagnose.py::test_bad_input_changes_nothing",
+    ),
+    "A diagnosis as a table, a picture, JSON": (
+        "pytorch/test_diagnose.py::test_numbers_for_people_and_programs",
+    ),
+    "PyTorch models recalibrated exactly, over several processes too": (
+        "pytorch/test_recalibrate.py::test_each_layer_has_exactly_what_it_meets",
+        "pytorch/test_recalibrate.py::test_several_processes_have_the_statistics_of_all",
+    ),
+    "PyTorch models folded, proven before they are returned": (
+        "pytorch/test_fold.py::test_every_layer",
+        "pytorch/test_fold.py::test_what_would_change_the_output_is_left",
+    ),
+    "PyTorch modules on the CPU: same state, same results, both orders of gradients": (
+        "pytorch/test_proof.py::test_module_info",
+        "pytorch/test_proof.py::test_op_info",
+        "pytorch/test_proof.py::test_gradcheck_and_gradgradcheck",
+        "pytorch/test_modules.py::test_values_that_the_functions_refuse",
+        "pytorch/test_modules.py::test_it_keeps_the_input_as_pytorch_does",
+    ),
+    "Batch norm, residual and activation as one PyTorch module": (
+        "pytorch/test_modules.py::test_fused_activations",
+        "pytorch/test_proof.py::test_gradients_behind_an_activation",
+    ),
+    "Synchronised statistics on the CPU, parts of any size": (
+        "pytorch/test_modules.py::test_synchronised_statistics_are_those_of_the_whole_batch",
+        "pytorch/test_modules.py::test_ddp_and_faults_of_one_process",
+    ),
+    "A model's batch norms converted and back, with the ReLU behind them": (
+        "pytorch/test_modules.py::test_convert_and_revert",
+    ),
+    "Keras 3 models diagnosed and recalibrated, on any backend": (
+        "keras3/test_keras.py::test_each_fault_is_told_with_its_layer",
+        "keras3/test_keras.py::test_each_layer_has_exactly_what_it_meets",
+        "keras3/test_keras.py::test_on_each_backend",
+    ),
+    "Keras 3 models folded, compared before they are returned": (
+        "keras3/test_keras.py::test_fold",
+        "keras3/test_keras.py::test_what_is_not_folded",
+    ),
     "Lazy channel count; a given one is checked; a guess that looks wrong is said": (
         "layer/test_lazy.py::test_a_lazy_layer_is_as_one_with_a_count",
         "layer/test_lazy.py::test_another_channel_count_is_told_of_x",

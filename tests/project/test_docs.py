@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
 import importlib.util
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -30,20 +32,9 @@ PUBLIC = [name for name in batchnorm.__all__ if name != "__version__"]
 FORMATS = [name for name in batchnorm.formats.__all__ if name != "FORMATS"]
 # Public functions and classes whose docstring needs no example: results, and what only reports.
 WITHOUT_EXAMPLE = {
-    *(
-        "Folded",
-        "Format",
-        "Inspection",
-        "Norm",
-        "Pair",
-        "CacheInfo",
-        "ColdStatisticsWarning",
-        "DatasetMoments",
-        "Diagnosis",
-        "DoubleGradients",
-        "Finding",
-    ),
-    *("Gradients", "History", "MeanVar", "Parameter", "TrainResult", "Saved"),
+    *("CacheInfo", "ColdStatisticsWarning", "Compared", "DatasetMoments", "Diagnosis", "DoubleGradients"),
+    *("Finding", "Gradients", "History", "MeanVar", "Parameter", "TrainResult", "Saved"),
+    *("Folded", "Format", "Inspection", "Norm", "Pair"),
     *("cache_info", "config", "empty_cache", "get_cmake_dir", "get_include", "get_isa", "get_num_threads"),
     *("isa_levels", "set_cache_limit", "set_isa", "set_num_threads", "show_config"),
 }
@@ -108,6 +99,26 @@ def test_docstring(name: str) -> None:
 def test_docstring_of_a_module(module: object) -> None:
     text = inspect.getdoc(module) or ""
     assert run([doctest.DocTestParser().get_doctest(text, {}, "module", None, None)]) >= 2
+
+
+@pytest.mark.parametrize(("name", "needs"), [("torch", ("torch",)), ("keras", ("torch", "keras"))])
+def test_docstrings_for_other_libraries(name: str, needs: tuple[str, ...]) -> None:
+    os.environ.setdefault("KERAS_BACKEND", "torch")
+    for each in needs:
+        pytest.importorskip(each, reason=f"{each} is not installed (extra {name})")
+    module = importlib.import_module(f"batchnorm.{name}")
+    text = inspect.getdoc(module) or ""
+    assert run([doctest.DocTestParser().get_doctest(text, {}, "module", None, None)]) >= 2
+    for public in module.__all__:
+        thing = getattr(module, public)
+        assert inspect.getdoc(thing), public
+        tests = examples(thing, public)
+        if inspect.isfunction(thing):
+            assert run(tests) >= 2 or public == "revert", f"{public} has no example"
+            for parameter in parameters_of(thing):
+                assert re.search(rf"\b{parameter}\b", inspect.getdoc(thing) or ""), parameter
+        else:
+            run(tests)
 
 
 def parameters_of(thing: object) -> list[str]:
@@ -237,9 +248,15 @@ def test_every_feature_has_its_proof_and_no_other() -> None:
 @pytest.mark.parametrize("feature", PROOFS)
 def test_a_feature_is_there(feature: str) -> None:
     served_by = dict(rows())[feature]
-    names = re.findall(r"`([A-Za-z_.]+)(?:\(([^`]*)\))?`", served_by)
+    names = re.findall(r"`([A-Za-z0-9_.]+)(?:\(([^`]*)\))?`", served_by)
     assert names
     for name, arguments in names:
+        room = name.partition(".")[0]
+        if room in ("torch", "keras"):
+            os.environ.setdefault("KERAS_BACKEND", "torch")
+            pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+            pytest.importorskip(room, reason=f"{room} is not installed (extra {room})")
+            importlib.import_module(f"batchnorm.{room}")
         thing: object = batchnorm
         for part in name.split("."):
             thing = getattr(thing, part)

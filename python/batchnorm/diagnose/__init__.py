@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .findings import Diagnosis, Finding, diagnose
+from .findings import Compared, Diagnosis, Finding, diagnose
 from .history import History
 from .network import freeze, no_update
 from .recalibrate import recalibrate
 
-__all__ = ["Diagnosis", "Finding", "History", "diagnose", "freeze", "no_update", "recalibrate"]
+__all__ = ["Compared", "Diagnosis", "Finding", "History", "diagnose", "freeze", "no_update", "recalibrate"]

@@ -11,7 +11,7 @@ import numpy as np
 from .. import _core
 from ..moments import Moments, reduced_axes
 from ..settings import kind
-from ..typing import Array, LayerLike
+from ..typing import Array, Examined, LayerLike
 
 __all__ = ["freeze", "no_update"]
 
@@ -135,7 +135,7 @@ def freeze(layers: Layers) -> None:
 class Collector:
     """What has passed through a layer: the observer of ``layer.using``."""
 
-    def __init__(self, layer: LayerLike) -> None:
+    def __init__(self, layer: Examined) -> None:
         self._where = layer.settings.where
         self._layer = layer
         self.moments = Moments(**self._where)
@@ -164,7 +164,7 @@ class Collector:
 
 
 def check_channels(
-    layer: LayerLike, part: Moments, what: str, where: str = "", before: Moments | None = None
+    layer: Examined, part: Moments, what: str, where: str = "", before: Moments | None = None
 ) -> None:
     """Raise if these are not moments of the layer's channels, or, while it knows none, of those before."""
     own, shape = layer.running.mean, part.counts.shape

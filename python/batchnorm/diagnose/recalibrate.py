@@ -15,7 +15,7 @@ import numpy as np
 from .. import _core
 from ..moments import Moments, refuse_group
 from ..settings import flag
-from ..typing import Array, LayerLike, Mask, StatsName, Vector
+from ..typing import Array, Examined, LayerLike, Mask, StatsName, Vector
 from .network import Collector, Layers, check_channels, iterable, named, run, watching
 
 __all__ = ["recalibrate"]
@@ -45,7 +45,7 @@ def collected(layer: LayerLike, data: Iterable[Array] | Moments, group: object =
     return collector
 
 
-def population(layer: LayerLike, collector: Collector, name: str | None = None) -> New:
+def population(layer: Examined, collector: Collector, name: str | None = None) -> New:
     """The statistics of what was collected as the layer will have them, or the error that they cannot be.
 
     Channels with fewer than 2 values keep what they had.
