@@ -108,9 +108,12 @@ void Signature::refuse(PyObject* const* arguments, Py_ssize_t n, PyObject* keywo
 void Signature::parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const {
     to.values_ = defaults_;
     if (n > operation_->positional) refuse(arguments, n, keywords);
+    PyTypeObject* const array_type = py::detail::npy_api::get().PyArray_Type_;
     const auto set = [&](Name name, PyObject* value) {
+        const std::uint64_t bit = std::uint64_t{1} << index(name);
         to.values_[index(name)] = value;
-        to.given_ |= std::uint64_t{1} << index(name);
+        to.given_ |= bit;
+        if (Py_TYPE(value) != array_type) to.foreign_ |= bit;
     };
     for (Py_ssize_t i = 0; i < n; ++i) set(operation_->names[i], arguments[i]);
     const Py_ssize_t n_keywords = keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords);
@@ -121,6 +124,19 @@ void Signature::parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, P
         set(name, arguments[n + i]);
     }
     if ((required_ & ~to.given_) != 0) refuse(arguments, n, keywords);
+    to.foreign_ &= kTensors | kVectors;
+    if (to.foreign_ != 0) take_in(to);
+}
+
+void Signature::take_in(Arguments& of) const {
+    for (const Name name : operation_->names) {
+        const std::uint64_t bit = std::uint64_t{1} << index(name);
+        PyObject*& value = of.values_[index(name)];
+        if ((of.foreign_ & bit) == 0 || value == Py_None || is_ndarray(value)) continue;
+        const py::object as_array = py::module_::import("batchnorm._arrays").attr("as_array");
+        of.made_.push_back(as_array(word(name), py::handle(value), (bit & kVectors) != 0));
+        value = of.made_.back().ptr();
+    }
 }
 
 PyObject* Signature::call(PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const noexcept {
@@ -426,12 +442,7 @@ std::string conversion(const char* name, PyObject* array) {
 }  // namespace
 
 void refuse_others(PyObject* value, const char* name, std::string_view expected) {
-    if (!is_ndarray(value)) {
-        const std::string module = py::str(py::type::handle_of(value).attr("__module__"));
-        const bool torch = module.substr(0, module.find('.')) == "torch";
-        const std::string hint = torch ? say("; use ", name, ".detach().cpu().numpy()") : "";
-        type_error(name, say(name, " is ", kind_of(value), ", expected ", expected, hint));
-    }
+    if (!is_ndarray(value)) type_error(name, say(name, " is ", kind_of(value), ", expected ", expected));
     if (!is_masked(value)) return;
     const bool x = std::string_view(name) == "x";
     type_error(name, say(name, " is a masked array, whose mask would be ignored, expected ", expected,

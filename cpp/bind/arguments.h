@@ -31,6 +31,16 @@ const char* word(Name name);
 
 class Arguments;
 
+// Those that are arrays and only read: of other libraries too.
+constexpr std::uint64_t names_of(std::initializer_list<Name> names) {
+    std::uint64_t set = 0;
+    for (const Name name : names) set |= std::uint64_t{1} << static_cast<int>(name);
+    return set;
+}
+inline constexpr std::uint64_t kTensors = names_of({Name::x, Name::dy, Name::residual, Name::ddx, Name::ddresidual});
+inline constexpr std::uint64_t kVectors = names_of(
+    {Name::mean, Name::var, Name::inv_std, Name::gamma, Name::beta, Name::ddgamma, Name::ddbeta, Name::mask, Name::lengths, Name::weights});
+
 // A function as Python calls it.
 struct Operation {
     const char* name;
@@ -53,6 +63,7 @@ public:
 private:
     void parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const;
     Name find(PyObject* keyword, std::size_t& from) const;  // none: there is no such parameter
+    void take_in(Arguments& of) const;                      // arrays of other libraries as NumPy's
     [[noreturn]] void refuse(PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const;
 
     void set_required();
@@ -74,6 +85,8 @@ private:
     friend class Signature;
     std::array<PyObject*, kNames> values_;
     std::uint64_t given_ = 0;
+    std::uint64_t foreign_ = 0;  // arrays that are not NumPy's own
+    std::vector<py::object> made_;
 };
 
 void start_keywords();  // once, at import

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from . import _core, _hints, functional
+from ._arrays import as_array
 from .diagnose import Diagnosis, History, findings
 from .diagnose.history import plot
 from .diagnose.recalibrate import collected, population, recalibrating
@@ -743,6 +744,8 @@ class BatchNorm:
         initial, saved, done, measured, renorm = state.initial, None, None, None, None
         decay: Any = 1.0
         try:
+            if not isinstance(x, np.ndarray):
+                x = as_array("x", x, False)
             by_batch, updating, keeping = self._mode(training, stats, update)
             if initial is not None or settings.data_format is not None or not (by_batch or running.trusted):
                 self._prepare(x, not by_batch)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.ma import MaskedArray
 
 from . import _core, _hints
+from ._arrays import as_array
 from .functional import batch_norm
 from .settings import Settings, UnsaidAxis, flag, integer, kind, real
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
@@ -584,6 +585,8 @@ def _counting(
     x: Any, where: dict[str, Any], nodata: Vector | None, positions: dict[str, Any]
 ) -> tuple[Array, dict[str, Any]]:
     """x without a mask of its own, and the positions that count of it."""
+    if not isinstance(x, np.ndarray):
+        x = as_array("x", x, False)
     if nodata is None and not isinstance(x, MaskedArray):
         return x, positions
     counted: Any = ~np.ma.getmaskarray(x)

@@ -417,7 +417,7 @@ BAD_DATA_SETS = [
     ([], {"mask": np.ones(3, bool)}, TypeError,
      "mask is of type numpy.ndarray, expected a function, or None"),
     (np.ones((2, 3)), {"transform": lambda b: list(b)}, TypeError, "x is of type list"),
-    (np.ones((2, 3)), {"mask": lambda b: [True, False]}, TypeError, "mask is"),
+    (np.ones((2, 3)), {"mask": lambda b: ["yes", "no"]}, TypeError, "mask is"),
     ([], {"max_value": 0}, ValueError, "max_value is 0.*, expected a finite number > 0"),
     (np.ones((2, 3), np.uint8), {"max_value": 1 / 255}, ValueError, "value of uint8.*pass max_value=255$"),
     ([], {"moments": 3}, TypeError, r"moments is 3 \(int\), expected a Moments to go on with"),

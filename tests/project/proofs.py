@@ -119,6 +119,11 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "operations/test_combinations.py::test_everything_combines",
         "operations/test_combinations.py::test_pairs_have_the_same_bits_everywhere",
     ),
+    "Arrays of other libraries, buffers, and lists per channel, where they are only read": (
+        "operations/test_arrays.py::test_every_array_that_is_read_may_be_foreign",
+        "operations/test_arrays.py::test_without_a_copy",
+        "operations/test_arrays.py::test_sequences_of_numbers_are_values_per_channel_and_position",
+    ),
     "Integer images: exact sums, floating output, channels moved on the way": (
         "operations/test_moments.py::test_moments_of_integers_are_correctly_rounded",
         "data/test_images.py::test_channels_last_to_first",

@@ -189,7 +189,7 @@ def test_the_namespace_is_that_of_the_version() -> None:
 
 # From the bottom up. A module imports modules of rows below its own, or of its own row without a circle.
 ROWS = (
-    ("_core", "_version", "typing", "_hints", "_openmp"),
+    ("_core", "_version", "typing", "_hints", "_arrays", "_openmp"),
     ("functional",),
     ("settings",),
     ("running", "parameter", "runtime", "fold", "tune", "progress"),
@@ -337,7 +337,7 @@ def test_the_package_stays_small() -> None:
         of_files = path.parts[0] == "io" and path.name not in states
         return "formats" if of_files or path.name == "formats.py" else path.parts[0]
 
-    rooms = {"formats": 1510, "torch": 989, "keras": 292, "": 3628}
+    rooms = {"formats": 1510, "torch": 989, "keras": 292, "": 3686}
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     for name, ceiling in rooms.items():
         own = {}
@@ -354,7 +354,7 @@ def test_the_package_stays_small() -> None:
 def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
     total = sum(count.values())
-    assert total <= 10634, f"{total} lines of C++ without comments"
+    assert total <= 10655, f"{total} lines of C++ without comments"
 
 
 @needs_source

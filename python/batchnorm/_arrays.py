@@ -1,0 +1,73 @@
+"""Arrays of other libraries as NumPy's: what is only read may come from anywhere, mostly without a copy.
+
+The extension asks for it where an argument is no ndarray. What is written to, ``out`` and running
+statistics, is never converted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ._hints import kind
+
+_CPU = (1, 3)  # DLDeviceType: kDLCPU, kDLCUDAHost
+_DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 14: "oneAPI"}
+
+
+def as_array(name: str, value: Any, is_vector: bool) -> Any:
+    """`value` as an ndarray; itself where that is not how it is meant, for an error of who asks.
+
+    By ``__dlpack__``, or by what ``numpy.asarray`` knows: buffers, ``__array_interface__``, ``__array__``.
+    Lists and tuples of numbers only where `is_vector`, for one value per channel or position.
+    """
+    if isinstance(value, str | bytes | np.generic | bool | int | float):
+        return value
+    if is_vector and isinstance(value, list | tuple):
+        return _of_sequence(name, value)
+    readable = "an array of float32, float64, float16 or bfloat16"
+    if hasattr(value, "__dlpack_device__"):
+        try:
+            device = int(value.__dlpack_device__()[0])
+        except (ValueError, RuntimeError) as error:  # torch's device "meta"
+            raise TypeError(
+                f"{name} is {kind(value)} without values ({error}), expected {readable}"
+            ) from error
+        if device not in _CPU:
+            where = f"{name} is {kind(value)} on a device of {_DEVICES.get(device, f'type {device}')}"
+            raise TypeError(f"{where}, which wants the CUDA build, expected an array on the CPU")
+        if getattr(value, "requires_grad", False):
+            got = f"{name} is {kind(value)} that requires a gradient, which ends here"
+            raise TypeError(f"{got}, expected an array without; use {name}.detach(), or batchnorm.torch")
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError):  # bfloat16, which DLPack knows and NumPy does not
+            if not hasattr(value, "__array__"):
+                return value
+    elif not (hasattr(value, "__array__") or hasattr(value, "__array_interface__") or _has_buffer(value)):
+        return value
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        use = f"; use {name}.float()" * ("bfloat16" in str(error).lower())
+        got = f"{name} is {kind(value)}, which NumPy cannot read ({error})"
+        raise TypeError(f"{got}, expected {readable}{use}") from error
+
+
+def _has_buffer(value: Any) -> bool:
+    try:
+        memoryview(value).release()
+    except TypeError:
+        return False
+    return True
+
+
+def _of_sequence(name: str, value: Any) -> Any:
+    try:
+        array = np.asarray(value)
+    except ValueError:  # of several lengths
+        return value
+    if array.dtype.kind not in "biuf" or array.dtype == np.longdouble:
+        return value
+    return array.astype(np.float64) if array.dtype.kind in "iu" and name != "lengths" else array
