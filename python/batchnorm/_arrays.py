@@ -6,6 +6,7 @@ statistics, is never converted.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,11 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
         use = f"; use {name}.float()" * ("bfloat16" in str(error).lower())
         got = f"{name} is {kind(value)}, which NumPy cannot read ({error})"
         raise TypeError(f"{got}, expected {readable}{use}") from error
+
+
+def is_masked(value: Any) -> bool:
+    """Whether it is a masked array, without importing ``numpy.ma``: who has made one, has it."""
+    return "numpy.ma" in sys.modules and isinstance(value, np.ma.MaskedArray)
 
 
 def _has_buffer(value: Any) -> bool:

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 
 from . import _core
+from ._arrays import is_masked
 from .settings import checked_vector, integer, kind, real
 from .typing import Array
 
@@ -92,7 +93,7 @@ def fold(
     >>> weight.shape, bias.shape
     ((64, 16, 3, 3), (64,))
     """
-    plain = isinstance(weight, np.ndarray) and not isinstance(weight, np.ma.MaskedArray)
+    plain = isinstance(weight, np.ndarray) and not is_masked(weight)
     if not plain or weight.dtype.name not in _FLOATS:
         got = f"has dtype {weight.dtype}" if plain else f"is {kind(weight)}"
         raise TypeError(f"weight {got}, expected an array of float16, float32, float64 or bfloat16")

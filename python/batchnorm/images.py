@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from . import _core
+from ._arrays import is_masked
 from .functional import batch_norm
 from .moments import array_of, unit
 from .settings import kind, real, word
@@ -126,7 +127,7 @@ def _images(x: Any, max_value: float | None, data_format: str, to_axis: int) -> 
     if not isinstance(x, np.ndarray):
         raise TypeError(f"x is {kind(x)}, expected an array of {expected}")
     moved = "{}" if from_axis == to_axis else f"numpy.moveaxis({{}}, {from_axis}, {to_axis})"
-    if isinstance(x, np.ma.MaskedArray):
+    if is_masked(x):
         use = f"pass x.data for y, and then set y[{moved.format('numpy.ma.getmaskarray(x)')}] = 0"
         raise TypeError(f"x is {kind(x)}, expected an array of {expected} without a mask; {use}")
     if x.ndim not in (3, 4):

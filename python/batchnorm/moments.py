@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.ma import MaskedArray
 
 from . import _core, _hints
-from ._arrays import as_array
+from ._arrays import as_array, is_masked
 from .functional import batch_norm
 from .settings import Settings, UnsaidAxis, flag, integer, kind, real
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
@@ -587,10 +586,10 @@ def _counting(
     """x without a mask of its own, and the positions that count of it."""
     if not isinstance(x, np.ndarray):
         x = as_array("x", x, False)
-    if nodata is None and not isinstance(x, MaskedArray):
+    if nodata is None and not is_masked(x):
         return x, positions
     counted: Any = ~np.ma.getmaskarray(x)
-    x = np.ma.getdata(x) if isinstance(x, MaskedArray) else x
+    x = np.ma.getdata(x) if is_masked(x) else x
     shape = _core.channel_shape(x, **where)
     if nodata is not None:
         counted = counted & ~_matches(x, nodata, reduced_axes(x.ndim, Settings(**where).channel_axis), shape)

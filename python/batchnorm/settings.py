@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ._arrays import is_masked
 from ._hints import kind as kind
 from ._hints import suggestion
 from .typing import ActivationName, ChannelAxis, DataFormatName, OnNonfinite
@@ -99,7 +100,7 @@ def checked_vector(
     """
     dtypes = _FLOATS if cast else (dtype,)
     expected = f"an array of {' or '.join(map(str, dtypes))}, one value per channel"
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
+    if not isinstance(value, np.ndarray) or is_masked(value):
         use = f"; use numpy.array({_expression(name)}, numpy.{dtype})" * isinstance(value, list | tuple)
         raise TypeError(f"{name} is {kind(value)}, expected {expected}{use}")
     if value.dtype not in dtypes:

@@ -16,17 +16,18 @@ import io
 import math
 import os
 import re
-import secrets
 import struct
-import zipfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from ..settings import kind
+
+if TYPE_CHECKING:
+    import zipfile
 
 __all__ = ["failing_as", "path_text", "read_arrays", "replacing", "write_arrays"]
 
@@ -56,6 +57,8 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]
             raise TypeError(f"{key} has dtype {value.dtype}, a state file holds real numbers and str")
     if sum(value.nbytes for value in arrays.values()) > _MAX_BYTES:
         raise ValueError(f"the state is larger than the {_MAX_BYTES} bytes a state file may have")
+    import zipfile  # of what the package imports it would take a tenth of the time
+
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=False) as archive:
         for key, value in arrays.items():
             info = zipfile.ZipInfo(f"{key}.npy")  # the date of a new ZipInfo is 1980-01-01
@@ -70,7 +73,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     """The name of a new file to write, which becomes `path` at the end, in one step, or goes."""
     name = path_text(path)
     target = os.path.realpath(name)  # a symbolic link keeps pointing, its target is replaced
-    temporary = os.path.join(os.path.dirname(target), f".batchnorm-{secrets.token_hex(8)}.tmp")
+    temporary = os.path.join(os.path.dirname(target), f".batchnorm-{os.urandom(8).hex()}.tmp")
     try:
         open(temporary, "xb").close()
     except OSError as error:
@@ -97,6 +100,8 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     ValueError
         The content is damaged, hostile or something else.
     """
+    import zipfile
+
     name = path_text(path)
     with open(name, "rb") as file, failing_as(f"cannot read {name!r}"):
         size = os.fstat(file.fileno()).st_size
@@ -163,7 +168,7 @@ def _check_members(members: list[zipfile.ZipInfo], count: int, size: int) -> Non
         allowed = _MEMBER.fullmatch(name) is not None
         _require(allowed, f"member name {name[:80]!r} is not allowed, expected one like 'gamma.npy'")
         _require(names.count(name) == 1, f"member {name!r} occurs twice")
-        known = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        known = info.compress_type in (0, 8)  # stored, deflated
         _require(known, f"member {name!r} has compression {info.compress_type}, expected 0 or 8 (deflate)")
     packed, total = (sum(getattr(info, n) for info in members) for n in ("compress_size", "file_size"))
     fits = packed <= size and all(info.header_offset <= size for info in members)
