@@ -263,6 +263,13 @@ def test_bad_options_of_run(bench, capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
+def test_activations():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    done = program("activations.py", "--shape", "2", "3", "4", "4", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"bfloat16 NHWC .*\d\.\d\d / \d\.\d\d", done.stdout), done.stdout
+
+
 def test_features():
     done = program("features.py", "--set", "tiny", "--rounds", "3")
     assert done.returncode == 0, done.stderr
