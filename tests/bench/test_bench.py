@@ -267,7 +267,7 @@ def test_activations():
     pytest.importorskip("torch", reason="PyTorch is not installed")
     done = program("activations.py", "--shape", "2", "3", "4", "4", "--rounds", "1")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"bfloat16 NHWC .*\d\.\d\d / \d\.\d\d", done.stdout), done.stdout
+    assert "bfloat16 NHWC" in done.stdout and done.stdout.count(" / ") >= 24, done.stdout
 
 
 def test_features():
