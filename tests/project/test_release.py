@@ -25,7 +25,11 @@ pytestmark = pytest.mark.skipif(
 
 
 def needs(*modules: str) -> pytest.MarkDecorator:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    def found(name: str) -> bool:
+        parent = name.rpartition(".")[0]
+        return (not parent or found(parent)) and importlib.util.find_spec(name) is not None
+
+    missing = [name for name in modules if not found(name)]
     return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed")
 
 
