@@ -517,6 +517,7 @@ def test_ctrl_c_inside_one_long_call(threads, options):
     # float16 without an instruction for it takes its time: a second or so for this array.
     code = f"""
         import os, signal, threading, time, numpy as np, batchnorm as b
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         b.set_num_threads({threads})
         x, y = np.zeros((2, 8, 64, 2**18), np.float16)
         mean, var = np.ones(64), np.ones(64)
