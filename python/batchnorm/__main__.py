@@ -157,6 +157,7 @@ def _convert_arguments(add: Any) -> None:
     _files_arguments(add)
     add("--eps", type=float, metavar="V",
         help="eps of whoever reads OUT: variances take the difference to that of IN")  # fmt: skip
+    add("--from-eps", type=float, metavar="V", help="eps that IN was built with, where it does not say it")
     names = ", ".join(name for name in formats.FORMATS if name not in ("onnx", "caffe"))
     add("--names", metavar="FORMAT", help=f"whose names in .safetensors and .pt: {names}")
     add("--only", action="append", metavar="NAME", help="a batch norm to take; may be repeated")
@@ -166,13 +167,12 @@ def _convert_arguments(add: Any) -> None:
 
 def _convert(given: Namespace) -> None:
     """Write the batch norms of a model file to one of another kind, and print what that cannot hold."""
-    kinds = getattr(given, "from"), given.to
     notes = formats.convert(given.source, given.target, names=given.names, only=given.only, eps=given.eps,
-                            kinds=kinds)  # fmt: skip
+                            source_eps=given.from_eps, kinds=(getattr(given, "from"), given.to))  # fmt: skip
     if given.json:
         return print(json.dumps({"lost": notes}))
     for note in notes:
-        print(f"not in OUT: {note}")
+        print(note if "not in the source" in note else f"not in OUT: {note}")
 
 
 def pair(text: str) -> formats.Pair:  # its name stands in an error of argparse

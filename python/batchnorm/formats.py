@@ -21,7 +21,7 @@ the extra ``batchnorm[formats]``, and PyTorch for .pt. They are imported when th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from .io.files import KINDS, kind_of
 from .io.folding import Folded, Pair
 from .io.inspection import Inspection, inspect
 from .io.layer_state import state_of
-from .io.norms import FORMATS, AsLayer, Format, Norm, arrays_of, find, from_layer, lost
+from .io.norms import FORMATS, OPTIONS, AsLayer, Format, Norm, arrays_of, find, from_layer, lost
 from .io.npz import failing_as, path_text
 from .io.tensors import rewrite
 from .layer import BatchNorm
@@ -215,12 +215,21 @@ def write(
         raise ValueError(f"names is {names!r}, but a file of {chosen} has its own: drop it")
     format = row.names or word(*FORMATS)("names", names or "pytorch")
     holds = row.holds or FORMATS[format].holds
+    taken = {n: norm for n, norm in norms.items() if norm.eps is None and norm.format != format}
+    norms |= {name: norm.said(eps=norm.option("eps")) for name, norm in taken.items()}
     for name, norm in norms.items():
         norm.check()
-        if "eps" in holds.split():
+        if "eps" in holds.split() and norm.var.min() < 0:  # else what nobody said would seem to be said
             norms[name] = norm.with_eps()
     files.writing(path, lambda temporary: row.write(temporary, norms, format))
-    return _lost(norms, chosen, format)
+    return (*_lost(norms, chosen, format), *_taken(taken))
+
+
+def _taken(norms: Mapping[str, Norm]) -> Iterator[str]:
+    """What is said of norms whose eps nobody says, where it matters."""
+    for format in dict.fromkeys(norm.format for norm in norms.values()):
+        whose = _listed([name for name, norm in norms.items() if norm.format == format])
+        yield f"eps: not in the source; {FORMATS[format].eps:g}, the default of {format}, taken for {whose}"
 
 
 def _lost(norms: Mapping[str, Norm], kind: str, format: str | None = None) -> tuple[str, ...]:
@@ -239,7 +248,8 @@ def _listed(names: Sequence[str]) -> str:
 
 def convert(
     source: Path, target: Path, *, names: str | None = None, only: Sequence[str] | None = None,
-    eps: float | None = None, kinds: tuple[str | None, str | None] = (None, None),
+    eps: float | None = None, source_eps: float | None = None,
+    kinds: tuple[str | None, str | None] = (None, None),
 ) -> tuple[str, ...]:  # fmt: skip
     """Write the batch norms of one model file to another, of any kind.
 
@@ -252,8 +262,10 @@ def convert(
     names, only : str; sequence of str, optional
         Whose names the arrays get, see `write`; the batch norms that are wanted.
     eps : float, optional
-        The eps that readers of `target` will use: variances take the difference to that of `source`. If that
-        is not in the file, it is what it is.
+        The eps that readers of `target` will use: variances take the difference to that of `source`.
+    source_eps : float, optional
+        What batch norms were built with whose eps is not in `source`. If it is not said either, it is the
+        default of the library whose names these are, and a note says so.
     kinds : tuple of two str or None
         The kinds of the files, see `read`; by default what their names say.
 
@@ -288,23 +300,29 @@ def convert(
         norms = {name: norms[name] for name in only}
     if not norms:
         raise ValueError(f"{os.fspath(source)!r} has no batch norms, expected at least one")
-    if content.kind in _TENSORS and chosen in _TENSORS and names is None and only is None and eps is None:
+    asked = (names, only, eps, source_eps)
+    if content.kind in _TENSORS and chosen in _TENSORS and not any(each is not None for each in asked):
         both = content.kind, chosen
         with failing_as(f"cannot convert {os.fspath(source)!r}"):
             rewrite(
                 path_text(source), both, lambda write: files.writing(target, write), lambda tensors: tensors
             )
         return _lost(norms, chosen)
+    silent = {name: norm for name, norm in norms.items() if norm.eps is None}
+    if source_eps is not None:
+        if not silent:
+            raise ValueError(f"source_eps is {source_eps}, but the source says eps itself: drop it")
+        norms = norms | {name: norm.said(eps=source_eps) for name, norm in silent.items()}
+        silent = {}
+    guessed: tuple[str, ...] = ()
     if eps is not None:
-        norms = {
-            n: norm.said(eps=eps) if norm.eps is None else norm.with_eps(eps) for n, norm in norms.items()
-        }
+        norms, guessed = {name: norm.with_eps(eps) for name, norm in norms.items()}, tuple(_taken(silent))
     if names is None and content.kind in _TENSORS and chosen in _TENSORS:
         names = next(iter(norms.values())).format
-    notes = write(target, norms, names=names, kind=chosen)
-    missing = {name: norm.missing for name, norm in norms.items() if norm.missing}
+    notes = (*write(target, norms, names=names, kind=chosen), *guessed)
+    missing = {name: rest for name, norm in norms.items() if (rest := {*norm.missing} - {"eps"})}
     if missing:
-        words = ", ".join(dict.fromkeys(option for each in missing.values() for option in each))
+        words = ", ".join(name for name in OPTIONS if any(name in each for each in missing.values()))
         notes = (*notes, f"{words}: not in the source, of {_listed([*missing])}; defaults stand where needed")
     if left := content.others + sum(len(norm.keys) for n, norm in content.norms.items() if n not in norms):
         tensors = "tensor that belongs" if left == 1 else "tensors that belong"

@@ -75,7 +75,9 @@ def test_absent_gamma_or_beta(tmp_path, ending, absent):
 def test_options_that_these_files_hold(tmp_path, ending):
     library(NEEDS[ending])
     layer = trained(eps=0.3, decay=0.5, running_ddof=0, channel_axis=-1)
-    assert [n for n in write(tmp_path / f"x.{ending}", layer) if "num_updates" not in n] == []
+    notes = [n for n in write(tmp_path / f"x.{ending}", layer) if "num_updates" not in n]
+    others = {"safetensors": "pytorch", "weights.h5": "keras"}.get(ending)  # who pass over what is for us
+    assert all(f" where {others} reads it (" in note for note in notes) and bool(notes) == bool(others)
     (norm,) = read(tmp_path / f"x.{ending}").values()
     assert (norm.eps, norm.decay, norm.running_ddof, norm.channel_axis, norm.missing) == (0.3, 0.5, 0, -1, ())
 
@@ -84,12 +86,28 @@ def test_options_that_these_files_hold(tmp_path, ending):
 def test_safetensors_by_other_names(tmp_path, names):
     library("safetensors")
     given = layers()
-    assert write(tmp_path / "x.safetensors", given, names=names) == ()
+    notes = write(tmp_path / "x.safetensors", given, names=names)
+    row = formats.FORMATS[names]
+    assert [note.split("=")[0] for note in notes if f" where {names} reads it" in note] == [
+        name for name, own in {"eps": 1e-5, "decay": 0.9, "running_ddof": 1, "channel_axis": 1}.items()
+        if own != getattr(row, name)
+    ] and len(notes) <= 4  # fmt: skip
     found = read(tmp_path / "x.safetensors")
     assert {norm.format for norm in found.values()} == {names} and list(found) == sorted(given)
     assert all(
         norm.num_updates == 200 and same_function(given[n], to_layer(norm)) for n, norm in found.items()
     )
+
+
+@pytest.mark.parametrize("names", ["pytorch", "flax", "mxnet"])
+@pytest.mark.parametrize("name", ["module.bn", "params/bn", "bn_", "a._orig_mod.bn"])
+def test_options_of_names_that_reading_shortens(tmp_path, names, name):
+    library("safetensors")
+    layer = trained(name, eps=0.3, decay=0.5, running_ddof=0)
+    write(tmp_path / "x.safetensors", layer, names=names)
+    (norm,) = read(tmp_path / "x.safetensors").values()
+    assert (norm.eps, norm.decay, norm.num_updates) == (0.3, 0.5, 200) and len(norm.name) < len(name)
+    assert same_function(layer, to_layer(norm, channel_axis=1))
 
 
 def test_a_view_is_written_as_it_looks(tmp_path):
@@ -518,6 +536,14 @@ def test_training_goes_on_as_in_caffe(tmp_path):
     again, x = to_layer(norm), images(12)
     again(x), layer(x)
     np.testing.assert_allclose(again.running_mean, layer.running_mean, rtol=1e-6)
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    library("google.protobuf")
+    data = caffe_net([batch_norm(MEAN, VAR, [1.0])]).replace(b"bn", b"b\xff")
+    (tmp_path / "x.caffemodel").write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot read '.*x.caffemodel': .*(UTF-8|utf-8|parsing)"):
+        formats.inspect(tmp_path / "x.caffemodel")
 
 
 def test_which_scale_belongs_to_a_batch_norm(tmp_path):

@@ -264,6 +264,55 @@ def test_a_fold_that_would_be_wrong_is_not_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["x.onnx"]
 
 
+@pytest.mark.quick
+def test_a_weight_of_one_number_is_left(tmp_path):
+    library("onnxruntime")
+    graph = Graph(IMAGE)
+    one = graph.constant(np.full((1, 1, 1, 1), 0.3), "one")
+    shape = graph.onnx.numpy_helper.from_array(np.array([4, 1, 3, 3]), "shape")
+    graph.tensors.append(shape)
+    graph.nodes.append(graph.helper.make_node("Expand", [one, "shape"], ["w"]))
+    graph.add("Conv", inputs=("w",), group=4).norm(4)
+    found = fold_file(graph.save(tmp_path / "x.onnx"), tmp_path / "y.onnx", check=True)
+    assert "are computed, not constant" in "".join(found.left.values()) and found.folded == ()
+
+
+@pytest.mark.quick
+def test_a_check_of_sizes_without_names(tmp_path):
+    """Each free size of an input is one of its own: samples are few, images are not."""
+    library("onnxruntime")
+    graph = Graph([None, 4, None, None]).add("Conv", (8, 4, 7, 7)).norm(8)
+    assert 0 <= fold_file(graph.save(tmp_path / "x.onnx"), tmp_path / "y.onnx", check=True).error < 1e-5
+
+
+@pytest.mark.quick
+def test_a_check_of_float64_with_small_variances(tmp_path):
+    library("onnxruntime")
+    graph = Graph(["N", 4], "float64").add("Gemm", (4, 5), (5,)).norm(5, epsilon=0.1)
+    graph.tensors[-1].CopyFrom(graph.onnx.numpy_helper.from_array(np.full(5, 1e-9), graph.tensors[-1].name))
+    found = fold_file(graph.save(tmp_path / "x.onnx"), tmp_path / "y.onnx", check=True)
+    assert len(found.folded) == 1 and found.error < 1e-12
+    assert next(iter(read(tmp_path / "x.onnx").values())).eps == 0.1
+
+
+@pytest.mark.quick
+def test_a_bias_that_float16_cannot_hold(tmp_path):
+    torch = library("torch")
+    state = {"c.weight": torch.ones(1, 1), "bn.running_mean": torch.full((1,), 6e4),
+             "bn.running_var": torch.full((1,), 1e-2)}  # fmt: skip
+    for more in ({}, {"c.bias": torch.zeros(1)}):
+        torch.save({key: value.half() for key, value in (state | more).items()}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=r"folded bias is -.* at channel 0, too large for float16"):
+            fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={"c": "bn"}, eps=1e-5)
+    assert os.listdir(tmp_path) == ["x.pt"]
+    graph = Graph(IMAGE, "float16").add("Conv", (4, 4, 1, 1)).norm(4)
+    for i, value in ((-2, 6e4), (-1, 1e-2)):
+        new = graph.onnx.numpy_helper.from_array(np.full(4, value, np.float16), graph.tensors[i].name)
+        graph.tensors[i].CopyFrom(new)
+    found = fold_file(graph.save(tmp_path / "x.onnx"), tmp_path / "y.onnx")
+    assert found.folded == () and "too large for float16" in "".join(found.left.values())
+
+
 # ---- of exporters ------------------------------------------------------------------------------------------
 
 
@@ -362,6 +411,27 @@ def test_16_bit_weights(tmp_path):
         scale = state["1.weight"].double() / (state["1.running_var"].double() + 1e-5).sqrt()
         want = (state["0.weight"].double() * scale[:, None, None, None]).to(dtype)
         assert torch.equal(new["0.weight"], want)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("first", ["", "module."])
+def test_wrapped_twins(tmp_path, first):
+    """Of a file with a model and its wrapped copy, that is changed which is named."""
+    torch = library("torch")
+    own = network(torch).state_dict()
+    prefixes = [first, "module." if not first else ""]
+    state = {f"{p}{k}": v * (1 + len(p)) for p in prefixes for k, v in own.items()}
+    torch.save(state, tmp_path / "x.pt")
+    for p in prefixes:
+        found = fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={f"{p}0": f"{p}1"}, eps=1e-5)
+        new = torch.load(tmp_path / "y.pt")
+        assert found.folded == (f"{p}1",) and {*new} - {*state} == {f"{p}0.bias"}
+        assert [k for k in state if k in new and not torch.equal(new[k], state[k])] == [f"{p}0.weight"]
+        assert {k.rpartition(".")[0] for k in {*state} - {*new}} == {f"{p}1"}
+    state = {k: v for k, v in state.items() if k != "0.weight"} | {"_orig_mod.0.weight": own["0.weight"]}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"'0', which may be .*module.0.weight.*: name it as it is in the"):
+        fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={"0": "1"}, eps=1e-5)
 
 
 @pytest.mark.quick

@@ -93,6 +93,10 @@ DICTIONARIES = {
         {"net_batchnorm0_gamma": G, "net_batchnorm0_beta": B, "net_batchnorm0_running_mean": M,
          "net_batchnorm0_running_var": V}, "net_batchnorm0", "mxnet", None,
     ),
+    "Gluon 2": (
+        {"features.1.gamma": G, "features.1.beta": B, "features.1.running_mean": M,
+         "features.1.running_var": V}, "features.1", "mxnet", None,
+    ),
 }  # fmt: skip
 
 
@@ -159,8 +163,9 @@ def test_several_formats_at_once_and_their_order():
 
 def test_wrapped_twins_keep_their_names():
     state = {"weight": G, "bias": B, "running_mean": M, "running_var": V}
-    found = find({f"{p}bn.{k}": v for p in ("", "module.") for k, v in state.items()})
-    assert list(found) == ["bn", "module.bn"]
+    for prefixes in (["", "module."], ["module.", ""]):
+        found = find({f"{p}bn.{k}": v for p in prefixes for k, v in state.items()})
+        assert list(found) == [f"{p}bn" for p in prefixes] and found["bn"].keys["mean"] == "bn.running_mean"
 
 
 def test_what_only_looks_like_a_batch_norm():
@@ -394,6 +399,8 @@ def test_what_formats_cannot_hold():
         "channel_axis=-1 (pytorch: 1 unless told)", "zero_debias=True", *other,
     ]  # fmt: skip
     assert lost(norm, "keras") == [
+        "eps=0.5 (keras: 0.001 unless told)",
+        "decay=0.8 (keras: 0.99 unless told)",
         "running_ddof=1 (keras: 0 unless told)",
         "num_updates=1",
         "zero_debias=True",

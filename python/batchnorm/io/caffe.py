@@ -71,6 +71,8 @@ def read_caffe(path: str) -> tuple[dict[str, Norm], int]:
     norms: dict[str, Norm] = {}
     used = 0
     for i, layer in enumerate(net.layer):
+        if not isinstance(layer.name, str):  # which protobuf lets pass
+            raise ValueError(f"layer {i} is called {layer.name!r:.40}, expected text in UTF-8")
         if layer.type == "BatchNorm" and len(layer.blobs) >= 2:
             scale = _scale_after(net.layer, i)
             name = layer.name if layer.name and layer.name not in norms else f"{layer.name}[{i}]"

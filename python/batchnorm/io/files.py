@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     read: Callable[[str], tuple[dict[str, Norm], int]]
     write: Callable[[str, Mapping[str, Norm], str], None]
     names: str  # the format of its names; empty: any
-    holds: str  # beside vectors and counter; empty: what that format holds
+    holds: str  # beside the vectors, if only for this package; empty: what that format holds
 
 
 def _read_npz(path: str) -> tuple[dict[str, Norm], int]:
@@ -55,10 +55,11 @@ def _write_npz(path: str, norms: Mapping[str, Norm], names: str) -> None:
 
 
 _ALL = FORMATS["batchnorm"].holds
+_KERAS = "eps decay channel_axis"  # in attributes that Keras passes over
 KINDS = {
     "safetensors": Kind((".safetensors",), read_safetensors, write_safetensors, "", _ALL),
     "torch": Kind((".pt", ".pth", ".bin", ".ckpt"), read_torch, write_torch, "", ""),
-    "keras": Kind((".weights.h5", ".keras", ".h5", ".hdf5"), read_keras, write_keras, "keras", ""),
+    "keras": Kind((".weights.h5", ".keras", ".h5", ".hdf5"), read_keras, write_keras, "keras", _KERAS),
     "onnx": Kind((".onnx",), read_onnx, write_onnx, "onnx", ""),
     "caffe": Kind((".caffemodel",), read_caffe, write_caffe, "caffe", ""),
     "npz": Kind((".npz",), _read_npz, _write_npz, "batchnorm", _ALL),

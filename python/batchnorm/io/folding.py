@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,18 +75,15 @@ def fold_tensors(
     folded: list[str] = []
 
     def change(tensors: dict[str, Any]) -> dict[str, Any]:
-        new, by_name = dict(tensors), {plain(key): key for key in tensors}
+        new = dict(tensors)
         for pair in pairs:
-            name = plain(pair.norm)
+            name = pair.norm if pair.norm in norms else plain(pair.norm)
             if name not in norms or name in folded:
                 known = ", ".join(norms) or "none"
                 raise ValueError(
                     f"pairs names the batch norm {pair.norm!r}, expected one of {known}, each once"
                 )
-            key = by_name.get(f"{plain(pair.layer)}.weight")
-            if key is None:
-                got = f"pairs names the layer {pair.layer!r}"
-                raise ValueError(f"{got}, expected one whose {plain(pair.layer)}.weight is in the file")
+            key = _weight_of(pair.layer, tensors)
             norm = _with_known_eps(norms[name], eps)
             place = key.removesuffix("weight") + "bias"
             bias = new.get(place)
@@ -100,6 +98,19 @@ def fold_tensors(
     with failing_as(f"cannot fold {source!r}"):
         rewrite(source, kinds, lambda write: writing(target, write), change)
     return Folded(tuple(folded), {name: "no pair names it" for name in norms if name not in folded})
+
+
+def _weight_of(layer: str, tensors: Mapping[str, Any]) -> str:
+    """The key of a layer's weight: as it is named, or the only one with what wrappers add."""
+    if f"{layer}.weight" in tensors:
+        return f"{layer}.weight"
+    wanted, got = f"{plain(layer)}.weight", f"pairs names the layer {layer!r}"
+    found = [key for key in tensors if plain(key) == wanted]
+    if len(found) > 1:
+        raise ValueError(f"{got}, which may be {' or '.join(found)}: name it as it is in the file")
+    if not found:
+        raise ValueError(f"{got}, expected one whose {wanted} is in the file")
+    return found[0]
 
 
 def _with_known_eps(norm: Norm, eps: float | None) -> Norm:
@@ -118,7 +129,13 @@ def _fold(weight: Array, bias: Array | None, norm: Norm, out_axis: int, groups: 
     wide = None if bias is None else bias.astype(np.float64)
     vectors, eps = (norm.mean, norm.var, norm.gamma, norm.beta), float(norm.option("eps"))
     new, offset = fold(weight, wide, *vectors, eps=eps, out_axis=out_axis, groups=groups)
-    return new, offset.astype(weight.dtype if bias is None else bias.dtype)
+    with np.errstate(over="ignore"):
+        narrow = offset.astype(weight.dtype if bias is None else bias.dtype)
+    if not np.isfinite(narrow).all():
+        where = int(np.argmin(np.isfinite(narrow)))
+        got = f"the folded bias is {offset[where]:g} at channel {where}"
+        raise ValueError(f"{got}, too large for {narrow.dtype}: fold a model of float32")
+    return new, narrow
 
 
 # ---- ONNX --------------------------------------------------------------------------------------------------
@@ -196,9 +213,11 @@ def _fold_node(node: Any, norm: Norm, graph: Any, constants: Constants, onnx: An
     if _uses(graph)[node.input[0]] != 1:
         raise _Left(f"what {layer.op_type} gives is used elsewhere, too")
     names = [*layer.input[1:3], ""][:2]
-    weight, bias = (constants.array(name, norm.mean.size) if name else None for name in names)
+    weight = None if constants.find(names[0])[1] else constants.array(names[0])  # not of one number
+    bias = constants.array(names[1], norm.mean.size) if names[1] else None
     if weight is None or (names[1] and bias is None):
         raise _Left(f"weight or bias of {layer.op_type} are computed, not constant")
+    norm = replace(norm, eps=float(np.float32(norm.option("eps"))))  # its shortest form is for layers
     own, axis, groups = attributes(layer), 0, 1
     if layer.op_type == "ConvTranspose":
         axis, groups = 1, own.get("group", 1)
@@ -211,7 +230,6 @@ def _fold_node(node: Any, norm: Norm, graph: Any, constants: Constants, onnx: An
         new, offset = _fold(weight, bias, norm, axis, groups)
     except ValueError as error:
         raise _Left(str(error)) from error
-    offset = offset.astype(new.dtype)
     for attribute in [a for a in layer.attribute if layer.op_type == "Gemm" and a.name in ("alpha", "beta")]:
         layer.attribute.remove(attribute)
     made = [constants.add(graph, f"{norm.name}.folded_{what}", onnx, value)
@@ -252,10 +270,11 @@ def _compare(source: str, target: str) -> float:
     options.log_severity_level = 4
     before, after = (runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
                      for path in (source, target))  # fmt: skip
-    generator, feeds, sizes = np.random.default_rng(0), {}, dict[str, int]()
+    generator, feeds, sizes = np.random.default_rng(0), {}, dict[Any, int]()
     for each in before.get_inputs():
-        shape = [n if isinstance(n, int) and n > 0 else sizes.setdefault(str(n), _FREE.get(i, _SIZE))
-                 for i, n in enumerate(each.shape)]  # fmt: skip
+        free = [n or (each.name, i) for i, n in enumerate(each.shape)]  # by name, or by place
+        shape = [n if isinstance(n, int) and n > 0 else sizes.setdefault(n, _FREE.get(i, _SIZE))
+                 for i, n in enumerate(free)]  # fmt: skip
         feeds[each.name] = _random(generator, each.type, shape)
     worst = 0.0
     for info, old, new in zip(

@@ -167,7 +167,7 @@ class Format(NamedTuple):
     before : str
         Characters that may stand between prefix and name; the first one is written.
     holds : str
-        What its own files hold beside the vectors.
+        What its own files, of weights alone, hold beside the vectors.
     eps, decay : float
         The library's defaults.
     running_ddof, channel_axis : int
@@ -191,8 +191,7 @@ FORMATS = {
                       1e-5, 0.9, 1, 1),
     "tensorflow": Format("gamma beta moving_mean moving_variance moving_mean/local_step", "/", "num_updates",
                          1e-3, 0.999, 0, -1),
-    "keras": Format("gamma beta moving_mean moving_variance -", "/.", "eps decay channel_axis",
-                    1e-3, 0.99, 0, -1),
+    "keras": Format("gamma beta moving_mean moving_variance -", "/.", "", 1e-3, 0.99, 0, -1),
     "mxnet": Format("gamma beta moving_mean moving_var -", "_./", "", 1e-3, 0.9, 0, 1),
     "haiku": Format("scale offset ~/mean_ema/average ~/var_ema/average ~/mean_ema/counter", "/",
                     "num_updates zero_debias", 1e-5, 0.99, 0, -1),
@@ -251,8 +250,15 @@ def find(arrays: Mapping[str, Any], format: str | None = None) -> dict[str, Norm
     wanted = _formats("format", format)
     flat = {_COLLECTIONS.sub("", key).removesuffix(":0"): (key, v) for key, v in leaves(arrays)}
     found: dict[str, Norm] = {}
+    most: dict[str, int] = {}  # of the names of several libraries those that are there win
+    for _, names, before in _rows(wanted):
+        for keys in _groups(flat, names, before):
+            most[keys["mean"]] = max(len(keys), most.get(keys["mean"], 0))
     for name, names, before in _rows(wanted):
-        for keys in [*_groups(flat, names, before)]:
+        # Of twins the one that is not wrapped keeps the name.
+        for keys in sorted(_groups(flat, names, before), key=lambda keys: plain(keys[""]) != keys[""]):
+            if len(keys) < most[keys["mean"]]:
+                continue
             prefix = keys.pop("")
             slim = "BatchNorm" in prefix.split("/") or "num_updates" in keys
             if name == "tensorflow" and wanted is None and not slim:
@@ -536,7 +542,7 @@ def lost(norm: Norm, format: str, holds: str | None = None) -> list[str]:
     format : str
         A key of ``FORMATS``.
     holds : str, optional
-        Words for what the target holds; by default that of the format's own files.
+        Words for what the target holds for this package; by default that of the format's own files.
 
     Returns
     -------
@@ -552,10 +558,13 @@ def lost(norm: Norm, format: str, holds: str | None = None) -> list[str]:
     """
     row = FORMATS[word(*FORMATS)("format", format)]
     held = (row.holds if holds is None else holds).split()
+    unread = {*held} - {*row.holds.split()}  # it is there, for this package alone
     notes = []
     for name in OPTIONS:
         value, default = getattr(norm, name), getattr(row, name)
-        if value not in (None, default) and name not in held:
+        if value not in (None, default) and name in unread:
+            notes.append(f"{name}={value} where {format} reads it ({default} unless told)")
+        elif value not in (None, default) and name not in held:
             notes.append(f"{name}={value} ({format}: {default} unless told)")
     if norm.num_updates and "num_updates" not in held:
         notes.append(f"num_updates={norm.num_updates}")

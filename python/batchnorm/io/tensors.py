@@ -73,8 +73,13 @@ def _others(arrays: Mapping[str, Any], norms: Mapping[str, Norm]) -> int:
 
 def write_safetensors(path: str, norms: Mapping[str, Norm], names: str) -> None:
     """The norms alone, by the names of a format, with their options in the metadata."""
-    arrays = {key: value for norm in norms.values() for key, value in arrays_of(norm, names).items()}
-    _save(path, arrays, norms)
+    arrays, whose = dict[str, Array](), dict[str, Norm]()
+    for norm in norms.values():
+        own = arrays_of(norm, names)
+        arrays |= own
+        whose |= dict.fromkeys(own, norm)
+    found = find(arrays)  # by the names that reading will give them
+    _save(path, arrays, {name: whose[norm.keys["mean"]] for name, norm in found.items()})
 
 
 def _save(path: str, arrays: Mapping[str, Array], norms: Mapping[str, Norm], metadata: Any = None) -> None:
