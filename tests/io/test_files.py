@@ -370,9 +370,71 @@ def test_weights_alone_do_not_tell_gamma_from_beta(saved_keras):
     assert set(found) == set(NORMS)
     faults = {name for name, norm in found.items() if norm.fault}
     assert faults == {"batch_normalization", "batch_normalization_1"}
-    with pytest.raises(ValueError, match=r"one variable beside mean and variance, gamma or beta, which .ker"):
+    with pytest.raises(
+        ValueError, match=r"one variable beside mean and variance, gamma or beta, which its conf"
+    ):
         to_layer(found["batch_normalization"])
     assert found["first"].missing == ("eps", "decay", "channel_axis")
+
+
+@of_keras
+def test_batch_norms_that_no_configuration_names(tmp_path):
+    """Inside of a layer, of a model of its own class; and a class of another name."""
+    keras = library("keras")
+    layers = keras.layers
+
+    class Block(layers.Layer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.bn, self.second = layers.BatchNormalization(), layers.BatchNormalization(name="twin")
+            self.third = layers.BatchNormalization(name="third", scale=False)
+
+        def build(self, shape):
+            for each in (self.bn, self.second, self.third):
+                each.build(shape)
+
+        def call(self, x):
+            return self.third(self.second(self.bn(x)))
+
+    class Own(layers.BatchNormalization):
+        pass
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def call(self, x):
+            return self.block(x)
+
+    x = keras.Input((C,))
+    y = layers.BatchNormalization(name="third", epsilon=0.2)(
+        layers.BatchNormalization(name="twin")(Block()(x))
+    )
+    keras.Model(x, Own(name="mine", epsilon=0.5)(y)).save(tmp_path / "x.keras")
+    found = read(tmp_path / "x.keras")
+    assert len(found) == 6 and found["mine"].eps == 0.5 and found["batch_normalization"].eps is None
+    faults = [n.fault for n in found.values() if n.fault]  # whose options are whose is said nowhere
+    assert len(faults) == 4 and all("is the name of several batch norms" in fault for fault in faults)
+    model = Model()
+    model(np.ones((2, C), np.float32))
+    model.block.bn.gamma.assign(np.arange(C))
+    model.save(tmp_path / "x.keras")
+    found = read(tmp_path / "x.keras")
+    assert len(found) == 3 and np.array_equal(next(iter(found.values())).gamma, np.arange(C))
+    assert [norm.eps for norm in found.values()] == [None] * 3
+
+
+@of_keras
+def test_bfloat16_of_keras(tmp_path):
+    keras = library("keras")
+    library("ml_dtypes")
+    norms = [keras.layers.BatchNormalization(dtype=dtype) for dtype in ("bfloat16", "float32")]
+    model = keras.Sequential([keras.Input((C,)), *norms])
+    norms[0].moving_mean.assign(np.arange(C) / 4)
+    model.save(tmp_path / "x.keras")
+    first, second = read(tmp_path / "x.keras").values()
+    assert np.array_equal(first.mean, np.arange(C) / 4) and not first.fault and not second.fault
 
 
 @of_keras

@@ -64,11 +64,10 @@ class Inspection:
             f"{count} batch norm{'s' * (count != 1)}, {self.others} other tensor{'s' * (self.others != 1)}"
         )
         lines = lines if self.norms else []
-        whose: dict[str, list[str]] = {}
-        for finding in self.findings:
-            whose.setdefault(f"{finding.text}. {finding.remedy}.", []).append(finding.layer or "the layer")
-        codes = {f"{finding.text}. {finding.remedy}.": finding.code for finding in self.findings}
-        said = [f"{codes[text]}: {', '.join(names)}: {text}" for text, names in whose.items()]
+        whose: dict[tuple[str, ...], list[str]] = {}
+        for each in self.findings:
+            whose.setdefault((each.code, each.text, each.remedy), []).append(each.layer or "the layer")
+        said = [f"{code}: {', '.join(n)}: {text}. {remedy}." for (code, text, remedy), n in whose.items()]
         return "\n".join([*lines, ending, *said])
 
     def as_dict(self) -> dict[str, Any]:

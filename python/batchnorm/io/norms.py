@@ -234,7 +234,8 @@ def find(arrays: Mapping[str, Any], format: str | None = None) -> dict[str, Norm
     Raises
     ------
     TypeError, ValueError
-        `arrays` is no mapping, `format` is none, or an array of a batch norm holds no real numbers.
+        `arrays` is no mapping, or `format` is none. An array that holds no real numbers is the ``fault`` of
+        its batch norm.
 
     Examples
     --------
@@ -321,7 +322,7 @@ def _norm(format: str, prefix: str, held: dict[str, tuple[str, Any]], flat: Mapp
             and max(shapes[role], default=0) == channels]  # fmt: skip
     if not {"mean", "var"} <= {*good} or not channels:
         return None
-    vectors: dict[str, Any] = {role: vector_of(*held[role]) for role in good}
+    vectors, options["fault"] = vectors_of({role: held[role] for role in good})
     keys = {role: held[role][0] for role in (*good, *(["num_updates"] if "num_updates" in held else []))}
     if "num_updates" in held:
         options["num_updates"] = _count(*held["num_updates"])
@@ -375,6 +376,14 @@ def vector_of(key: str, value: Any) -> Array:
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise ValueError(f"{key} has dtype {array.dtype}, expected real numbers")
     return array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32)
+
+
+def vectors_of(held: Mapping[str, tuple[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Vectors by role, of keys and values; or none, and what is wrong with one of them."""
+    try:
+        return {role: vector_of(*held[role]) for role in held}, ""
+    except ValueError as error:
+        return dict.fromkeys(("mean", "var"), np.zeros(0, np.float32)), str(error)
 
 
 def _count(key: str, value: Any) -> int:
