@@ -151,18 +151,16 @@ def _inspect(given: Namespace) -> int:
 def _files_arguments(add: Any) -> None:
     add("source", metavar="IN", help="a model file")
     add("target", metavar="OUT", help="the file to write, whole or not at all")
+    _kind_argument(add, "from")
+    _kind_argument(add, "to")
 
 
 def _convert_arguments(add: Any) -> None:
     _files_arguments(add)
-    add("--eps", type=float, metavar="V",
-        help="eps of whoever reads OUT: variances take the difference to that of IN")  # fmt: skip
+    add("--eps", type=float, metavar="V", help="eps of whoever reads OUT: variances take the difference")
     add("--from-eps", type=float, metavar="V", help="eps that IN was built with, where it does not say it")
-    names = ", ".join(name for name in formats.FORMATS if name not in ("onnx", "caffe"))
-    add("--names", metavar="FORMAT", help=f"whose names in .safetensors and .pt: {names}")
+    add("--names", metavar="FORMAT", help="whose names in .safetensors and .pt: pytorch, keras, flax, ...")
     add("--only", action="append", metavar="NAME", help="a batch norm to take; may be repeated")
-    _kind_argument(add, "from")
-    _kind_argument(add, "to")
 
 
 def _convert(given: Namespace) -> None:
@@ -191,7 +189,8 @@ def _fold_arguments(add: Any) -> None:
 
 def _fold(given: Namespace) -> None:
     """Fold the batch norms of a model file into the convolutions and dense layers before them."""
-    found = formats.fold_file(given.source, given.target, pairs=given.pair, eps=given.eps, check=given.check)
+    found = formats.fold_file(given.source, given.target, pairs=given.pair, eps=given.eps, check=given.check,
+                              kinds=(getattr(given, "from"), given.to))  # fmt: skip
     if given.json:
         return print(json.dumps(found._asdict()))
     for name in found.folded:
@@ -232,8 +231,9 @@ def _main() -> int:
         except (ValueError, TypeError, ImportError) as error:
             if run not in _ON_FILES:
                 raise
-            text = re.sub(r"\b(names|only|eps|check|pairs)(?= is| names)", r"--\1", str(error))
-            raise _Error(text) from error
+            text = str(error).replace("source_eps is", "from-eps is").replace("{'conv1': 'bn1'}", "conv1:bn1")
+            said = r"(?<!\w)(names|only|eps|from-eps|check|pair)s?(?= is| are| and| names|=\d)"
+            raise _Error(re.sub(said, r"--\1", text)) from error
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough; what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -58,6 +58,7 @@ __all__ = [
 
 Path = str | os.PathLike[str]
 _TENSORS = ("safetensors", "torch")
+_names = word(*(name for name in FORMATS if name not in ("onnx", "caffe")))
 
 
 def read(path: Path, kind: str | None = None) -> dict[str, Norm]:
@@ -213,7 +214,7 @@ def write(
         )
     if names is not None and row.names:
         raise ValueError(f"names is {names!r}, but a file of {chosen} has its own: drop it")
-    format = row.names or word(*FORMATS)("names", names or "pytorch")
+    format = row.names or _names("names", names or "pytorch")
     holds = row.holds or FORMATS[format].holds
     taken = {n: norm for n, norm in norms.items() if norm.eps is None and norm.format != format}
     norms |= {name: norm.said(eps=norm.option("eps")) for name, norm in taken.items()}
@@ -332,7 +333,7 @@ def convert(
 
 def fold_file(
     source: Path, target: Path, *, pairs: Mapping[str, str] | Sequence[Any] | None = None,
-    eps: float | None = None, check: bool = False,
+    eps: float | None = None, check: bool = False, kinds: tuple[str | None, str | None] = (None, None),
 ) -> Folded:  # fmt: skip
     """Fold the batch norms of a model file into the layers before them.
 
@@ -347,6 +348,8 @@ def fold_file(
         What the batch norms were built with, needed where the file does not hold it.
     check : bool, default False
         Run both .onnx models by ONNX Runtime on random input; outputs that differ are an error.
+    kinds : tuple of two str or None
+        The kinds of the files, see `read`; by default what their names say.
 
     Returns
     -------
@@ -371,21 +374,21 @@ def fold_file(
     >>> from batchnorm.formats import fold_file
     >>> fold_file("model.keras", "folded.keras")
     Traceback (most recent call last):
-    ValueError: source is of kind 'keras', expected .onnx, .safetensors or .pt
+    ValueError: source is of kind 'keras', expected onnx, safetensors or torch
     """
-    kinds = kind_of(source), kind_of(target)
-    if kinds == ("onnx", "onnx"):
+    paths = path_text(source), path_text(target)
+    first, second = kind_of(source, kinds[0]), kind_of(target, kinds[1])
+    if first not in ("onnx", *_TENSORS):
+        raise ValueError(f"source is of kind {first!r}, expected onnx, safetensors or torch")
+    if (first == "onnx") != (second == "onnx") or second not in ("onnx", *_TENSORS):
+        expected = "onnx" if first == "onnx" else "safetensors or torch"
+        raise ValueError(f"target is of kind {second!r}, expected {expected}, as source is {first}")
+    if first == "onnx":
         if pairs is not None or eps is not None:
             raise ValueError(
                 "pairs and eps are for .safetensors and .pt files: an .onnx file says both, drop them"
             )
-        return folding.fold_onnx(path_text(source), path_text(target), check)
-    for name, kind in zip(("source", "target"), kinds, strict=True):
-        if kind not in _TENSORS:
-            expected = (
-                ".onnx, .safetensors or .pt" if name == "source" else "a file like source, or .safetensors"
-            )
-            raise ValueError(f"{name} is of kind {kind!r}, expected {expected}")
+        return folding.fold_onnx(*paths, check)
     if check:
         raise ValueError("check is True, but only .onnx files can be run: drop it")
     if not pairs:
@@ -393,4 +396,4 @@ def fold_file(
         raise ValueError(
             f"pairs is {pairs!r}, expected layers and the batch norms behind them, such as {example}"
         )
-    return folding.fold_tensors(path_text(source), path_text(target), kinds, folding.pairs_of(pairs), eps)
+    return folding.fold_tensors(*paths, (first, second), folding.pairs_of(pairs), eps)

@@ -302,6 +302,7 @@ def test_errors_of_the_commands(tmp_path):
         "inspect x.what": "path is 'x.what', expected a name that ends in .safetensors, .pt",
         "convert x.safetensors y.onnx --only b": "--only names 'b', expected names of batch norms in",
         "convert x.safetensors y.keras": "path is 'y.keras', expected .weights.h5",
+        "convert x.safetensors y.onnx --from-eps 1": "--from-eps is 1.0, but the source says eps itself",
         "convert x.safetensors y.npz --names keras": "--names is 'keras', but a file of npz has its own",
     }.items():
         assert error(command(tmp_path, *line.split()), line.split()[0]).startswith(words)

@@ -76,16 +76,13 @@ def kind_of(path: str | os.PathLike[str], kind: str | None = None) -> str:
         if name.lower().endswith(row.endings):
             return each
     endings = ", ".join(ending for row in KINDS.values() for ending in row.endings)
-    raise ValueError(f"path is {name!r}, expected a name that ends in {endings}; or say kind=")
+    raise ValueError(f"path is {name!r}, expected a name that ends in {endings}; or say its kind")
 
 
 def read(path: str | os.PathLike[str], kind: str | None = None) -> Content:
     """The batch norms of a model file; see :func:`batchnorm.formats.read`."""
     name, chosen = path_text(path), kind_of(path, kind)
-    with (
-        open(name, "rb") as file,
-        failing_as(f"cannot read {name!r}"),
-    ):  # there are no folders, pipes, surprises
+    with open(name, "rb") as file, failing_as(f"cannot read {name!r}"):  # no folders, pipes, surprises
         if not file.read(1):
             raise ValueError("the file is empty")
         norms, others = KINDS[chosen].read(name)

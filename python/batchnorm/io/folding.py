@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..fold import fold
+from ..settings import kind
 from ..typing import Array
 from .files import read, writing
 from .library import library
 from .norms import Norm, plain
 from .npz import failing_as, path_text
-from .onnx import Constants, attributes, is_norm, load, norm_of
+from .onnx import IN_FUNCTION, Constants, attributes, graphs, in_functions, is_norm, load, norm_of
 from .tensors import numpy_of, rewrite
 
 __all__ = ["Folded", "Pair", "fold_onnx", "fold_tensors"]
@@ -151,6 +152,7 @@ def fold_onnx(source: str, target: str, check: bool) -> Folded:
             model = load(name)
         folder = os.path.dirname(os.path.realpath(name))
         onnx, graph, constants = library("onnx", "folding"), model.graph, Constants(model.graph, folder)
+        constants.old = model.ir_version < 4
         folded: dict[str, Norm] = {}
         left: dict[str, str] = {}
         for node in [each for each in graph.node if is_norm(each)]:
@@ -160,8 +162,9 @@ def fold_onnx(source: str, target: str, check: bool) -> Folded:
                 folded[norm.name] = norm
             except _Left as why:
                 left[norm.name] = str(why)
-        for inner in _inner(graph):
+        for inner, _ in [*graphs(graph)][1:]:
             left |= {n.name or n.output[0]: "it is in a subgraph" for n in inner.node if is_norm(n)}
+        left |= dict.fromkeys(in_functions(model), IN_FUNCTION)
         _drop_unused(graph)
         constants.embed(model)
         if model.ByteSize() > _LARGEST:
@@ -183,20 +186,11 @@ class _Left(Exception):
     """Why a batch norm is left as it is."""
 
 
-def _inner(graph: Any) -> Iterator[Any]:
-    """The graphs within a graph's nodes."""
-    for node in graph.node:
-        for each in node.attribute:
-            for inner in [*([each.g] if each.type == 5 else []), *each.graphs]:
-                yield inner
-                yield from _inner(inner)
-
-
 def _uses(graph: Any) -> Counter[str]:
     """How often each name is used, by nodes here and within, and as an output."""
-    graphs = [graph, *_inner(graph)]
-    used = Counter(name for each in graphs for node in each.node for name in node.input)
-    return used + Counter(out.name for each in graphs for out in each.output)
+    every = [each for each, _ in graphs(graph)]
+    used = Counter(name for each in every for node in each.node for name in node.input)
+    return used + Counter(out.name for each in every for out in each.output)
 
 
 def _fold_node(node: Any, norm: Norm, graph: Any, constants: Constants, onnx: Any) -> None:
@@ -251,11 +245,8 @@ def _drop_unused(graph: Any) -> None:
             graph.initializer.remove(each)
         for each in [i for i in graph.input if not used[i.name] and i.name in held]:
             graph.input.remove(each)
-        idle = [
-            n
-            for n in graph.node
-            if n.op_type in ("Constant", "Identity") and not any(used[o] for o in n.output)
-        ]
+        idle = [n for n in graph.node if n.op_type in ("Constant", "Identity")
+                and not any(used[o] for o in n.output)]  # fmt: skip
         if not idle:
             return
         for node in idle:
@@ -290,18 +281,24 @@ def _compare(source: str, target: str) -> float:
     return worst
 
 
-def _random(generator: np.random.Generator, kind: str, shape: Sequence[int]) -> Array:
+def _random(generator: np.random.Generator, what: str, shape: Sequence[int]) -> Array:
     names = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
-    if kind in names:
-        return generator.standard_normal(shape).astype(names[kind])
-    if kind == "tensor(bool)":
+    if what in names:
+        return generator.standard_normal(shape).astype(names[what])
+    if what == "tensor(bool)":
         return generator.random(shape) < 0.5
-    if kind in ("tensor(int64)", "tensor(int32)", "tensor(uint8)", "tensor(int8)"):
-        return generator.integers(0, 2, shape).astype(kind[7:-1])
-    raise ValueError(f"an input is {kind}, of which no random one is made: fold it without check")
+    if what in ("tensor(int64)", "tensor(int32)", "tensor(uint8)", "tensor(int8)"):
+        return generator.integers(0, 2, shape).astype(what[7:-1])
+    raise ValueError(f"an input is {what}, of which no random one is made: fold it without check")
 
 
 def pairs_of(pairs: Mapping[str, str] | Sequence[Any]) -> list[Pair]:
     """Pairs as they may be given: layer to batch norm, or tuples."""
-    items = pairs.items() if isinstance(pairs, Mapping) else pairs
-    return [item if isinstance(item, Pair) else Pair(*item) for item in items]
+    expected = "expected pairs of a layer's name and that of the batch norm behind it, or Pair"
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs is {kind(pairs)}, {expected}")
+    items = [*(pairs.items() if isinstance(pairs, Mapping) else pairs)]
+    for each in items:
+        if not isinstance(each, tuple | list) or not 2 <= len(each) <= 4 or {*map(type, each[:2])} != {str}:
+            raise TypeError(f"pairs holds {kind(each)}, {expected}")
+    return [Pair(*each) for each in items]

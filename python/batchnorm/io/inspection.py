@@ -49,10 +49,7 @@ class Inspection:
         rows: list[tuple[str, ...]] = [("name", "C", "names of", "gamma", "beta", *OPTIONS, "updates")]
         for name, norm in self.norms.items():
             has = ("-" if v is None else "yes" for v in (norm.gamma, norm.beta))
-            options = (
-                norm.num_updates if n == "num_updates" else getattr(norm, n)
-                for n in (*OPTIONS, "num_updates")
-            )
+            options = (getattr(norm, n) for n in (*OPTIONS, "num_updates"))
             shown = ("?" if value is None else f"{value:g}" for value in options)
             rows.append((name or "-", str(norm.mean.size), norm.format, *has, *shown))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -23,7 +23,7 @@ import numpy as np
 from ..settings import kind
 from ..typing import Array
 from .library import library
-from .norms import Norm, find, vectors_of
+from .norms import NOTHING, Norm, find, vectors_of
 
 __all__ = ["read_keras", "write_keras"]
 
@@ -289,12 +289,11 @@ def _of_variables(name: str, path: str, variables: dict[str, Any], known: Any) -
     if len(values) != len(names) + 3 * renorm:
         got = f"{path} has {len(values)} variables"
         fault = f"{got}, expected {len(names) + 3 * renorm}, as its configuration says"
-        nothing = np.zeros(0, np.float32)
-        return Norm(name, nothing, nothing, format="keras", fault=fault)
+        return Norm(name, **NOTHING, format="keras", fault=fault)
     keys = {n: f"{path}/vars/{i}" for i, n in enumerate(names)}
     vectors, fault = vectors_of({n: (keys[n], values[i]) for i, n in enumerate(names)})
     if known is None and count == 3:
-        vectors.pop("gamma", None)
+        vectors = {role: v for role, v in vectors.items() if role != "gamma"}
         what = "one variable beside mean and variance, gamma or beta"
         fault = fault or f"{path} has {what}, which its configuration tells, and that is not here"
     unsure = "" if known is not None or named else "vectors of one length are all that is known of it"

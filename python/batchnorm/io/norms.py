@@ -25,6 +25,7 @@ __all__ = ["FORMATS", "Format", "Norm", "arrays_of", "find", "from_layer", "lost
 
 VECTORS = ("gamma", "beta", "mean", "var")
 OPTIONS = ("eps", "decay", "running_ddof", "channel_axis")
+NOTHING: dict[str, Any] = dict.fromkeys(("mean", "var"), np.zeros(0, np.float32))  # of what cannot be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -383,7 +384,7 @@ def vectors_of(held: Mapping[str, tuple[str, Any]]) -> tuple[dict[str, Any], str
     try:
         return {role: vector_of(*held[role]) for role in held}, ""
     except ValueError as error:
-        return dict.fromkeys(("mean", "var"), np.zeros(0, np.float32)), str(error)
+        return NOTHING, str(error)
 
 
 def _count(key: str, value: Any) -> int:

@@ -89,9 +89,7 @@ def _save(path: str, arrays: Mapping[str, Array], norms: Mapping[str, Norm], met
         for name, norm in norms.items()
     }
     text = {**(metadata or {}), _ENTRY: json.dumps(known)} if norms else metadata
-    dense = {
-        key: np.array(value, order="C") for key, value in arrays.items()
-    }  # of a view: else silently wrong
+    dense = {key: np.array(value, order="C") for key, value in arrays.items()}  # views are written wrong
     save_file(dense, path, metadata=text or None)
 
 
@@ -160,8 +158,10 @@ def rewrite(
         tensors, metadata = _loaded(source), {"format": "pt"}  # which some readers insist on
         norms: dict[str, Norm] = {}
         if nested := [key for key, value in tensors.items() if not hasattr(value, "detach")]:
+            inner = {len(v): k for k in nested if isinstance(v := tensors[k], Mapping)}
+            what = f"torch.load(path)[{inner[max(inner)]!r}]" if inner else "model.state_dict()"
             got = f"it holds {nested[0]!r}, which is {kind(tensors[nested[0]])}"
-            raise ValueError(f"{got}, expected tensors alone: torch.save(checkpoint['state_dict'], path)")
+            raise ValueError(f"{got}, expected tensors alone: torch.save({what}, other_path)")
     else:
         with _opened(source) as file:
             lazy = {key: _Lazy(file, key) for key in file.keys()}
