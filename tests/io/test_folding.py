@@ -473,6 +473,25 @@ def test_wrapped_twins(tmp_path, first):
 
 
 @pytest.mark.quick
+def test_modules_with_two_names(tmp_path):
+    """One tensor that is folded by one name is not left as it was by the other."""
+    torch = library("torch")
+    nn, net = torch.nn, network(torch)
+    both = nn.ModuleDict({"conv": net[0], "bn": net[1], "block": nn.Sequential(net[0], net[1])}).eval()
+    torch.save(both.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(
+        ValueError, match=r"conv.weight and block.0.weight are one tensor, and pairs names on"
+    ):
+        fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={"conv": "bn"}, eps=1e-5)
+    pairs = {"conv": "bn", "block.0": "block.1"}
+    assert len(fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs=pairs, eps=1e-5).folded) == 2
+    new = torch.load(tmp_path / "y.pt")
+    assert torch.equal(new["conv.weight"], new["block.0.weight"]) and "block.0.bias" in new and len(new) == 4
+    torch.save({k: v.clone() for k, v in both.state_dict().items()}, tmp_path / "x.pt")
+    assert fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={"conv": "bn"}, eps=1e-5).folded == ("bn",)
+
+
+@pytest.mark.quick
 def test_eps_from_the_metadata(tmp_path):
     save = library("safetensors.numpy").save_file
     arrays = formats.arrays_of(formats.Norm("bn", *RANDOM(0).uniform(1, 2, (2, 3))), "pytorch")

@@ -94,11 +94,21 @@ def fold_tensors(
             for gone in norm.keys.values():
                 new.pop(gone)
             folded.append(name)
+        altered = {_place(v): key for key, v in tensors.items() if new.get(key) is not v}
+        for key, v in tensors.items():
+            if new.get(key) is v and (other := altered.get(_place(v))):
+                remedy = "name both in pairs, or save copies: {k: v.clone() for k, v in state_dict.items()}"
+                raise ValueError(f"{other} and {key} are one tensor, and pairs names one of them: {remedy}")
         return new
 
     with failing_as(f"cannot fold {source!r}"):
         rewrite(source, kinds, lambda write: writing(target, write), change)
     return Folded(tuple(folded), {name: "no pair names it" for name in norms if name not in folded})
+
+
+def _place(value: Any) -> Any:
+    """Where a tensor lies, which is the same of a module with two names."""
+    return (value.data_ptr(), value.shape) if hasattr(value, "data_ptr") and value.numel() else id(value)
 
 
 def _weight_of(layer: str, tensors: Mapping[str, Any]) -> str:

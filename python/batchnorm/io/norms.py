@@ -467,9 +467,7 @@ def from_layer(layer: LayerLike, name: str | None = None) -> Norm:
     """
     running, settings = layer.running, layer.settings
     if running.mean is None:
-        raise RuntimeError(
-            "from_layer() needs the channel count, which is not known yet: call the layer once"
-        )
+        raise RuntimeError("from_layer() needs the channel count, which is not known: call the layer once")
     if running.mean.ndim > 1:
         got = f"the layer has channel_axis={settings.channel_axis}"
         raise ValueError(f"{got}, expected one channel axis, as all other formats have")
