@@ -141,9 +141,8 @@ def _inspect_arguments(add: Any) -> None:
 
 def _inspect(given: Namespace) -> int:
     """List the batch norms of a model file and what looks wrong; exit status 3 if anything does."""
-    ignored = given.ignore.split(",")
     found = formats.inspect(given.file, given.kind)
-    found = replace(found, findings=tuple(each for each in found if each.code not in ignored))
+    found = replace(found, findings=tuple(each for each in found if each.code not in given.ignore.split(",")))
     print(json.dumps(found.as_dict()) if given.json else found)
     return 3 if found.findings else 0
 
@@ -212,7 +211,6 @@ _COMMANDS: dict[str, Any] = {
     "convert": (_convert, _convert_arguments),
     "fold": (_fold, _fold_arguments),
 }
-_ON_FILES = (_inspect, _convert, _fold)
 
 
 def _main() -> int:
@@ -229,7 +227,7 @@ def _main() -> int:
         try:
             status = run(given) or 0
         except (ValueError, TypeError, ImportError) as error:
-            if run not in _ON_FILES:
+            if run not in (_inspect, _convert, _fold):
                 raise
             text = str(error).replace("source_eps is", "from-eps is").replace("{'conv1': 'bn1'}", "conv1:bn1")
             said = r"(?<!\w)(names|only|eps|from-eps|check|pair)s?(?= is| are| and| names|=\d)"

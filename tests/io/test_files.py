@@ -646,6 +646,39 @@ def test_states_of_older_versions(path):
     assert (layer.eps, layer.decay, str(layer.renorm)) == (again.eps, again.decay, str(again.renorm))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("ending", NEEDS)
+def test_the_mode_of_a_file(tmp_path, ending):
+    """A new file has that of other new ones, one that is replaced keeps its own."""
+    library(NEEDS[ending])
+    path, other = tmp_path / f"x.{ending}", tmp_path / "other"
+    write(path, trained())
+    other.write_text("")
+    assert path.stat().st_mode == other.stat().st_mode
+    path.chmod(0o640)
+    write(path, trained())
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_lists_in_a_checkpoint(tmp_path):
+    torch = library("torch")
+    state = network(torch).state_dict()
+    torch.save({"nets": [state, state], "sizes": (1, 2), "more": [torch.ones(2)]}, tmp_path / "x.pt")
+    found = formats.inspect(tmp_path / "x.pt")
+    assert list(found.norms) == ["nets/0/1", "nets/0/3", "nets/1/1", "nets/1/3"] and found.others == 5
+
+
+@pytest.mark.parametrize("source", ["pt", "safetensors"])
+def test_float8_is_named(tmp_path, source):
+    torch = library("torch")
+    state = {**network(torch).state_dict(), "half": torch.zeros(2).to(torch.float8_e5m2)}
+    save = torch.save if source == "pt" else library("safetensors.torch").save_file
+    save(state, tmp_path / f"x.{source}")
+    assert list(read(tmp_path / f"x.{source}")) == ["1", "3"]  # which needs no other tensor
+    with pytest.raises(ValueError, match=r"cannot convert '.*': half: "):
+        formats.convert(tmp_path / f"x.{source}", tmp_path / "y.safetensors")
+
+
 # ---- errors ------------------------------------------------------------------------------------------------
 
 LAYER, G = from_layer(BatchNorm(3, name="a")), np.ones(3)

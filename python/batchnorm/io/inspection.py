@@ -53,13 +53,9 @@ class Inspection:
             shown = ("?" if value is None else f"{value:g}" for value in options)
             rows.append((name or "-", str(norm.mean.size), norm.format, *has, *shown))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        count = len(self.norms)
-        ending = (
-            f"{count} batch norm{'s' * (count != 1)}, {self.others} other tensor{'s' * (self.others != 1)}"
-        )
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        count, others = len(self.norms), self.others
+        ending = f"{count} batch norm{'s' * (count != 1)}, {others} other tensor{'s' * (others != 1)}"
         lines = lines if self.norms else []
         whose: dict[tuple[str, ...], list[str]] = {}
         for each in self.findings:

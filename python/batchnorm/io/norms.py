@@ -150,9 +150,7 @@ class Norm:
             if (value := getattr(self, name)) is not None and not np.isfinite(value).all():
                 where = int(np.argmax(~np.isfinite(value)))
                 got = f"{self._key(name)} is {value[where]} at channel {where}"
-                raise ValueError(
-                    f"{got}, expected finite numbers: mend it by more training, or recalibrate()"
-                )
+                raise ValueError(f"{got}, expected finite numbers: mend it by training, or recalibrate()")
 
     def _key(self, name: str) -> str:
         return self.keys.get(name, f"{name} of {self.name!r}")
@@ -281,8 +279,10 @@ def plain(name: str) -> str:
 
 
 def leaves(arrays: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of mappings in mappings, by their path."""
+    """The leaves of mappings in mappings, and in lists of them or of arrays, by their path."""
     for key, value in arrays.items():
+        if isinstance(value, list | tuple) and any(isinstance(v, Mapping) or len(_shape(v)) for v in value):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}/")
         else:

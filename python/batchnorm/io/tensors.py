@@ -18,6 +18,7 @@ from ..settings import kind
 from ..typing import Array
 from .library import library
 from .norms import OPTIONS, Norm, arrays_of, find, leaves
+from .npz import failing_as
 
 __all__ = ["read_safetensors", "read_torch", "rewrite", "write_safetensors", "write_torch"]
 
@@ -41,9 +42,10 @@ class _Lazy:
         return tuple(self._slice.get_shape())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        if self._slice.get_dtype().startswith(("BF", "F8", "F4", "F6")):  # NumPy gets these from ml_dtypes
+        if self._slice.get_dtype() == "BF16":  # NumPy gets it from ml_dtypes
             library("ml_dtypes", f"reading {self._key}")
-        array: Array = np.asarray(self._file.get_tensor(self._key), dtype)
+        with failing_as(self._key):  # of 8 bits, which safetensors gives to PyTorch alone
+            array: Array = np.asarray(self._file.get_tensor(self._key), dtype)
         return array
 
 
@@ -60,9 +62,8 @@ def read_safetensors(path: str) -> tuple[dict[str, Norm], int]:
     if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
         raise ValueError(f"its metadata {_ENTRY!r} is wrong: the options of batch norms are no mapping")
     for name in {*norms} & {*options}:
-        norms[name] = norms[name].said(
-            **{key: options[name][key] for key in _OPTIONS if key in options[name]}
-        )
+        own = options[name]
+        norms[name] = norms[name].said(**{key: own[key] for key in _OPTIONS if key in own})
     return norms, _others(arrays, norms)
 
 
@@ -175,7 +176,10 @@ def rewrite(
     else:
         left = {name: norm for name, norm in norms.items() if {*norm.keys.values()} <= {*changed}}
         kept = {key: value for key, value in (metadata or {}).items() if key != _ENTRY}
-        arrays = {key: numpy_of(value) for key, value in changed.items()}
+        arrays = {}
+        for key, value in changed.items():
+            with failing_as(key):
+                arrays[key] = numpy_of(value)
         write(lambda path: _save(path, arrays, left, kept))
 
 
