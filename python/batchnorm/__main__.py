@@ -141,9 +141,8 @@ def _inspect_arguments(add: Any) -> None:
 
 def _inspect(given: Namespace) -> int:
     """List the batch norms of a model file and what looks wrong; exit status 3 if anything does."""
-    ignored = given.ignore.split(",")
     found = formats.inspect(given.file, given.kind)
-    found = replace(found, findings=tuple(each for each in found if each.code not in ignored))
+    found = replace(found, findings=tuple(each for each in found if each.code not in given.ignore.split(",")))
     print(json.dumps(found.as_dict()) if given.json else found)
     return 3 if found.findings else 0
 
@@ -151,28 +150,26 @@ def _inspect(given: Namespace) -> int:
 def _files_arguments(add: Any) -> None:
     add("source", metavar="IN", help="a model file")
     add("target", metavar="OUT", help="the file to write, whole or not at all")
-
-
-def _convert_arguments(add: Any) -> None:
-    _files_arguments(add)
-    add("--eps", type=float, metavar="V",
-        help="eps of whoever reads OUT: variances take the difference to that of IN")  # fmt: skip
-    names = ", ".join(name for name in formats.FORMATS if name not in ("onnx", "caffe"))
-    add("--names", metavar="FORMAT", help=f"whose names in .safetensors and .pt: {names}")
-    add("--only", action="append", metavar="NAME", help="a batch norm to take; may be repeated")
     _kind_argument(add, "from")
     _kind_argument(add, "to")
 
 
+def _convert_arguments(add: Any) -> None:
+    _files_arguments(add)
+    add("--eps", type=float, metavar="V", help="eps of whoever reads OUT: variances take the difference")
+    add("--from-eps", type=float, metavar="V", help="eps that IN was built with, where it does not say it")
+    add("--names", metavar="FORMAT", help="whose names in .safetensors and .pt: pytorch, keras, flax, ...")
+    add("--only", action="append", metavar="NAME", help="a batch norm to take; may be repeated")
+
+
 def _convert(given: Namespace) -> None:
     """Write the batch norms of a model file to one of another kind, and print what that cannot hold."""
-    kinds = getattr(given, "from"), given.to
     notes = formats.convert(given.source, given.target, names=given.names, only=given.only, eps=given.eps,
-                            kinds=kinds)  # fmt: skip
+                            source_eps=given.from_eps, kinds=(getattr(given, "from"), given.to))  # fmt: skip
     if given.json:
         return print(json.dumps({"lost": notes}))
     for note in notes:
-        print(f"not in OUT: {note}")
+        print(note if "not in the source" in note else f"not in OUT: {note}")
 
 
 def pair(text: str) -> formats.Pair:  # its name stands in an error of argparse
@@ -191,7 +188,8 @@ def _fold_arguments(add: Any) -> None:
 
 def _fold(given: Namespace) -> None:
     """Fold the batch norms of a model file into the convolutions and dense layers before them."""
-    found = formats.fold_file(given.source, given.target, pairs=given.pair, eps=given.eps, check=given.check)
+    found = formats.fold_file(given.source, given.target, pairs=given.pair, eps=given.eps, check=given.check,
+                              kinds=(getattr(given, "from"), given.to))  # fmt: skip
     if given.json:
         return print(json.dumps(found._asdict()))
     for name in found.folded:
@@ -213,7 +211,6 @@ _COMMANDS: dict[str, Any] = {
     "convert": (_convert, _convert_arguments),
     "fold": (_fold, _fold_arguments),
 }
-_ON_FILES = (_inspect, _convert, _fold)
 
 
 def _main() -> int:
@@ -230,10 +227,11 @@ def _main() -> int:
         try:
             status = run(given) or 0
         except (ValueError, TypeError, ImportError) as error:
-            if run not in _ON_FILES:
+            if run not in (_inspect, _convert, _fold):
                 raise
-            text = re.sub(r"\b(names|only|eps|check|pairs)(?= is| names)", r"--\1", str(error))
-            raise _Error(text) from error
+            text = str(error).replace("source_eps is", "from-eps is").replace("{'conv1': 'bn1'}", "conv1:bn1")
+            said = r"(?<!\w)(names|only|eps|from-eps|check|pair)s?(?= is| are| and| names|=\d)"
+            raise _Error(re.sub(said, r"--\1", text)) from error
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has read enough; what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

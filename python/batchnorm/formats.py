@@ -21,7 +21,7 @@ the extra ``batchnorm[formats]``, and PyTorch for .pt. They are imported when th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from .io.files import KINDS, kind_of
 from .io.folding import Folded, Pair
 from .io.inspection import Inspection, inspect
 from .io.layer_state import state_of
-from .io.norms import FORMATS, AsLayer, Format, Norm, arrays_of, find, from_layer, lost
+from .io.norms import FORMATS, OPTIONS, AsLayer, Format, Norm, arrays_of, find, from_layer, lost
 from .io.npz import failing_as, path_text
 from .io.tensors import rewrite
 from .layer import BatchNorm
@@ -58,6 +58,7 @@ __all__ = [
 
 Path = str | os.PathLike[str]
 _TENSORS = ("safetensors", "torch")
+_names = word(*(name for name in FORMATS if name not in ("onnx", "caffe")))
 
 
 def read(path: Path, kind: str | None = None) -> dict[str, Norm]:
@@ -213,14 +214,23 @@ def write(
         )
     if names is not None and row.names:
         raise ValueError(f"names is {names!r}, but a file of {chosen} has its own: drop it")
-    format = row.names or word(*FORMATS)("names", names or "pytorch")
+    format = row.names or _names("names", names or "pytorch")
     holds = row.holds or FORMATS[format].holds
+    taken = {n: norm for n, norm in norms.items() if norm.eps is None and norm.format != format}
+    norms |= {name: norm.said(eps=norm.option("eps")) for name, norm in taken.items()}
     for name, norm in norms.items():
         norm.check()
-        if "eps" in holds.split():
+        if "eps" in holds.split() and norm.var.min() < 0:  # else what nobody said would seem to be said
             norms[name] = norm.with_eps()
     files.writing(path, lambda temporary: row.write(temporary, norms, format))
-    return _lost(norms, chosen, format)
+    return (*_lost(norms, chosen, format), *_taken(taken))
+
+
+def _taken(norms: Mapping[str, Norm]) -> Iterator[str]:
+    """What is said of norms whose eps nobody says, where it matters."""
+    for format in dict.fromkeys(norm.format for norm in norms.values()):
+        whose = _listed([name for name, norm in norms.items() if norm.format == format])
+        yield f"eps: not in the source; {FORMATS[format].eps:g}, the default of {format}, taken for {whose}"
 
 
 def _lost(norms: Mapping[str, Norm], kind: str, format: str | None = None) -> tuple[str, ...]:
@@ -239,7 +249,8 @@ def _listed(names: Sequence[str]) -> str:
 
 def convert(
     source: Path, target: Path, *, names: str | None = None, only: Sequence[str] | None = None,
-    eps: float | None = None, kinds: tuple[str | None, str | None] = (None, None),
+    eps: float | None = None, source_eps: float | None = None,
+    kinds: tuple[str | None, str | None] = (None, None),
 ) -> tuple[str, ...]:  # fmt: skip
     """Write the batch norms of one model file to another, of any kind.
 
@@ -252,8 +263,10 @@ def convert(
     names, only : str; sequence of str, optional
         Whose names the arrays get, see `write`; the batch norms that are wanted.
     eps : float, optional
-        The eps that readers of `target` will use: variances take the difference to that of `source`. If that
-        is not in the file, it is what it is.
+        The eps that readers of `target` will use: variances take the difference to that of `source`.
+    source_eps : float, optional
+        What batch norms were built with whose eps is not in `source`. If it is not said either, it is the
+        default of the library whose names these are, and a note says so.
     kinds : tuple of two str or None
         The kinds of the files, see `read`; by default what their names say.
 
@@ -288,23 +301,29 @@ def convert(
         norms = {name: norms[name] for name in only}
     if not norms:
         raise ValueError(f"{os.fspath(source)!r} has no batch norms, expected at least one")
-    if content.kind in _TENSORS and chosen in _TENSORS and names is None and only is None and eps is None:
+    asked = (names, only, eps, source_eps)
+    if content.kind in _TENSORS and chosen in _TENSORS and not any(each is not None for each in asked):
         both = content.kind, chosen
         with failing_as(f"cannot convert {os.fspath(source)!r}"):
             rewrite(
                 path_text(source), both, lambda write: files.writing(target, write), lambda tensors: tensors
             )
         return _lost(norms, chosen)
+    silent = {name: norm for name, norm in norms.items() if norm.eps is None}
+    if source_eps is not None:
+        if not silent:
+            raise ValueError(f"source_eps is {source_eps}, but the source says eps itself: drop it")
+        norms = norms | {name: norm.said(eps=source_eps) for name, norm in silent.items()}
+        silent = {}
+    guessed: tuple[str, ...] = ()
     if eps is not None:
-        norms = {
-            n: norm.said(eps=eps) if norm.eps is None else norm.with_eps(eps) for n, norm in norms.items()
-        }
+        norms, guessed = {name: norm.with_eps(eps) for name, norm in norms.items()}, tuple(_taken(silent))
     if names is None and content.kind in _TENSORS and chosen in _TENSORS:
         names = next(iter(norms.values())).format
-    notes = write(target, norms, names=names, kind=chosen)
-    missing = {name: norm.missing for name, norm in norms.items() if norm.missing}
+    notes = (*write(target, norms, names=names, kind=chosen), *guessed)
+    missing = {name: rest for name, norm in norms.items() if (rest := {*norm.missing} - {"eps"})}
     if missing:
-        words = ", ".join(dict.fromkeys(option for each in missing.values() for option in each))
+        words = ", ".join(name for name in OPTIONS if any(name in each for each in missing.values()))
         notes = (*notes, f"{words}: not in the source, of {_listed([*missing])}; defaults stand where needed")
     if left := content.others + sum(len(norm.keys) for n, norm in content.norms.items() if n not in norms):
         tensors = "tensor that belongs" if left == 1 else "tensors that belong"
@@ -314,7 +333,7 @@ def convert(
 
 def fold_file(
     source: Path, target: Path, *, pairs: Mapping[str, str] | Sequence[Any] | None = None,
-    eps: float | None = None, check: bool = False,
+    eps: float | None = None, check: bool = False, kinds: tuple[str | None, str | None] = (None, None),
 ) -> Folded:  # fmt: skip
     """Fold the batch norms of a model file into the layers before them.
 
@@ -329,6 +348,8 @@ def fold_file(
         What the batch norms were built with, needed where the file does not hold it.
     check : bool, default False
         Run both .onnx models by ONNX Runtime on random input; outputs that differ are an error.
+    kinds : tuple of two str or None
+        The kinds of the files, see `read`; by default what their names say.
 
     Returns
     -------
@@ -353,21 +374,21 @@ def fold_file(
     >>> from batchnorm.formats import fold_file
     >>> fold_file("model.keras", "folded.keras")
     Traceback (most recent call last):
-    ValueError: source is of kind 'keras', expected .onnx, .safetensors or .pt
+    ValueError: source is of kind 'keras', expected onnx, safetensors or torch
     """
-    kinds = kind_of(source), kind_of(target)
-    if kinds == ("onnx", "onnx"):
+    paths = path_text(source), path_text(target)
+    first, second = kind_of(source, kinds[0]), kind_of(target, kinds[1])
+    if first not in ("onnx", *_TENSORS):
+        raise ValueError(f"source is of kind {first!r}, expected onnx, safetensors or torch")
+    if (first == "onnx") != (second == "onnx") or second not in ("onnx", *_TENSORS):
+        expected = "onnx" if first == "onnx" else "safetensors or torch"
+        raise ValueError(f"target is of kind {second!r}, expected {expected}, as source is {first}")
+    if first == "onnx":
         if pairs is not None or eps is not None:
             raise ValueError(
                 "pairs and eps are for .safetensors and .pt files: an .onnx file says both, drop them"
             )
-        return folding.fold_onnx(path_text(source), path_text(target), check)
-    for name, kind in zip(("source", "target"), kinds, strict=True):
-        if kind not in _TENSORS:
-            expected = (
-                ".onnx, .safetensors or .pt" if name == "source" else "a file like source, or .safetensors"
-            )
-            raise ValueError(f"{name} is of kind {kind!r}, expected {expected}")
+        return folding.fold_onnx(*paths, check)
     if check:
         raise ValueError("check is True, but only .onnx files can be run: drop it")
     if not pairs:
@@ -375,4 +396,4 @@ def fold_file(
         raise ValueError(
             f"pairs is {pairs!r}, expected layers and the batch norms behind them, such as {example}"
         )
-    return folding.fold_tensors(path_text(source), path_text(target), kinds, folding.pairs_of(pairs), eps)
+    return folding.fold_tensors(*paths, (first, second), folding.pairs_of(pairs), eps)

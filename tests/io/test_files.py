@@ -75,7 +75,9 @@ def test_absent_gamma_or_beta(tmp_path, ending, absent):
 def test_options_that_these_files_hold(tmp_path, ending):
     library(NEEDS[ending])
     layer = trained(eps=0.3, decay=0.5, running_ddof=0, channel_axis=-1)
-    assert [n for n in write(tmp_path / f"x.{ending}", layer) if "num_updates" not in n] == []
+    notes = [n for n in write(tmp_path / f"x.{ending}", layer) if "num_updates" not in n]
+    others = {"safetensors": "pytorch", "weights.h5": "keras"}.get(ending)  # who pass over what is for us
+    assert all(f" where {others} reads it (" in note for note in notes) and bool(notes) == bool(others)
     (norm,) = read(tmp_path / f"x.{ending}").values()
     assert (norm.eps, norm.decay, norm.running_ddof, norm.channel_axis, norm.missing) == (0.3, 0.5, 0, -1, ())
 
@@ -84,12 +86,28 @@ def test_options_that_these_files_hold(tmp_path, ending):
 def test_safetensors_by_other_names(tmp_path, names):
     library("safetensors")
     given = layers()
-    assert write(tmp_path / "x.safetensors", given, names=names) == ()
+    notes = write(tmp_path / "x.safetensors", given, names=names)
+    row = formats.FORMATS[names]
+    assert [note.split("=")[0] for note in notes if f" where {names} reads it" in note] == [
+        name for name, own in {"eps": 1e-5, "decay": 0.9, "running_ddof": 1, "channel_axis": 1}.items()
+        if own != getattr(row, name)
+    ] and len(notes) <= 4  # fmt: skip
     found = read(tmp_path / "x.safetensors")
     assert {norm.format for norm in found.values()} == {names} and list(found) == sorted(given)
     assert all(
         norm.num_updates == 200 and same_function(given[n], to_layer(norm)) for n, norm in found.items()
     )
+
+
+@pytest.mark.parametrize("names", ["pytorch", "flax", "mxnet"])
+@pytest.mark.parametrize("name", ["module.bn", "params/bn", "bn_", "a._orig_mod.bn"])
+def test_options_of_names_that_reading_shortens(tmp_path, names, name):
+    library("safetensors")
+    layer = trained(name, eps=0.3, decay=0.5, running_ddof=0)
+    write(tmp_path / "x.safetensors", layer, names=names)
+    (norm,) = read(tmp_path / "x.safetensors").values()
+    assert (norm.eps, norm.decay, norm.num_updates) == (0.3, 0.5, 200) and len(norm.name) < len(name)
+    assert same_function(layer, to_layer(norm, channel_axis=1))
 
 
 def test_a_view_is_written_as_it_looks(tmp_path):
@@ -352,9 +370,71 @@ def test_weights_alone_do_not_tell_gamma_from_beta(saved_keras):
     assert set(found) == set(NORMS)
     faults = {name for name, norm in found.items() if norm.fault}
     assert faults == {"batch_normalization", "batch_normalization_1"}
-    with pytest.raises(ValueError, match=r"one variable beside mean and variance, gamma or beta, which .ker"):
+    with pytest.raises(
+        ValueError, match=r"one variable beside mean and variance, gamma or beta, which its conf"
+    ):
         to_layer(found["batch_normalization"])
     assert found["first"].missing == ("eps", "decay", "channel_axis")
+
+
+@of_keras
+def test_batch_norms_that_no_configuration_names(tmp_path):
+    """Inside of a layer, of a model of its own class; and a class of another name."""
+    keras = library("keras")
+    layers = keras.layers
+
+    class Block(layers.Layer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.bn, self.second = layers.BatchNormalization(), layers.BatchNormalization(name="twin")
+            self.third = layers.BatchNormalization(name="third", scale=False)
+
+        def build(self, shape):
+            for each in (self.bn, self.second, self.third):
+                each.build(shape)
+
+        def call(self, x):
+            return self.third(self.second(self.bn(x)))
+
+    class Own(layers.BatchNormalization):
+        pass
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.block = Block()
+
+        def call(self, x):
+            return self.block(x)
+
+    x = keras.Input((C,))
+    y = layers.BatchNormalization(name="third", epsilon=0.2)(
+        layers.BatchNormalization(name="twin")(Block()(x))
+    )
+    keras.Model(x, Own(name="mine", epsilon=0.5)(y)).save(tmp_path / "x.keras")
+    found = read(tmp_path / "x.keras")
+    assert len(found) == 6 and found["mine"].eps == 0.5 and found["batch_normalization"].eps is None
+    faults = [n.fault for n in found.values() if n.fault]  # whose options are whose is said nowhere
+    assert len(faults) == 4 and all("is the name of several batch norms" in fault for fault in faults)
+    model = Model()
+    model(np.ones((2, C), np.float32))
+    model.block.bn.gamma.assign(np.arange(C))
+    model.save(tmp_path / "x.keras")
+    found = read(tmp_path / "x.keras")
+    assert len(found) == 3 and np.array_equal(next(iter(found.values())).gamma, np.arange(C))
+    assert [norm.eps for norm in found.values()] == [None] * 3
+
+
+@of_keras
+def test_bfloat16_of_keras(tmp_path):
+    keras = library("keras")
+    library("ml_dtypes")
+    norms = [keras.layers.BatchNormalization(dtype=dtype) for dtype in ("bfloat16", "float32")]
+    model = keras.Sequential([keras.Input((C,)), *norms])
+    norms[0].moving_mean.assign(np.arange(C) / 4)
+    model.save(tmp_path / "x.keras")
+    first, second = read(tmp_path / "x.keras").values()
+    assert np.array_equal(first.mean, np.arange(C) / 4) and not first.fault and not second.fault
 
 
 @of_keras
@@ -520,6 +600,14 @@ def test_training_goes_on_as_in_caffe(tmp_path):
     np.testing.assert_allclose(again.running_mean, layer.running_mean, rtol=1e-6)
 
 
+def test_a_name_that_is_no_text(tmp_path):
+    library("google.protobuf")
+    data = caffe_net([batch_norm(MEAN, VAR, [1.0])]).replace(b"bn", b"b\xff")
+    (tmp_path / "x.caffemodel").write_bytes(data)
+    with pytest.raises(ValueError, match=r"cannot read '.*x.caffemodel': .*(UTF-8|utf-8|parsing)"):
+        formats.inspect(tmp_path / "x.caffemodel")
+
+
 def test_which_scale_belongs_to_a_batch_norm(tmp_path):
     bn, relu = (
         batch_norm(MEAN, VAR, [1.0], bottom="a", top="b"),
@@ -558,17 +646,50 @@ def test_states_of_older_versions(path):
     assert (layer.eps, layer.decay, str(layer.renorm)) == (again.eps, again.decay, str(again.renorm))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.parametrize("ending", NEEDS)
+def test_the_mode_of_a_file(tmp_path, ending):
+    """A new file has that of other new ones, one that is replaced keeps its own."""
+    library(NEEDS[ending])
+    path, other = tmp_path / f"x.{ending}", tmp_path / "other"
+    write(path, trained())
+    other.write_text("")
+    assert path.stat().st_mode == other.stat().st_mode
+    path.chmod(0o640)
+    write(path, trained())
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_lists_in_a_checkpoint(tmp_path):
+    torch = library("torch")
+    state = network(torch).state_dict()
+    torch.save({"nets": [state, state], "sizes": (1, 2), "more": [torch.ones(2)]}, tmp_path / "x.pt")
+    found = formats.inspect(tmp_path / "x.pt")
+    assert list(found.norms) == ["nets/0/1", "nets/0/3", "nets/1/1", "nets/1/3"] and found.others == 5
+
+
+@pytest.mark.parametrize("source", ["pt", "safetensors"])
+def test_float8_is_named(tmp_path, source):
+    torch = library("torch")
+    state = {**network(torch).state_dict(), "half": torch.zeros(2).to(torch.float8_e5m2)}
+    save = torch.save if source == "pt" else library("safetensors.torch").save_file
+    save(state, tmp_path / f"x.{source}")
+    assert list(read(tmp_path / f"x.{source}")) == ["1", "3"]  # which needs no other tensor
+    with pytest.raises(ValueError, match=r"cannot convert '.*': half: "):
+        formats.convert(tmp_path / f"x.{source}", tmp_path / "y.safetensors")
+
+
 # ---- errors ------------------------------------------------------------------------------------------------
 
 LAYER, G = from_layer(BatchNorm(3, name="a")), np.ones(3)
 WRONG = [
-    (lambda p: write(p / "x.bin2", LAYER), ValueError, "a name that ends in .safetensors, .pt, .*; or say k"),
+    (lambda p: write(p / "x.bin2", LAYER), ValueError, "a name that ends in .safetensors, .pt, .*; or say"),
     (lambda p: write(p / "x", LAYER, kind="torchy"), ValueError, "kind is 'torchy', expected None, 's"),
     (lambda p: write(3, LAYER), TypeError, r"path is 3 \(int\), expected str or os.PathLike"),
     (lambda p: write(p / "x.keras", LAYER), ValueError, "expected .weights.h5: Keras alone writes"),
     (lambda p: write(p / "x.onnx", LAYER, names="keras"), ValueError, "'keras', but a file of onnx has its"),
     (lambda p: write(p / "x.safetensors", LAYER, names="kera"), ValueError, "names is 'kera'.*mean 'keras'"),
-    (lambda p: write(p / "x.safetensors", LAYER, names="onnx"), ValueError, "has no named arrays"),
+    (lambda p: write(p / "x.safetensors", LAYER, names="onnx"), ValueError, "'onnx', expected .*x'$"),
     (lambda p: write(p / "x.npz", [LAYER, BatchNorm(3, name="b")]), ValueError, "one layer, and there are 2"),
     (lambda p: write(p / "x.onnx", []), ValueError, "layers is empty, expected BatchNorm layers"),
     (lambda p: write(p / "x.onnx", "bn"), TypeError, r"layers is 'bn' \(str\), expected BatchNorm"),

@@ -56,15 +56,16 @@ class Graph:
     def norm(self, channels, **attributes):
         return self.add("BatchNormalization", *[(channels,)] * 4, **attributes)
 
-    def save(self, path, outputs=(), rank=None, opset=17):
+    def save(self, path, outputs=(), rank=None, opset=17, ir=8, inputs=(), functions=()):
         make = self.helper.make_tensor_value_info
         y = make(self.last, self.kind, [None] * (rank or len(self.shape)))
         graph = self.helper.make_graph(
-            self.nodes, "g", [make("x", self.kind, self.shape)],
+            self.nodes, "g", [make("x", self.kind, self.shape), *inputs],
             [y, *(make(n, self.kind, [None] * len(self.shape)) for n in outputs)], self.tensors,
         )  # fmt: skip
-        opsets = [self.helper.make_opsetid("", opset)]
-        self.onnx.save(self.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+        opsets = [self.helper.make_opsetid(name, opset) for name in ("", *(["own"] if functions else []))]
+        model = self.helper.make_model(graph, opset_imports=opsets, ir_version=ir, functions=functions)
+        self.onnx.save(model, path)
         return path
 
 
@@ -264,6 +265,92 @@ def test_a_fold_that_would_be_wrong_is_not_written(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["x.onnx"]
 
 
+@pytest.mark.quick
+def test_a_weight_of_one_number_is_left(tmp_path):
+    library("onnxruntime")
+    graph = Graph(IMAGE)
+    one = graph.constant(np.full((1, 1, 1, 1), 0.3), "one")
+    shape = graph.onnx.numpy_helper.from_array(np.array([4, 1, 3, 3]), "shape")
+    graph.tensors.append(shape)
+    graph.nodes.append(graph.helper.make_node("Expand", [one, "shape"], ["w"]))
+    graph.add("Conv", inputs=("w",), group=4).norm(4)
+    found = fold_file(graph.save(tmp_path / "x.onnx"), tmp_path / "y.onnx", check=True)
+    assert "are computed, not constant" in "".join(found.left.values()) and found.folded == ()
+
+
+@pytest.mark.quick
+def test_a_check_of_sizes_without_names(tmp_path):
+    """Each free size of an input is one of its own: samples are few, images are not."""
+    library("onnxruntime")
+    graph = Graph([None, 4, None, None]).add("Conv", (8, 4, 7, 7)).norm(8)
+    assert 0 <= fold_file(graph.save(tmp_path / "x.onnx"), tmp_path / "y.onnx", check=True).error < 1e-5
+
+
+@pytest.mark.quick
+def test_a_check_of_float64_with_small_variances(tmp_path):
+    library("onnxruntime")
+    graph = Graph(["N", 4], "float64").add("Gemm", (4, 5), (5,)).norm(5, epsilon=0.1)
+    graph.tensors[-1].CopyFrom(graph.onnx.numpy_helper.from_array(np.full(5, 1e-9), graph.tensors[-1].name))
+    found = fold_file(graph.save(tmp_path / "x.onnx"), tmp_path / "y.onnx", check=True)
+    assert len(found.folded) == 1 and found.error < 1e-12
+    assert next(iter(read(tmp_path / "x.onnx").values())).eps == 0.1
+
+
+@pytest.mark.quick
+def test_a_bias_that_float16_cannot_hold(tmp_path):
+    torch = library("torch")
+    state = {"c.weight": torch.ones(1, 1), "bn.running_mean": torch.full((1,), 6e4),
+             "bn.running_var": torch.full((1,), 1e-2)}  # fmt: skip
+    for more in ({}, {"c.bias": torch.zeros(1)}):
+        torch.save({key: value.half() for key, value in (state | more).items()}, tmp_path / "x.pt")
+        with pytest.raises(ValueError, match=r"folded bias is -.* at channel 0, too large for float16"):
+            fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={"c": "bn"}, eps=1e-5)
+    assert os.listdir(tmp_path) == ["x.pt"]
+    graph = Graph(IMAGE, "float16").add("Conv", (4, 4, 1, 1)).norm(4)
+    for i, value in ((-2, 6e4), (-1, 1e-2)):
+        new = graph.onnx.numpy_helper.from_array(np.full(4, value, np.float16), graph.tensors[i].name)
+        graph.tensors[i].CopyFrom(new)
+    found = fold_file(graph.save(tmp_path / "x.onnx"), tmp_path / "y.onnx")
+    assert found.folded == () and "too large for float16" in "".join(found.left.values())
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("ir", [3, 8])
+def test_names_and_inputs_of_old_models(tmp_path, ir):
+    """Before version 4 each initializer is an input, too; new names are no input's."""
+    runtime, graph = library("onnxruntime"), Graph(IMAGE).add("Conv", (8, 4, 3, 3)).norm(8)
+    graph.last = graph.add("Add", inputs=(f"{graph.nodes[-1].name}.folded_weight",)).last
+    make = graph.helper.make_tensor_value_info
+    inputs = [make(graph.nodes[-1].input[1], graph.kind, [1])]
+    inputs += [make(t.name, t.data_type, t.dims) for t in graph.tensors] if ir < 4 else []
+    path = graph.save(tmp_path / "x.onnx", ir=ir, opset=8, inputs=inputs)
+    found = fold_file(path, tmp_path / "y.onnx", check=True)
+    assert len(found.folded) == 1 and found.error < 3e-6
+    model = graph.onnx.load(tmp_path / "y.onnx")
+    graph.onnx.checker.check_model(model, full_check=True)
+    assert len(model.graph.input) == (4 if ir < 4 else 2)
+    assert len(runtime.InferenceSession(tmp_path / "y.onnx").get_inputs()) == 2
+
+
+@pytest.mark.quick
+def test_functions_of_a_model(tmp_path):
+    """Their batch norms are named, with what makes them readable."""
+    library("onnxruntime")
+    graph = Graph(IMAGE)
+    helper, names = graph.helper, ["x", "s", "b", "m", "v"]
+    node = helper.make_node("BatchNormalization", names, ["y"], name="bn")
+    function = helper.make_function("own", "Block", names, ["y"], [node], [helper.make_opsetid("", 17)])
+    graph.add("Conv", (4, 4, 1, 1)).add("Block", (4,), (4,), (4,), (4,), domain="own")
+    path = graph.save(tmp_path / "x.onnx", functions=[function])
+    ((name, norm),) = read(path).items()
+    assert name == "Block/bn" and "inline_local_functions" in norm.fault
+    found = fold_file(path, tmp_path / "y.onnx", check=True)
+    assert found.folded == () and list(found.left) == ["Block/bn"] and found.left["Block/bn"] in norm.fault
+    inliner = __import__("onnx.inliner").inliner
+    graph.onnx.save(inliner.inline_local_functions(graph.onnx.load(path)), path)
+    assert len(fold_file(path, tmp_path / "y.onnx", check=True).folded) == 1
+
+
 # ---- of exporters ------------------------------------------------------------------------------------------
 
 
@@ -365,6 +452,46 @@ def test_16_bit_weights(tmp_path):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("first", ["", "module."])
+def test_wrapped_twins(tmp_path, first):
+    """Of a file with a model and its wrapped copy, that is changed which is named."""
+    torch = library("torch")
+    own = network(torch).state_dict()
+    prefixes = [first, "module." if not first else ""]
+    state = {f"{p}{k}": v * (1 + len(p)) for p in prefixes for k, v in own.items()}
+    torch.save(state, tmp_path / "x.pt")
+    for p in prefixes:
+        found = fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={f"{p}0": f"{p}1"}, eps=1e-5)
+        new = torch.load(tmp_path / "y.pt")
+        assert found.folded == (f"{p}1",) and {*new} - {*state} == {f"{p}0.bias"}
+        assert [k for k in state if k in new and not torch.equal(new[k], state[k])] == [f"{p}0.weight"]
+        assert {k.rpartition(".")[0] for k in {*state} - {*new}} == {f"{p}1"}
+    state = {k: v for k, v in state.items() if k != "0.weight"} | {"_orig_mod.0.weight": own["0.weight"]}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"'0', which may be .*module.0.weight.*: name it as it is in the"):
+        fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={"0": "1"}, eps=1e-5)
+
+
+@pytest.mark.quick
+def test_modules_with_two_names(tmp_path):
+    """One tensor that is folded by one name is not left as it was by the other."""
+    torch = library("torch")
+    nn, net = torch.nn, network(torch)
+    both = nn.ModuleDict({"conv": net[0], "bn": net[1], "block": nn.Sequential(net[0], net[1])}).eval()
+    torch.save(both.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(
+        ValueError, match=r"conv.weight and block.0.weight are one tensor, and pairs names on"
+    ):
+        fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={"conv": "bn"}, eps=1e-5)
+    pairs = {"conv": "bn", "block.0": "block.1"}
+    assert len(fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs=pairs, eps=1e-5).folded) == 2
+    new = torch.load(tmp_path / "y.pt")
+    assert torch.equal(new["conv.weight"], new["block.0.weight"]) and "block.0.bias" in new and len(new) == 4
+    torch.save({k: v.clone() for k, v in both.state_dict().items()}, tmp_path / "x.pt")
+    assert fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs={"conv": "bn"}, eps=1e-5).folded == ("bn",)
+
+
+@pytest.mark.quick
 def test_eps_from_the_metadata(tmp_path):
     save = library("safetensors.numpy").save_file
     arrays = formats.arrays_of(formats.Norm("bn", *RANDOM(0).uniform(1, 2, (2, 3))), "pytorch")
@@ -406,12 +533,41 @@ def test_errors(tmp_path, options, match):
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("pairs", ["0:1", 3, [("0", 3)], [("0",)], ["01"], [("0", "1", 0, 1, 2)]], ids=str)
+def test_pairs_that_are_none(tmp_path, pairs):
+    torch = library("torch")
+    torch.save(network(torch).state_dict(), tmp_path / "x.pt")
+    match = (
+        r"pairs (is|holds) .*, expected pairs of a layer's name and that of the batch norm behind it, or P"
+    )
+    with pytest.raises(TypeError, match=match):
+        fold_file(tmp_path / "x.pt", tmp_path / "y.pt", pairs=pairs, eps=1e-5)
+
+
+@pytest.mark.quick
+def test_remedies_work(tmp_path):
+    """What a message says to do is done."""
+    torch = library("torch")
+    net = network(torch)
+    checkpoint = {"epoch": 3, "options": {"lr": 0.1}, "net": net.state_dict()}
+    torch.save(checkpoint, tmp_path / "x.model")
+    with pytest.raises(ValueError, match=r"expected a name that ends in .*; or say its kind"):
+        fold_file(tmp_path / "x.model", tmp_path / "y.pt", pairs={"0": "1"}, eps=1e-5)
+    with pytest.raises(ValueError, match=r"it holds 'epoch', .*: torch.save\((.*)\)$") as caught:
+        fold_file(tmp_path / "x.model", tmp_path / "y.pt", pairs={"0": "net/1"}, eps=1e-5,
+                  kinds=("torch", None))  # fmt: skip
+    remedy = str(caught.value).rpartition("alone: ")[2]
+    eval(remedy, {"torch": torch, "path": tmp_path / "x.model", "other_path": tmp_path / "z.pt"})
+    assert fold_file(tmp_path / "z.pt", tmp_path / "y.pt", pairs={"0": "1"}, eps=1e-5).folded == ("1",)
+
+
+@pytest.mark.quick
 def test_errors_of_kinds(tmp_path):
     path = Graph(IMAGE).norm(4).save(tmp_path / "x.onnx")
     for names, match in {
-        ("x.keras", "y.onnx"): "source is of kind 'keras', expected .onnx, .safetensors or .pt",
-        ("x.onnx", "y.pt"): "source is of kind 'onnx', expected",
-        ("x.pt", "y.onnx"): "target is of kind 'onnx', expected a file like source",
+        ("x.keras", "y.onnx"): "source is of kind 'keras', expected onnx, safetensors or torch",
+        ("x.onnx", "y.pt"): "target is of kind 'torch', expected onnx, as source is onnx",
+        ("x.pt", "y.onnx"): "target is of kind 'onnx', expected safetensors or torch, as source is torch",
     }.items():
         with pytest.raises(ValueError, match=match):
             fold_file(*(tmp_path / name for name in names))
@@ -442,6 +598,14 @@ def test_the_command(tmp_path):
     assert error(command(tmp_path, *arguments[:-1]), "fold").startswith(
         "cannot fold 'x.pt': eps of '1' is not in"
     )
+    for line, words in {
+        "x.pt y.pt --eps=1e-5": "--pair is None, expected layers and the batch norms behind them, su",
+        "x.pt y.pt --pair=0:1": "cannot fold 'x.pt': eps of '1' is not in the file: pass --eps=1e-05, the ",
+        "x.pt y.pt --pair=0:x --eps=1": "cannot fold 'x.pt': --pair names the batch norm 'x'",
+        "x.onnx y.onnx --eps=1": "--pair and --eps are for .safetensors and .pt",
+        "x.pt y --from torch --to torch --pair=0:1 --eps=1 --check": "--check is True, but only",
+    }.items():
+        assert error(command(tmp_path, "fold", *line.split()), "fold").startswith(words)
     assert "invalid pair value" in command(tmp_path, "fold", "x.pt", "y.pt", "--pair", "0").stderr
     done = command(
         tmp_path, "fold", "x.onnx", "z.onnx", "--check", code="import sys; sys.modules['onnxruntime'] = None"

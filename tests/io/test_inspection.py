@@ -113,7 +113,10 @@ def test_from_every_kind_to_every_other(tmp_path, source, target):
     notes = convert(tmp_path / f"x.{source}", tmp_path / f"y.{target}")
     (norm,) = read(tmp_path / f"y.{target}").values()
     assert norm.name == "bn" and same_function(layer, to_layer(norm, eps=layer.eps, channel_axis=1), 1e-6)
-    assert any("decay=0.8" in note for note in notes) == (target == "pt" != source)
+    said = any("decay=0.8" in note and "where" not in note for note in notes)
+    assert said == (target == "pt" != source)
+    said = any("decay=0.8 where" in note for note in notes)  # whose readers know nothing of our metadata
+    assert said == (source != "pt" and target in ("safetensors", "weights.h5"))
     said = any("not in the source" in note for note in notes)
     assert said == (source == "pt" and target not in ("pt", "safetensors"))
 
@@ -128,7 +131,9 @@ def test_what_is_not_carried_is_said(tmp_path):
     save({**arrays, "fc.weight": np.ones((2, 3))}, tmp_path / "x.safetensors")
     assert convert(tmp_path / "x.safetensors", tmp_path / "x.onnx") == (
         "running_ddof=1 (onnx: 0 unless told) of a", "num_updates=3 of a",
-        "eps, decay, channel_axis: not in the source, of a, b; defaults stand where needed",
+        "eps: not in the source; 1e-05, the default of pytorch, taken for a",
+        "eps: not in the source; 0.001, the default of keras, taken for b",
+        "decay, channel_axis: not in the source, of a, b; defaults stand where needed",
         "1 tensor that belongs to none of these batch norms",
     )  # fmt: skip
     assert convert(tmp_path / "x.safetensors", tmp_path / "y.onnx", only=["b"])[-1].startswith(
@@ -146,6 +151,52 @@ def test_another_eps_in_the_target(tmp_path):
     norm = read(tmp_path / "x.safetensors")["bn"]
     np.testing.assert_allclose(norm.var, layer.running_var + 1e-3 - 1e-5, rtol=1e-6)
     assert norm.eps == 1e-5
+
+
+@pytest.mark.quick
+def test_an_eps_that_the_source_does_not_say(tmp_path):
+    """It is the source library's; the target's is another, so that variances change or a note tells."""
+    library("safetensors"), library("h5py")
+    norm = Norm("bn", M, V, G, B)
+    write(tmp_path / "x.safetensors", norm)
+    taken = "eps: not in the source; 1e-05, the default of pytorch, taken for bn"
+
+    def converted(**options):
+        notes = convert(tmp_path / "x.safetensors", tmp_path / "x.weights.h5", **options)
+        return notes, read(tmp_path / "x.weights.h5")["bn"]
+
+    notes, back = converted()
+    assert notes[0] == "eps=1e-05 where keras reads it (0.001 unless told) of bn" and taken in notes
+    assert back.eps == 1e-5 and np.array_equal(back.var, V)
+    notes, back = converted(eps=1e-3)
+    assert taken in notes and not any("eps=" in note for note in notes)
+    np.testing.assert_allclose(back.var + np.float64(1e-3), V + np.float64(1e-5), rtol=1e-7)
+    notes, back = converted(eps=1e-3, source_eps=1e-2)
+    assert not any("eps" in note for note in notes)
+    np.testing.assert_allclose(back.var + np.float64(1e-3), V + np.float64(1e-2), rtol=1e-7)
+    notes, back = converted(source_eps=1e-2)
+    assert back.eps == 1e-2 and notes[0].startswith("eps=0.01 where keras reads it")
+    with pytest.raises(ValueError, match=r"source_eps is 0.1, but the source says eps itself: drop it"):
+        convert(tmp_path / "x.weights.h5", tmp_path / "y.safetensors", source_eps=0.1)
+
+
+@pytest.mark.quick
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of Keras
+def test_libraries_that_read_no_metadata_are_told(tmp_path):
+    """With --eps the target library gives the same, without it the note says the eps that does."""
+    keras, torch = library("keras"), library("torch")
+    model = keras.Sequential([keras.Input((C,)), keras.layers.BatchNormalization(name="bn", epsilon=0.1)])
+    model.layers[0].set_weights([G, B, M, V])
+    model.save(tmp_path / "x.keras")
+    x = np.random.default_rng(1).standard_normal((7, C)).astype(np.float32)
+    want = model(x).detach().numpy()
+    for options, eps in (({}, 0.1), ({"eps": 1e-5}, 1e-5)):
+        notes = convert(tmp_path / "x.keras", tmp_path / "x.safetensors", **options)
+        assert any(n.startswith("eps=0.1 where pytorch reads it (1e-05") for n in notes) == (not options)
+        theirs = torch.nn.BatchNorm1d(C, eps=eps).eval()
+        state = library("safetensors.torch").load_file(tmp_path / "x.safetensors")
+        theirs.load_state_dict({key.removeprefix("bn."): value for key, value in state.items()})
+        np.testing.assert_allclose(theirs(torch.from_numpy(x)).detach().numpy(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.quick
@@ -210,8 +261,18 @@ def test_the_commands(tmp_path):
         "not in OUT: 5 tensors that belong to none of these batch norms",
     ]  # fmt: skip
     lost = json.loads(output(command(tmp_path, "convert", "x.onnx", "x.weights.h5", "--json")))
-    assert lost == {"lost": []} and list(read(tmp_path / "x.weights.h5")) == ["a"]
-    assert output(command(tmp_path, "convert", "x.safetensors", "y.safetensors", "--names=flax")) == ""
+    assert [note.split(" where keras")[0] for note in lost["lost"]] == [
+        "eps=1e-05",
+        "decay=0.9",
+        "channel_axis=1",
+    ] and list(read(tmp_path / "x.weights.h5")) == ["a"]
+    noted = output(command(tmp_path, "convert", "x.safetensors", "y.safetensors", "--names=flax"))
+    assert noted.startswith("not in OUT: decay=0.9 where flax reads it (0.99 unless told) of a, b\n")
+    save = library("safetensors.numpy").save_file
+    save(formats.arrays_of(Norm("a", M, V), "pytorch"), tmp_path / "z.safetensors")
+    line = ["convert", "z.safetensors", "z.weights.h5", "--eps=1e-3"]
+    assert "\neps: not in the source; 1e-05, the default of" in output(command(tmp_path, *line))
+    assert "eps" not in output(command(tmp_path, *line, "--from-eps=1e-5"))
     os.rename(tmp_path / "x.onnx", tmp_path / "model")
     assert "1 batch norm, 0" in output(command(tmp_path, "inspect", "model", "--kind", "onnx"))
     assert output(command(tmp_path, "convert", "model", "copy", "--from", "onnx", "--to", "npz")) == ""
@@ -241,6 +302,7 @@ def test_errors_of_the_commands(tmp_path):
         "inspect x.what": "path is 'x.what', expected a name that ends in .safetensors, .pt",
         "convert x.safetensors y.onnx --only b": "--only names 'b', expected names of batch norms in",
         "convert x.safetensors y.keras": "path is 'y.keras', expected .weights.h5",
+        "convert x.safetensors y.onnx --from-eps 1": "--from-eps is 1.0, but the source says eps itself",
         "convert x.safetensors y.npz --names keras": "--names is 'keras', but a file of npz has its own",
     }.items():
         assert error(command(tmp_path, *line.split()), line.split()[0]).startswith(words)

@@ -93,6 +93,10 @@ DICTIONARIES = {
         {"net_batchnorm0_gamma": G, "net_batchnorm0_beta": B, "net_batchnorm0_running_mean": M,
          "net_batchnorm0_running_var": V}, "net_batchnorm0", "mxnet", None,
     ),
+    "Gluon 2": (
+        {"features.1.gamma": G, "features.1.beta": B, "features.1.running_mean": M,
+         "features.1.running_var": V}, "features.1", "mxnet", None,
+    ),
 }  # fmt: skip
 
 
@@ -159,8 +163,9 @@ def test_several_formats_at_once_and_their_order():
 
 def test_wrapped_twins_keep_their_names():
     state = {"weight": G, "bias": B, "running_mean": M, "running_var": V}
-    found = find({f"{p}bn.{k}": v for p in ("", "module.") for k, v in state.items()})
-    assert list(found) == ["bn", "module.bn"]
+    for prefixes in (["", "module."], ["module.", ""]):
+        found = find({f"{p}bn.{k}": v for p in prefixes for k, v in state.items()})
+        assert list(found) == [f"{p}bn" for p in prefixes] and found["bn"].keys["mean"] == "bn.running_mean"
 
 
 def test_what_only_looks_like_a_batch_norm():
@@ -217,8 +222,10 @@ def test_dtypes_are_widened():
     bfloat16 = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed").bfloat16
     (norm,) = find({k: v.astype(bfloat16) for k, v in half.items()}).values()
     assert norm.mean.dtype == np.float32 and np.array_equal(norm.mean, M.astype(np.float16).astype(bfloat16))
+    found = find({**half, "a.running_var": V.astype(np.complex64), "b.running_mean": M, "b.running_var": V})
+    assert not found["b"].fault and np.array_equal(found["b"].mean, M)  # one bad array is no other's fault
     with pytest.raises(ValueError, match=r"a.running_var has dtype complex64, expected real numbers"):
-        find({**half, "a.running_var": V.astype(np.complex64)})
+        to_layer(found["a"])
 
 
 @pytest.mark.parametrize("count", [-1, np.nan, np.ones(2), 2.0**70])
@@ -394,6 +401,8 @@ def test_what_formats_cannot_hold():
         "channel_axis=-1 (pytorch: 1 unless told)", "zero_debias=True", *other,
     ]  # fmt: skip
     assert lost(norm, "keras") == [
+        "eps=0.5 (keras: 0.001 unless told)",
+        "decay=0.8 (keras: 0.99 unless told)",
         "running_ddof=1 (keras: 0 unless told)",
         "num_updates=1",
         "zero_debias=True",

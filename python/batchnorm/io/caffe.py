@@ -38,10 +38,7 @@ _DECAY, _EPS = 0.999, 1e-5  # Caffe's defaults
 def _net() -> Any:
     """The class NetParameter."""
     why = "reading and writing a .caffemodel file"
-    pb2, pool = (
-        library("google.protobuf.descriptor_pb2", why),
-        library("google.protobuf.descriptor_pool", why),
-    )
+    pb2, pool = (library(f"google.protobuf.{name}", why) for name in ("descriptor_pb2", "descriptor_pool"))
     file = pb2.FileDescriptorProto(name="batchnorm/caffe.proto", package="batchnorm_caffe", syntax="proto2")
     for name, rows in _MESSAGES.items():
         message = file.message_type.add(name=name)
@@ -71,6 +68,8 @@ def read_caffe(path: str) -> tuple[dict[str, Norm], int]:
     norms: dict[str, Norm] = {}
     used = 0
     for i, layer in enumerate(net.layer):
+        if not isinstance(layer.name, str):  # which protobuf lets pass
+            raise ValueError(f"layer {i} is called {layer.name!r:.40}, expected text in UTF-8")
         if layer.type == "BatchNorm" and len(layer.blobs) >= 2:
             scale = _scale_after(net.layer, i)
             name = layer.name if layer.name and layer.name not in norms else f"{layer.name}[{i}]"
@@ -144,10 +143,8 @@ def write_caffe(path: str, norms: Mapping[str, Norm], names: str) -> None:
         decay = float(norm.option("decay"))
         early = norm.num_updates if norm.zero_debias else None  # else as after infinitely many batches
         total = 1.0 if decay in (0, 1) else (1 - (decay**early if early else 0)) / (1 - decay)
-        first, second = (
-            net.layer.add(name=name, type="BatchNorm"),
-            net.layer.add(name=f"{name}/scale", type="Scale"),
-        )
+        first = net.layer.add(name=name, type="BatchNorm")
+        second = net.layer.add(name=f"{name}/scale", type="Scale")
         first.bottom[:], first.top[:] = [f"{name}/x"], [f"{name}/normalized"]
         second.bottom[:], second.top[:] = first.top, [f"{name}/y"]
         first.batch_norm_param.eps, first.batch_norm_param.moving_average_fraction = norm.option("eps"), decay

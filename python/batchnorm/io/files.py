@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     read: Callable[[str], tuple[dict[str, Norm], int]]
     write: Callable[[str, Mapping[str, Norm], str], None]
     names: str  # the format of its names; empty: any
-    holds: str  # beside vectors and counter; empty: what that format holds
+    holds: str  # beside the vectors, if only for this package; empty: what that format holds
 
 
 def _read_npz(path: str) -> tuple[dict[str, Norm], int]:
@@ -55,10 +55,11 @@ def _write_npz(path: str, norms: Mapping[str, Norm], names: str) -> None:
 
 
 _ALL = FORMATS["batchnorm"].holds
+_KERAS = "eps decay channel_axis"  # in attributes that Keras passes over
 KINDS = {
     "safetensors": Kind((".safetensors",), read_safetensors, write_safetensors, "", _ALL),
     "torch": Kind((".pt", ".pth", ".bin", ".ckpt"), read_torch, write_torch, "", ""),
-    "keras": Kind((".weights.h5", ".keras", ".h5", ".hdf5"), read_keras, write_keras, "keras", ""),
+    "keras": Kind((".weights.h5", ".keras", ".h5", ".hdf5"), read_keras, write_keras, "keras", _KERAS),
     "onnx": Kind((".onnx",), read_onnx, write_onnx, "onnx", ""),
     "caffe": Kind((".caffemodel",), read_caffe, write_caffe, "caffe", ""),
     "npz": Kind((".npz",), _read_npz, _write_npz, "batchnorm", _ALL),
@@ -75,16 +76,13 @@ def kind_of(path: str | os.PathLike[str], kind: str | None = None) -> str:
         if name.lower().endswith(row.endings):
             return each
     endings = ", ".join(ending for row in KINDS.values() for ending in row.endings)
-    raise ValueError(f"path is {name!r}, expected a name that ends in {endings}; or say kind=")
+    raise ValueError(f"path is {name!r}, expected a name that ends in {endings}; or say its kind")
 
 
 def read(path: str | os.PathLike[str], kind: str | None = None) -> Content:
     """The batch norms of a model file; see :func:`batchnorm.formats.read`."""
     name, chosen = path_text(path), kind_of(path, kind)
-    with (
-        open(name, "rb") as file,
-        failing_as(f"cannot read {name!r}"),
-    ):  # there are no folders, pipes, surprises
+    with open(name, "rb") as file, failing_as(f"cannot read {name!r}"):  # no folders, pipes, surprises
         if not file.read(1):
             raise ValueError("the file is empty")
         norms, others = KINDS[chosen].read(name)

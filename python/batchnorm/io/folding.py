@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..fold import fold
+from ..settings import kind
 from ..typing import Array
 from .files import read, writing
 from .library import library
 from .norms import Norm, plain
 from .npz import failing_as, path_text
-from .onnx import Constants, attributes, is_norm, load, norm_of
+from .onnx import IN_FUNCTION, Constants, attributes, graphs, in_functions, is_norm, load, norm_of
 from .tensors import numpy_of, rewrite
 
 __all__ = ["Folded", "Pair", "fold_onnx", "fold_tensors"]
@@ -74,18 +76,15 @@ def fold_tensors(
     folded: list[str] = []
 
     def change(tensors: dict[str, Any]) -> dict[str, Any]:
-        new, by_name = dict(tensors), {plain(key): key for key in tensors}
+        new = dict(tensors)
         for pair in pairs:
-            name = plain(pair.norm)
+            name = pair.norm if pair.norm in norms else plain(pair.norm)
             if name not in norms or name in folded:
                 known = ", ".join(norms) or "none"
                 raise ValueError(
                     f"pairs names the batch norm {pair.norm!r}, expected one of {known}, each once"
                 )
-            key = by_name.get(f"{plain(pair.layer)}.weight")
-            if key is None:
-                got = f"pairs names the layer {pair.layer!r}"
-                raise ValueError(f"{got}, expected one whose {plain(pair.layer)}.weight is in the file")
+            key = _weight_of(pair.layer, tensors)
             norm = _with_known_eps(norms[name], eps)
             place = key.removesuffix("weight") + "bias"
             bias = new.get(place)
@@ -95,11 +94,34 @@ def fold_tensors(
             for gone in norm.keys.values():
                 new.pop(gone)
             folded.append(name)
+        altered = {_place(v): key for key, v in tensors.items() if new.get(key) is not v}
+        for key, v in tensors.items():
+            if new.get(key) is v and (other := altered.get(_place(v))):
+                remedy = "name both in pairs, or save copies: {k: v.clone() for k, v in state_dict.items()}"
+                raise ValueError(f"{other} and {key} are one tensor, and pairs names one of them: {remedy}")
         return new
 
     with failing_as(f"cannot fold {source!r}"):
         rewrite(source, kinds, lambda write: writing(target, write), change)
     return Folded(tuple(folded), {name: "no pair names it" for name in norms if name not in folded})
+
+
+def _place(value: Any) -> Any:
+    """Where a tensor lies, which is the same of a module with two names."""
+    return (value.data_ptr(), value.shape) if hasattr(value, "data_ptr") and value.numel() else id(value)
+
+
+def _weight_of(layer: str, tensors: Mapping[str, Any]) -> str:
+    """The key of a layer's weight: as it is named, or the only one with what wrappers add."""
+    if f"{layer}.weight" in tensors:
+        return f"{layer}.weight"
+    wanted, got = f"{plain(layer)}.weight", f"pairs names the layer {layer!r}"
+    found = [key for key in tensors if plain(key) == wanted]
+    if len(found) > 1:
+        raise ValueError(f"{got}, which may be {' or '.join(found)}: name it as it is in the file")
+    if not found:
+        raise ValueError(f"{got}, expected one whose {wanted} is in the file")
+    return found[0]
 
 
 def _with_known_eps(norm: Norm, eps: float | None) -> Norm:
@@ -118,7 +140,13 @@ def _fold(weight: Array, bias: Array | None, norm: Norm, out_axis: int, groups: 
     wide = None if bias is None else bias.astype(np.float64)
     vectors, eps = (norm.mean, norm.var, norm.gamma, norm.beta), float(norm.option("eps"))
     new, offset = fold(weight, wide, *vectors, eps=eps, out_axis=out_axis, groups=groups)
-    return new, offset.astype(weight.dtype if bias is None else bias.dtype)
+    with np.errstate(over="ignore"):
+        narrow = offset.astype(weight.dtype if bias is None else bias.dtype)
+    if not np.isfinite(narrow).all():
+        where = int(np.argmin(np.isfinite(narrow)))
+        got = f"the folded bias is {offset[where]:g} at channel {where}"
+        raise ValueError(f"{got}, too large for {narrow.dtype}: fold a model of float32")
+    return new, narrow
 
 
 # ---- ONNX --------------------------------------------------------------------------------------------------
@@ -134,6 +162,7 @@ def fold_onnx(source: str, target: str, check: bool) -> Folded:
             model = load(name)
         folder = os.path.dirname(os.path.realpath(name))
         onnx, graph, constants = library("onnx", "folding"), model.graph, Constants(model.graph, folder)
+        constants.old = model.ir_version < 4
         folded: dict[str, Norm] = {}
         left: dict[str, str] = {}
         for node in [each for each in graph.node if is_norm(each)]:
@@ -143,8 +172,9 @@ def fold_onnx(source: str, target: str, check: bool) -> Folded:
                 folded[norm.name] = norm
             except _Left as why:
                 left[norm.name] = str(why)
-        for inner in _inner(graph):
+        for inner, _ in [*graphs(graph)][1:]:
             left |= {n.name or n.output[0]: "it is in a subgraph" for n in inner.node if is_norm(n)}
+        left |= dict.fromkeys(in_functions(model), IN_FUNCTION)
         _drop_unused(graph)
         constants.embed(model)
         if model.ByteSize() > _LARGEST:
@@ -166,20 +196,11 @@ class _Left(Exception):
     """Why a batch norm is left as it is."""
 
 
-def _inner(graph: Any) -> Iterator[Any]:
-    """The graphs within a graph's nodes."""
-    for node in graph.node:
-        for each in node.attribute:
-            for inner in [*([each.g] if each.type == 5 else []), *each.graphs]:
-                yield inner
-                yield from _inner(inner)
-
-
 def _uses(graph: Any) -> Counter[str]:
     """How often each name is used, by nodes here and within, and as an output."""
-    graphs = [graph, *_inner(graph)]
-    used = Counter(name for each in graphs for node in each.node for name in node.input)
-    return used + Counter(out.name for each in graphs for out in each.output)
+    every = [each for each, _ in graphs(graph)]
+    used = Counter(name for each in every for node in each.node for name in node.input)
+    return used + Counter(out.name for each in every for out in each.output)
 
 
 def _fold_node(node: Any, norm: Norm, graph: Any, constants: Constants, onnx: Any) -> None:
@@ -196,9 +217,11 @@ def _fold_node(node: Any, norm: Norm, graph: Any, constants: Constants, onnx: An
     if _uses(graph)[node.input[0]] != 1:
         raise _Left(f"what {layer.op_type} gives is used elsewhere, too")
     names = [*layer.input[1:3], ""][:2]
-    weight, bias = (constants.array(name, norm.mean.size) if name else None for name in names)
+    weight = None if constants.find(names[0])[1] else constants.array(names[0])  # not of one number
+    bias = constants.array(names[1], norm.mean.size) if names[1] else None
     if weight is None or (names[1] and bias is None):
         raise _Left(f"weight or bias of {layer.op_type} are computed, not constant")
+    norm = replace(norm, eps=float(np.float32(norm.option("eps"))))  # its shortest form is for layers
     own, axis, groups = attributes(layer), 0, 1
     if layer.op_type == "ConvTranspose":
         axis, groups = 1, own.get("group", 1)
@@ -211,7 +234,6 @@ def _fold_node(node: Any, norm: Norm, graph: Any, constants: Constants, onnx: An
         new, offset = _fold(weight, bias, norm, axis, groups)
     except ValueError as error:
         raise _Left(str(error)) from error
-    offset = offset.astype(new.dtype)
     for attribute in [a for a in layer.attribute if layer.op_type == "Gemm" and a.name in ("alpha", "beta")]:
         layer.attribute.remove(attribute)
     made = [constants.add(graph, f"{norm.name}.folded_{what}", onnx, value)
@@ -233,11 +255,8 @@ def _drop_unused(graph: Any) -> None:
             graph.initializer.remove(each)
         for each in [i for i in graph.input if not used[i.name] and i.name in held]:
             graph.input.remove(each)
-        idle = [
-            n
-            for n in graph.node
-            if n.op_type in ("Constant", "Identity") and not any(used[o] for o in n.output)
-        ]
+        idle = [n for n in graph.node if n.op_type in ("Constant", "Identity")
+                and not any(used[o] for o in n.output)]  # fmt: skip
         if not idle:
             return
         for node in idle:
@@ -252,10 +271,11 @@ def _compare(source: str, target: str) -> float:
     options.log_severity_level = 4
     before, after = (runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
                      for path in (source, target))  # fmt: skip
-    generator, feeds, sizes = np.random.default_rng(0), {}, dict[str, int]()
+    generator, feeds, sizes = np.random.default_rng(0), {}, dict[Any, int]()
     for each in before.get_inputs():
-        shape = [n if isinstance(n, int) and n > 0 else sizes.setdefault(str(n), _FREE.get(i, _SIZE))
-                 for i, n in enumerate(each.shape)]  # fmt: skip
+        free = [n or (each.name, i) for i, n in enumerate(each.shape)]  # by name, or by place
+        shape = [n if isinstance(n, int) and n > 0 else sizes.setdefault(n, _FREE.get(i, _SIZE))
+                 for i, n in enumerate(free)]  # fmt: skip
         feeds[each.name] = _random(generator, each.type, shape)
     worst = 0.0
     for info, old, new in zip(
@@ -271,18 +291,24 @@ def _compare(source: str, target: str) -> float:
     return worst
 
 
-def _random(generator: np.random.Generator, kind: str, shape: Sequence[int]) -> Array:
+def _random(generator: np.random.Generator, what: str, shape: Sequence[int]) -> Array:
     names = {"tensor(float)": "float32", "tensor(double)": "float64", "tensor(float16)": "float16"}
-    if kind in names:
-        return generator.standard_normal(shape).astype(names[kind])
-    if kind == "tensor(bool)":
+    if what in names:
+        return generator.standard_normal(shape).astype(names[what])
+    if what == "tensor(bool)":
         return generator.random(shape) < 0.5
-    if kind in ("tensor(int64)", "tensor(int32)", "tensor(uint8)", "tensor(int8)"):
-        return generator.integers(0, 2, shape).astype(kind[7:-1])
-    raise ValueError(f"an input is {kind}, of which no random one is made: fold it without check")
+    if what in ("tensor(int64)", "tensor(int32)", "tensor(uint8)", "tensor(int8)"):
+        return generator.integers(0, 2, shape).astype(what[7:-1])
+    raise ValueError(f"an input is {what}, of which no random one is made: fold it without check")
 
 
 def pairs_of(pairs: Mapping[str, str] | Sequence[Any]) -> list[Pair]:
     """Pairs as they may be given: layer to batch norm, or tuples."""
-    items = pairs.items() if isinstance(pairs, Mapping) else pairs
-    return [item if isinstance(item, Pair) else Pair(*item) for item in items]
+    expected = "expected pairs of a layer's name and that of the batch norm behind it, or Pair"
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise TypeError(f"pairs is {kind(pairs)}, {expected}")
+    items = [*(pairs.items() if isinstance(pairs, Mapping) else pairs)]
+    for each in items:
+        if not isinstance(each, tuple | list) or not 2 <= len(each) <= 4 or {*map(type, each[:2])} != {str}:
+            raise TypeError(f"pairs holds {kind(each)}, {expected}")
+    return [Pair(*each) for each in items]

@@ -49,26 +49,18 @@ class Inspection:
         rows: list[tuple[str, ...]] = [("name", "C", "names of", "gamma", "beta", *OPTIONS, "updates")]
         for name, norm in self.norms.items():
             has = ("-" if v is None else "yes" for v in (norm.gamma, norm.beta))
-            options = (
-                norm.num_updates if n == "num_updates" else getattr(norm, n)
-                for n in (*OPTIONS, "num_updates")
-            )
+            options = (getattr(norm, n) for n in (*OPTIONS, "num_updates"))
             shown = ("?" if value is None else f"{value:g}" for value in options)
             rows.append((name or "-", str(norm.mean.size), norm.format, *has, *shown))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
-        count = len(self.norms)
-        ending = (
-            f"{count} batch norm{'s' * (count != 1)}, {self.others} other tensor{'s' * (self.others != 1)}"
-        )
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        count, others = len(self.norms), self.others
+        ending = f"{count} batch norm{'s' * (count != 1)}, {others} other tensor{'s' * (others != 1)}"
         lines = lines if self.norms else []
-        whose: dict[str, list[str]] = {}
-        for finding in self.findings:
-            whose.setdefault(f"{finding.text}. {finding.remedy}.", []).append(finding.layer or "the layer")
-        codes = {f"{finding.text}. {finding.remedy}.": finding.code for finding in self.findings}
-        said = [f"{codes[text]}: {', '.join(names)}: {text}" for text, names in whose.items()]
+        whose: dict[tuple[str, ...], list[str]] = {}
+        for each in self.findings:
+            whose.setdefault((each.code, each.text, each.remedy), []).append(each.layer or "the layer")
+        said = [f"{code}: {', '.join(n)}: {text}. {remedy}." for (code, text, remedy), n in whose.items()]
         return "\n".join([*lines, ending, *said])
 
     def as_dict(self) -> dict[str, Any]:

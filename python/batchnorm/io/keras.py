@@ -13,6 +13,7 @@ import os
 import re
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from ..settings import kind
 from ..typing import Array
 from .library import library
-from .norms import Norm, find, vector_of
+from .norms import NOTHING, Norm, find, vectors_of
 
 __all__ = ["read_keras", "write_keras"]
 
@@ -33,7 +34,7 @@ _SAID = {"eps": "epsilon", "decay": "momentum", "channel_axis": "axis"}
 _ENTRY = "batchnorm"
 _KERAS = {"scale": True, "center": True, "renorm": False}
 _MATTERS = (*_SAID.values(), "scale", "center", "renorm")
-_LAYER = re.compile(r"(?:^|[_/])batch_?norm(?:alization)?(?:_?\d+)?(?:$|/)", re.I)
+_LAYER = re.compile(r"(?:^|[_/])(?:batch_?norm(?:alization)?|bn)(?:_?\d+)?(?:$|/)", re.I)
 
 
 class _Part(io.RawIOBase):
@@ -74,11 +75,14 @@ class _Lazy:
         data = self._dataset
         if data.external or data.is_virtual:
             raise ValueError(f"{data.name} lies in another file, and other files are never read")
-        if data.dtype.kind != "f" or data.size * data.dtype.itemsize > self._room:
+        bfloat16 = data.dtype == "V2"  # as Keras writes them
+        if (data.dtype.kind != "f" and not bfloat16) or data.size * data.dtype.itemsize > self._room:
             got = f"{data.name} has shape {self.shape} of {data.dtype}"
             raise ValueError(f"{got}, expected floating numbers that fit the file")
-        array: Array = np.asarray(data[()], dtype)
-        return array
+        array: Array = np.asarray(data[()])
+        if bfloat16:
+            array = array.view(library("ml_dtypes", f"reading {data.name}").bfloat16)
+        return array if dtype is None else array.astype(dtype)
 
 
 def read_keras(path: str) -> tuple[dict[str, Norm], int]:
@@ -126,8 +130,9 @@ def _read(store: Any, h5py: Any, config: Any, strings: Any, room: int) -> tuple[
     if config is None and (text := strings(store).get("model_config")):
         config = json.loads(text)
     known: dict[str, Mapping[str, Any]] = {}
-    ambiguous = set[str]()
+    ambiguous, configurations = set[str](), Counter[str]()
     for name, each in _configurations(config):
+        configurations[name] += 1
         if {k: each.get(k) for k in _MATTERS} != {k: known.get(name, each).get(k) for k in _MATTERS}:
             ambiguous.add(name)
         known[name] = each
@@ -137,6 +142,7 @@ def _read(store: Any, h5py: Any, config: Any, strings: Any, room: int) -> tuple[
         if last.isdecimal() and place.endswith("vars") and not place.startswith("optimizer"):
             groups.setdefault(place, {})[last] = _Lazy(dataset, room)
     norms: dict[str, Norm] = {}
+    whose: dict[str, list[str]] = {}
     for place, variables in groups.items():
         path = place.removesuffix("/vars")
         own = strings(store[place])
@@ -144,10 +150,13 @@ def _read(store: Any, h5py: Any, config: Any, strings: Any, room: int) -> tuple[
         configured = json.loads(own[_ENTRY]) if config is None and _ENTRY in own else known.get(name)
         if configured is not None and not isinstance(configured, Mapping):
             raise ValueError(f"{place}: attribute {_ENTRY!r} is {kind(configured)}, expected a mapping")
-        if norm := _of_variables(name if name not in norms else path, path, variables, configured, config):
-            if name in ambiguous:
-                norm = replace(norm, fault=f"{name!r} is the name of several batch norms with other options")
+        if norm := _of_variables(name if name not in norms else path, path, variables, configured):
             norms[norm.name] = norm
+            whose.setdefault(name, []).append(norm.name)
+    for name, titles in whose.items():
+        if name in ambiguous or len(titles) > configurations[name] > 0:  # some are in layers that say nothing
+            fault = f"{name!r} is the name of several batch norms with other options"
+            norms |= {title: replace(norms[title], fault=fault) for title in titles}
     if not groups:  # Keras 2
         lazy = {path: _Lazy(d, room) for path, d in datasets.items() if not path.startswith("optimizer")}
         for path, norm in find(lazy, "keras").items():
@@ -254,19 +263,23 @@ def _configurations(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
         item = todo.pop()
         if isinstance(item, Mapping):
             own = item.get("config")
-            if str(item.get("class_name", "")).endswith("BatchNormalization") and isinstance(own, Mapping):
+            named = str(item.get("class_name", "")).endswith("BatchNormalization")
+            if isinstance(own, Mapping) and (named or "moving_variance_initializer" in own):
                 yield str(own.get("name")), own
             todo += item.values()
         elif isinstance(item, list):
             todo += item
 
 
-def _of_variables(name: str, path: str, variables: dict[str, Any], known: Any, config: Any) -> Norm | None:
-    """The batch norm that a layer's numbered variables are, if they are one."""
+def _of_variables(name: str, path: str, variables: dict[str, Any], known: Any) -> Norm | None:
+    """The batch norm that a layer's numbered variables are, if they are one.
+
+    A .keras file says nothing of layers that a layer or a model of other classes has made for itself.
+    """
     values = [variables[key] for key in sorted(variables, key=int)]
     alike = len({value.shape for value in values}) == 1 and len(values[0].shape) == 1
     named = bool(_LAYER.search(name) or _LAYER.search(path))
-    if not alike or (known is None and (config is not None or not (named or len(values) == 4))):
+    if not alike or (known is None and not (named or len(values) in (3, 4))):
         return None
     count = len(values) - (3 if len(values) > 4 else 0)  # renormalisation has three more
     guess = {"scale": count > 2, "center": count > 3, "renorm": len(values) > 4}
@@ -275,15 +288,15 @@ def _of_variables(name: str, path: str, variables: dict[str, Any], known: Any, c
     names = ["gamma"] * scale + ["beta"] * center + ["mean", "var"]
     if len(values) != len(names) + 3 * renorm:
         got = f"{path} has {len(values)} variables"
-        raise ValueError(f"{got}, expected {len(names) + 3 * renorm}, as its configuration says")
+        fault = f"{got}, expected {len(names) + 3 * renorm}, as its configuration says"
+        return Norm(name, **NOTHING, format="keras", fault=fault)
     keys = {n: f"{path}/vars/{i}" for i, n in enumerate(names)}
-    vectors: dict[str, Any] = {n: vector_of(keys[n], values[i]) for i, n in enumerate(names)}
-    fault = ""
+    vectors, fault = vectors_of({n: (keys[n], values[i]) for i, n in enumerate(names)})
     if known is None and count == 3:
-        del vectors["gamma"]
+        vectors = {role: v for role, v in vectors.items() if role != "gamma"}
         what = "one variable beside mean and variance, gamma or beta"
-        fault = f"{path} has {what}, which .keras tells, not .h5"
-    unsure = "" if known is not None or named else "four vectors of one length are all that is known of it"
+        fault = fault or f"{path} has {what}, which its configuration tells, and that is not here"
+    unsure = "" if known is not None or named else "vectors of one length are all that is known of it"
     other = {"renorm": True} if renorm else {}
     return _with(Norm(name, **vectors, format="keras", keys=keys, unsure=unsure, fault=fault, other=other,
                       running_ddof=0), name, known)  # fmt: skip

@@ -25,6 +25,7 @@ __all__ = ["FORMATS", "Format", "Norm", "arrays_of", "find", "from_layer", "lost
 
 VECTORS = ("gamma", "beta", "mean", "var")
 OPTIONS = ("eps", "decay", "running_ddof", "channel_axis")
+NOTHING: dict[str, Any] = dict.fromkeys(("mean", "var"), np.zeros(0, np.float32))  # of what cannot be read
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,9 +150,7 @@ class Norm:
             if (value := getattr(self, name)) is not None and not np.isfinite(value).all():
                 where = int(np.argmax(~np.isfinite(value)))
                 got = f"{self._key(name)} is {value[where]} at channel {where}"
-                raise ValueError(
-                    f"{got}, expected finite numbers: mend it by more training, or recalibrate()"
-                )
+                raise ValueError(f"{got}, expected finite numbers: mend it by training, or recalibrate()")
 
     def _key(self, name: str) -> str:
         return self.keys.get(name, f"{name} of {self.name!r}")
@@ -167,7 +166,7 @@ class Format(NamedTuple):
     before : str
         Characters that may stand between prefix and name; the first one is written.
     holds : str
-        What its own files hold beside the vectors.
+        What its own files, of weights alone, hold beside the vectors.
     eps, decay : float
         The library's defaults.
     running_ddof, channel_axis : int
@@ -191,8 +190,7 @@ FORMATS = {
                       1e-5, 0.9, 1, 1),
     "tensorflow": Format("gamma beta moving_mean moving_variance moving_mean/local_step", "/", "num_updates",
                          1e-3, 0.999, 0, -1),
-    "keras": Format("gamma beta moving_mean moving_variance -", "/.", "eps decay channel_axis",
-                    1e-3, 0.99, 0, -1),
+    "keras": Format("gamma beta moving_mean moving_variance -", "/.", "", 1e-3, 0.99, 0, -1),
     "mxnet": Format("gamma beta moving_mean moving_var -", "_./", "", 1e-3, 0.9, 0, 1),
     "haiku": Format("scale offset ~/mean_ema/average ~/var_ema/average ~/mean_ema/counter", "/",
                     "num_updates zero_debias", 1e-5, 0.99, 0, -1),
@@ -235,7 +233,8 @@ def find(arrays: Mapping[str, Any], format: str | None = None) -> dict[str, Norm
     Raises
     ------
     TypeError, ValueError
-        `arrays` is no mapping, `format` is none, or an array of a batch norm holds no real numbers.
+        `arrays` is no mapping, or `format` is none. An array that holds no real numbers is the ``fault`` of
+        its batch norm.
 
     Examples
     --------
@@ -251,8 +250,15 @@ def find(arrays: Mapping[str, Any], format: str | None = None) -> dict[str, Norm
     wanted = _formats("format", format)
     flat = {_COLLECTIONS.sub("", key).removesuffix(":0"): (key, v) for key, v in leaves(arrays)}
     found: dict[str, Norm] = {}
+    most: dict[str, int] = {}  # of the names of several libraries those that are there win
+    for _, names, before in _rows(wanted):
+        for keys in _groups(flat, names, before):
+            most[keys["mean"]] = max(len(keys), most.get(keys["mean"], 0))
     for name, names, before in _rows(wanted):
-        for keys in [*_groups(flat, names, before)]:
+        # Of twins the one that is not wrapped keeps the name.
+        for keys in sorted(_groups(flat, names, before), key=lambda keys: plain(keys[""]) != keys[""]):
+            if len(keys) < most[keys["mean"]]:
+                continue
             prefix = keys.pop("")
             slim = "BatchNorm" in prefix.split("/") or "num_updates" in keys
             if name == "tensorflow" and wanted is None and not slim:
@@ -273,8 +279,10 @@ def plain(name: str) -> str:
 
 
 def leaves(arrays: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of mappings in mappings, by their path."""
+    """The leaves of mappings in mappings, and in lists of them or of arrays, by their path."""
     for key, value in arrays.items():
+        if isinstance(value, list | tuple) and any(isinstance(v, Mapping) or len(_shape(v)) for v in value):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             yield from leaves(value, f"{prefix}{key}/")
         else:
@@ -315,7 +323,7 @@ def _norm(format: str, prefix: str, held: dict[str, tuple[str, Any]], flat: Mapp
             and max(shapes[role], default=0) == channels]  # fmt: skip
     if not {"mean", "var"} <= {*good} or not channels:
         return None
-    vectors: dict[str, Any] = {role: vector_of(*held[role]) for role in good}
+    vectors, options["fault"] = vectors_of({role: held[role] for role in good})
     keys = {role: held[role][0] for role in (*good, *(["num_updates"] if "num_updates" in held else []))}
     if "num_updates" in held:
         options["num_updates"] = _count(*held["num_updates"])
@@ -369,6 +377,14 @@ def vector_of(key: str, value: Any) -> Array:
     if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
         raise ValueError(f"{key} has dtype {array.dtype}, expected real numbers")
     return array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32)
+
+
+def vectors_of(held: Mapping[str, tuple[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Vectors by role, of keys and values; or none, and what is wrong with one of them."""
+    try:
+        return {role: vector_of(*held[role]) for role in held}, ""
+    except ValueError as error:
+        return NOTHING, str(error)
 
 
 def _count(key: str, value: Any) -> int:
@@ -451,9 +467,7 @@ def from_layer(layer: LayerLike, name: str | None = None) -> Norm:
     """
     running, settings = layer.running, layer.settings
     if running.mean is None:
-        raise RuntimeError(
-            "from_layer() needs the channel count, which is not known yet: call the layer once"
-        )
+        raise RuntimeError("from_layer() needs the channel count, which is not known: call the layer once")
     if running.mean.ndim > 1:
         got = f"the layer has channel_axis={settings.channel_axis}"
         raise ValueError(f"{got}, expected one channel axis, as all other formats have")
@@ -536,7 +550,7 @@ def lost(norm: Norm, format: str, holds: str | None = None) -> list[str]:
     format : str
         A key of ``FORMATS``.
     holds : str, optional
-        Words for what the target holds; by default that of the format's own files.
+        Words for what the target holds for this package; by default that of the format's own files.
 
     Returns
     -------
@@ -552,10 +566,13 @@ def lost(norm: Norm, format: str, holds: str | None = None) -> list[str]:
     """
     row = FORMATS[word(*FORMATS)("format", format)]
     held = (row.holds if holds is None else holds).split()
+    unread = {*held} - {*row.holds.split()}  # it is there, for this package alone
     notes = []
     for name in OPTIONS:
         value, default = getattr(norm, name), getattr(row, name)
-        if value not in (None, default) and name not in held:
+        if value not in (None, default) and name in unread:
+            notes.append(f"{name}={value} where {format} reads it ({default} unless told)")
+        elif value not in (None, default) and name not in held:
             notes.append(f"{name}={value} ({format}: {default} unless told)")
     if norm.num_updates and "num_updates" not in held:
         notes.append(f"num_updates={norm.num_updates}")

@@ -76,6 +76,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
     temporary = os.path.join(os.path.dirname(target), f".batchnorm-{os.urandom(8).hex()}.tmp")
     try:
         open(temporary, "xb").close()
+        mode = os.stat(target if os.path.exists(target) else temporary).st_mode & 0o777
     except OSError as error:
         error.filename = name
         raise
@@ -83,6 +84,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[str]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)  # that of the old file, whatever a library made of it
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):

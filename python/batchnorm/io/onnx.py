@@ -15,9 +15,10 @@ import numpy as np
 
 from ..typing import Array
 from .library import library
-from .norms import Norm, filled, vector_of
+from .norms import NOTHING, Norm, filled, vector_of
 
-__all__ = ["Constants", "attributes", "is_norm", "load", "norm_of", "read_onnx", "write_onnx"]
+__all__ = ["IN_FUNCTION", "Constants", "attributes", "graphs", "in_functions", "is_norm", "load", "norm_of",
+           "read_onnx", "write_onnx"]  # fmt: skip
 
 _HOPS = 16  # Identity nodes between an initializer and its user
 
@@ -52,6 +53,7 @@ class Constants:
 
     def __init__(self, graph: Any, folder: str, outer: Constants | None = None) -> None:
         self._folder, self._outer = folder, outer
+        self.old = False  # before IR version 4, where each initializer is an input, too
         self.tensors = {each.name: each for each in graph.initializer}
         self.nodes = {output: node for node in graph.node for output in node.output}
 
@@ -77,16 +79,19 @@ class Constants:
 
     def add(self, graph: Any, name: str, onnx: Any, value: Array) -> str:
         """Put a new initializer into the graph; its name."""
-        while name in self.tensors or name in self.nodes:
+        while name in self.tensors or name in self.nodes or any(each.name == name for each in graph.input):
             name += "_"
         tensor = onnx.numpy_helper.from_array(np.array(value, order="C"), name)
         graph.initializer.append(tensor)
+        if self.old:
+            info = onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims)
+            graph.input.append(info)
         self.tensors[name] = tensor
         return name
 
     def embed(self, model: Any) -> None:
         """Take what lies in files beside the model into it."""
-        for graph, _ in _graphs(model.graph, self, self._folder):
+        for graph, _ in graphs(model.graph, self, self._folder):
             values = (a.t for node in graph.node for a in node.attribute if a.type == 4)
             for tensor in [*graph.initializer, *values]:
                 if tensor.data_location == 1:
@@ -149,22 +154,33 @@ def read_onnx(path: str) -> tuple[dict[str, Norm], int]:
     model, folder = load(path), os.path.dirname(os.path.realpath(path))
     norms: dict[str, Norm] = {}
     tensors = 0
-    for graph, constants in _graphs(model.graph, Constants(model.graph, folder), folder):
+    for graph, constants in graphs(model.graph, Constants(model.graph, folder), folder):
         tensors += len(graph.initializer)
         for node in graph.node:
             if is_norm(node):
                 norm = norm_of(node, constants, norms)
                 norms[norm.name] = norm
+    for name in in_functions(model):
+        norms[name] = Norm(name, **NOTHING, format="onnx", fault=f"{name!r}: {IN_FUNCTION}")
     theirs = {key for norm in norms.values() for key in norm.keys.values()}
     return norms, max(0, tensors - len(theirs))
 
 
-def _graphs(graph: Any, constants: Constants, folder: str) -> Iterator[tuple[Any, Constants]]:
+IN_FUNCTION = "it is in a function of the model: onnx.inliner.inline_local_functions() takes it out of there"
+
+
+def in_functions(model: Any) -> list[str]:
+    """Names for the batch norms in a model's own functions, whose arrays are those of their callers."""
+    return [f"{f.name}/{n.name or n.output[0]}" for f in model.functions for n in f.node if is_norm(n)]
+
+
+def graphs(graph: Any, constants: Any = None, folder: str = "") -> Iterator[tuple[Any, Any]]:
+    """A graph and all within its nodes, of If, Loop and Scan, each with its Constants."""
     yield graph, constants
     for node in graph.node:
         for each in node.attribute:
-            if each.type == 5:  # a graph: of If, Loop, Scan
-                yield from _graphs(each.g, Constants(each.g, folder, constants), folder)
+            for inner in [*([each.g] if each.type == 5 else []), *each.graphs]:
+                yield from graphs(inner, Constants(inner, folder, constants), folder)
 
 
 def norm_of(node: Any, constants: Constants, taken: Container[str]) -> Norm:
@@ -187,7 +203,7 @@ def norm_of(node: Any, constants: Constants, taken: Container[str]) -> Norm:
         role: None if v is None else vector_of(keys[role], v) for role, v in found.items()
     }
     if fault:
-        vectors |= {"mean": np.zeros(0, np.float32), "var": np.zeros(0, np.float32)}
+        vectors |= NOTHING
     before = constants.nodes.get(node.input[0])
     reshaped = "its input is reshaped first: may be an instance norm, as exporters write it"
     unsure = reshaped if before is not None and before.op_type == "Reshape" else ""

@@ -18,6 +18,7 @@ from ..settings import kind
 from ..typing import Array
 from .library import library
 from .norms import OPTIONS, Norm, arrays_of, find, leaves
+from .npz import failing_as
 
 __all__ = ["read_safetensors", "read_torch", "rewrite", "write_safetensors", "write_torch"]
 
@@ -41,9 +42,10 @@ class _Lazy:
         return tuple(self._slice.get_shape())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        if self._slice.get_dtype().startswith(("BF", "F8", "F4", "F6")):  # NumPy gets these from ml_dtypes
+        if self._slice.get_dtype() == "BF16":  # NumPy gets it from ml_dtypes
             library("ml_dtypes", f"reading {self._key}")
-        array: Array = np.asarray(self._file.get_tensor(self._key), dtype)
+        with failing_as(self._key):  # of 8 bits, which safetensors gives to PyTorch alone
+            array: Array = np.asarray(self._file.get_tensor(self._key), dtype)
         return array
 
 
@@ -60,9 +62,8 @@ def read_safetensors(path: str) -> tuple[dict[str, Norm], int]:
     if not isinstance(options, dict) or not all(isinstance(each, dict) for each in options.values()):
         raise ValueError(f"its metadata {_ENTRY!r} is wrong: the options of batch norms are no mapping")
     for name in {*norms} & {*options}:
-        norms[name] = norms[name].said(
-            **{key: options[name][key] for key in _OPTIONS if key in options[name]}
-        )
+        own = options[name]
+        norms[name] = norms[name].said(**{key: own[key] for key in _OPTIONS if key in own})
     return norms, _others(arrays, norms)
 
 
@@ -73,8 +74,13 @@ def _others(arrays: Mapping[str, Any], norms: Mapping[str, Norm]) -> int:
 
 def write_safetensors(path: str, norms: Mapping[str, Norm], names: str) -> None:
     """The norms alone, by the names of a format, with their options in the metadata."""
-    arrays = {key: value for norm in norms.values() for key, value in arrays_of(norm, names).items()}
-    _save(path, arrays, norms)
+    arrays, whose = dict[str, Array](), dict[str, Norm]()
+    for norm in norms.values():
+        own = arrays_of(norm, names)
+        arrays |= own
+        whose |= dict.fromkeys(own, norm)
+    found = find(arrays)  # by the names that reading will give them
+    _save(path, arrays, {name: whose[norm.keys["mean"]] for name, norm in found.items()})
 
 
 def _save(path: str, arrays: Mapping[str, Array], norms: Mapping[str, Norm], metadata: Any = None) -> None:
@@ -84,9 +90,7 @@ def _save(path: str, arrays: Mapping[str, Array], norms: Mapping[str, Norm], met
         for name, norm in norms.items()
     }
     text = {**(metadata or {}), _ENTRY: json.dumps(known)} if norms else metadata
-    dense = {
-        key: np.array(value, order="C") for key, value in arrays.items()
-    }  # of a view: else silently wrong
+    dense = {key: np.array(value, order="C") for key, value in arrays.items()}  # views are written wrong
     save_file(dense, path, metadata=text or None)
 
 
@@ -155,8 +159,10 @@ def rewrite(
         tensors, metadata = _loaded(source), {"format": "pt"}  # which some readers insist on
         norms: dict[str, Norm] = {}
         if nested := [key for key, value in tensors.items() if not hasattr(value, "detach")]:
+            inner = {len(v): k for k in nested if isinstance(v := tensors[k], Mapping)}
+            what = f"torch.load(path)[{inner[max(inner)]!r}]" if inner else "model.state_dict()"
             got = f"it holds {nested[0]!r}, which is {kind(tensors[nested[0]])}"
-            raise ValueError(f"{got}, expected tensors alone: torch.save(checkpoint['state_dict'], path)")
+            raise ValueError(f"{got}, expected tensors alone: torch.save({what}, other_path)")
     else:
         with _opened(source) as file:
             lazy = {key: _Lazy(file, key) for key in file.keys()}
@@ -170,7 +176,10 @@ def rewrite(
     else:
         left = {name: norm for name, norm in norms.items() if {*norm.keys.values()} <= {*changed}}
         kept = {key: value for key, value in (metadata or {}).items() if key != _ENTRY}
-        arrays = {key: numpy_of(value) for key, value in changed.items()}
+        arrays = {}
+        for key, value in changed.items():
+            with failing_as(key):
+                arrays[key] = numpy_of(value)
         write(lambda path: _save(path, arrays, left, kept))
 
 
