@@ -132,7 +132,7 @@ class Block(nn.Module):
         return torch.relu(self.norm(x))
 
 
-def test_under_compile_export_and_tracers_it_is_pytorchs_operator():
+def test_under_compile_and_export_it_is_pytorchs_operator():
     theirs, own = pair()
     want = torch.relu(theirs.eval()(image()))
     block = Block(own.eval())
@@ -148,13 +148,36 @@ def test_under_compile_export_and_tracers_it_is_pytorchs_operator():
     assert any("batch_norm" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(image()), want)
     traced = torch.fx.symbolic_trace(block)
-    assert any(node.target is functional.batch_norm for node in traced.graph.nodes)
     torch.testing.assert_close(traced(image()), want)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         script = torch.jit.trace(block, image(), check_trace=False)
     assert "batch_norm" in str(script.inlined_graph)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [ours.BatchNorm2d, ours.BatchNormAddAct2d, ours.SyncBatchNorm])
+def test_in_a_graph_of_fx_it_stays_a_module(kind):
+    """So that the graph follows train() and eval() and counts updates, as that of torch.nn's does."""
+    norm = kind(3)
+    graph = torch.fx.symbolic_trace(nn.Sequential(norm, nn.ReLU()))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    assert norm.num_batches_tracked == 0
+    for mode in (True, False):
+        torch.testing.assert_close(graph.train(mode)(image()), norm.train(mode)(image()).relu())
+    assert norm.num_batches_tracked == 2
+    if kind is ours.BatchNormAddAct2d:
+
+        class Residual(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = norm
+
+            def forward(self, x, z):
+                return self.norm(x, z)
+
+        graph = torch.fx.symbolic_trace(Residual())
+        torch.testing.assert_close(graph(image(1), image(2)), norm(image(1), image(2)))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -320,9 +343,9 @@ def test_convert_and_revert(make):
     before = {n: (id(m), type(m)) for n, m in model.named_modules()}
     names, ids = list(model.state_dict()), [id(p) for p in model.parameters()]
     plain = copy.deepcopy(model)
-    assert ours.convert(model) is model
+    assert ours.convert(model, fuse=True) is model
     assert list(model.state_dict()) == names and [id(p) for p in model.parameters()] == ids
-    fused = [n for n, m in model.named_modules() if getattr(m, "rectifies", False)]
+    fused = [n for n, m in model.named_modules() if getattr(m, "rectified_by", ())]
     assert fused == (["bn1"] if make is Residual else ["1"])
     results = []
     for each in (plain, model):
@@ -338,7 +361,7 @@ def test_convert_and_revert(make):
     torch._dynamo.reset()
     assert ours.diagnose(model, [images(64)]).codes
     if make is small:
-        folded = ours.fold(model)
+        folded = ours.fold(model, images(4))
         torch.testing.assert_close(folded(images(4)), plain(images(4)), rtol=1e-3, atol=1e-4)
     saved = pickle.loads(pickle.dumps(model))
     for each in (model, saved):
@@ -358,11 +381,84 @@ def test_what_cannot_be_converted():
     for function in (ours.convert, ours.revert):
         with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
             function(3)
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
-    seen = []
-    model[0].register_forward_hook(lambda m, x, y: seen.append(float(y.detach().min())))
-    ours.convert(model)(image())
-    assert seen[0] < 0  # a hook sees what it saw before
+    with pytest.raises(TypeError, match=r"fuse is 1 \(int\), expected True or False"):
+        ours.convert(nn.Sequential(nn.BatchNorm2d(3)), 1)
+
+
+def bn_relu():
+    return nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+
+
+def fused(y):
+    """Whether the batch norm before a ReLU has rectified."""
+    return float(y.detach().min()) >= 0
+
+
+def test_fusion_is_asked_for():
+    model = ours.convert(bn_relu())
+    assert not fused(model[:1](image())) and type(model[1]) is nn.ReLU
+    assert fused(ours.convert(model := bn_relu(), fuse=True)[:1](image())) and type(model[1]) is not nn.ReLU
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["batch norm", "relu"])
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_see_what_they_saw_before(which, kind):
+    """Also one that is registered after the conversion."""
+    model, plain = ours.convert(bn_relu(), fuse=True), bn_relu()
+    seen = [], []
+    for each, notes in zip((model, plain), seen, strict=True):
+        hook = getattr(each[which], f"register_{kind}_hook")(lambda m, *v, n=notes: n.extend(v))
+        each(image().requires_grad_()).square().sum().backward()
+        hook.remove()
+    for got, want in zip(*seen, strict=True):
+        torch.testing.assert_close(got, want)
+    assert seen[0] and fused(model[0](image()))
+
+
+def test_a_mark_does_not_outlive_the_value():
+    model = ours.convert(bn_relu(), fuse=True)
+    with torch.no_grad():
+        y = model[0](image()).sub_(1)
+        torch.testing.assert_close(model[1](y), torch.relu(y))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(image()), bn_relu()(image()))
+
+
+class Modes(nn.Module):
+    """In one of the modes the output of the batch norm is used beside the ReLU."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.norm, self.relu, self.mode = nn.BatchNorm2d(3), nn.ReLU(), mode
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.relu(y) + y if self.training is self.mode else self.relu(y)
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = bn_relu()
+
+    def forward(self, x):
+        return self.body(x) + self.body[0](x) if x.sum() > 0 else self.body(x)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_fused_relu_is_the_only_user_in_both_modes(mode):
+    model, plain = ours.convert(Modes(mode), fuse=True), Modes(mode)
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(image()), plain.train(training)(image()))
+    assert not fused(model.norm(image()))
+
+
+def test_a_model_that_cannot_be_traced_is_not_fused():
+    model = Untraceable()
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace the model: .*; pass fuse=False"):
+        ours.convert(model, fuse=True)
+    assert type(model.body[0]) is nn.BatchNorm2d
+    torch.testing.assert_close(ours.convert(model)(image() + 1), Untraceable()(image() + 1))
 
 
 def test_threads_follow_pytorch_and_change_no_bit():

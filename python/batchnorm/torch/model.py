@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..diagnose.findings import Words
 from ..diagnose.network import Collector
@@ -27,6 +28,7 @@ from ..typing import Array
 
 __all__ = ["Layer", "array_of", "layers_of", "passed", "quiet", "unwrapped"]
 
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 STATISTICS = ("running_mean", "running_var")
 _RECALIBRATE = "batchnorm.torch.recalibrate(model, batches)"
 
@@ -147,8 +149,8 @@ def _both_nan(a: Any, b: Any) -> bool:
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether something looks at what enters or leaves a module."""
-    return bool(vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"])
+    """Whether something looks at what enters or leaves a module, or at the gradients of that."""
+    return any(vars(module)[each] for each in _HOOKS) or _has_any_global_hook()
 
 
 @contextlib.contextmanager

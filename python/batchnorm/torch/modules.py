@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..settings import word
 from .function import Views, native, normalise, operator
+from .model import has_hooks
 from .sync import synchronised
 
 __all__ = [
     "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct2d", "BatchNormAddAct2d", "SyncBatchNorm",
+    "version",
 ]  # fmt: skip
 
+version = attrgetter("_version")  # of a tensor: how often it was changed in place
 _ACTIVATION = word("relu", "leaky_relu", "relu6", "sigmoid", "tanh", "silu", none=True)
 
 
@@ -23,7 +27,7 @@ class Normalising:
     """What all of them do: PyTorch's forward, by :func:`normalise` where tensors are ordinary ones."""
 
     activation: str | None = None
-    rectifies = False  # `convert` has found a ReLU behind it, which leaves alone what is marked
+    rectified_by: tuple[Any, ...] = ()  # ReLUs that `convert` has found behind it; they leave alone a mark
     training: bool
     track_running_stats: bool
     weight: Any
@@ -38,6 +42,9 @@ class Normalising:
     def normalised(self, x: Any, residual: Any = None) -> Any:
         """The output, after the residual and the activation if there are any."""
         here = native(x)
+        if isinstance(x, fx.Proxy):  # in a graph it stays a module, whose mode and counter live on
+            inputs = (x,) if residual is None else (x, residual)
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), inputs, {})
         if here or isinstance(x, torch.Tensor):
             self._check_input_dim(x)  # type: ignore[attr-defined]
         own = vars(self)
@@ -55,7 +62,8 @@ class Normalising:
                 updates.add_(1)
                 factor = 1.0 / float(updates) if self.momentum is None else factor
         by_batch = self.training or (mean is None and var is None)
-        activation = "relu" if here and self.rectifies else self.activation
+        rectifies = here and self.rectified_by and not any(map(has_hooks, (self, *self.rectified_by)))
+        activation = "relu" if rectifies else self.activation
         given = x, weight, bias, mean, var, by_batch, factor, self.eps, activation, residual
         if not here:
             return operator(*given)
@@ -63,8 +71,8 @@ class Normalising:
         if views is None:
             views = own["views"] = Views()
         y = normalise(*given, views)
-        if self.rectifies:
-            y.is_rectified = True
+        if rectifies and not y.is_inference():
+            y.is_rectified = version(y)
         return y
 
 
@@ -73,8 +81,9 @@ class BatchNorm1d(Normalising, nn.BatchNorm1d):
 
     Arguments, attributes, ``state_dict`` and results are those of :class:`torch.nn.BatchNorm1d`. Statistics
     are summed in float64, and results do not depend on the number of threads. Tensors of other devices and
-    layouts, ``torch.compile``, ``torch.export``, ``torch.fx``, ``torch.func`` and forward-mode derivatives
-    get PyTorch's own operator; so does whatever this package refuses, such as a momentum outside [0, 1].
+    layouts, ``torch.compile``, ``torch.export``, ``torch.func`` and forward-mode derivatives get PyTorch's
+    own operator; so does whatever this package refuses, such as a momentum outside [0, 1]. In a graph of
+    ``torch.fx`` it stays a module. ``torch.jit.script`` cannot read it: :func:`revert` first.
 
     Examples
     --------
@@ -162,7 +171,7 @@ class SyncBatchNorm(Normalising, _BatchNorm):
         """The output."""
         group = self.process_group
         alone = not (self.training and distributed.is_available() and distributed.is_initialized())
-        if alone or distributed.get_world_size(group) == 1:
+        if isinstance(x, fx.Proxy) or alone or distributed.get_world_size(group) == 1:
             return self.normalised(x)
         if not native(x):
             return nn.SyncBatchNorm.forward(self, x)
