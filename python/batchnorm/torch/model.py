@@ -125,10 +125,11 @@ def quiet(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
     """Inside, the model is in eval mode, its batch norms normalise by the batch, nothing is compiled and
     nothing has a gradient. Afterwards modes, buffers and random numbers are those of before."""
     modes = [(module, module.training) for module in model.modules()]
+    guards = (module.register_forward_pre_hook(_in_eval_mode(name)) for name, module in layers.items())
     own = [(m, name, getattr(m, name)) for m in layers.values() for name in STATISTICS]
     buffers = [(m, n, b, b.clone()) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.no_grad(), eagerly():
+    with torch.random.fork_rng(devices), torch.no_grad(), eagerly(), hooked(guards):
         try:
             for module, _ in modes:
                 module.training = False
@@ -142,6 +143,17 @@ def quiet(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
                 setattr(module, name, buffer)
                 if not torch.equal(buffer, before) and not _both_nan(buffer, before):
                     buffer.copy_(before)
+
+
+def _in_eval_mode(name: str) -> Callable[..., None]:
+    """A hook: in training mode a layer would normalise by the batch, and dropout before it would be on."""
+
+    def check(module: Any, inputs: Any) -> None:
+        if module.training:
+            got = f"{name} is in training mode while batches run, expected eval mode"
+            raise ValueError(f"{got}; do not call train() in forward= or in the model's own forward")
+
+    return check
 
 
 def _both_nan(a: Any, b: Any) -> bool:
@@ -170,7 +182,10 @@ def collecting(layers: Mapping[str, Any], collectors: Mapping[str, Collector]) -
 
     def watch(name: str, module: Any) -> Any:
         def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = inputs[0] if inputs else named["input"]
+            x = inputs[0] if inputs else next(iter(named.values()))
+            if x.dim() < 2:
+                got = f"{name}: a batch has shape {tuple(x.shape)} there"
+                raise ValueError(f"{got}, expected (N, C) or (N, C, ...); batches are a list, such as [x]")
             if x.numel() == x.shape[1] and module.running_mean is None:
                 got = f"{name}: a batch has shape {tuple(x.shape)} there, one value per channel"
                 raise ValueError(f"{got}, expected at least 2; use larger batches")
@@ -181,14 +196,19 @@ def collecting(layers: Mapping[str, Any], collectors: Mapping[str, Collector]) -
     return hooked(watch(name, module) for name, module in layers.items() if name in collectors)
 
 
+def check(batches: Any) -> None:
+    """Raise unless it can be gone through, batch by batch."""
+    single = isinstance(batches, torch.Tensor | np.ndarray | Mapping | str | bytes)
+    if single or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is {kind(batches)}, expected an iterable of batches, such as [x]")
+
+
 def passed(
     model: Any, batches: Any, forward: Callable[[Any], Any] | None = None, least: int = 1
 ) -> Iterator[int]:
     """Run the model on each batch; yields after each, and raises if there are fewer than `least`."""
     if forward is not None and not callable(forward):
         raise TypeError(f"forward is {kind(forward)}, expected a function of one batch, or None")
-    if isinstance(batches, torch.Tensor | np.ndarray | Mapping) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is {kind(batches)}, expected an iterable of batches, such as [x]")
     count = 0
     for count, batch in enumerate(batches, 1):
         if forward is None:

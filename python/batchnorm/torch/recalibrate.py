@@ -18,7 +18,7 @@ from ..moments import Moments
 from ..progress import bar
 from ..settings import flag, kind
 from ..typing import Vector
-from .model import STATISTICS, Layer, array_of, collecting, hooked, layers_of, passed, quiet, unwrapped
+from .model import STATISTICS, Layer, array_of, check, collecting, hooked, layers_of, passed, quiet, unwrapped
 
 __all__ = ["recalibrate"]
 
@@ -83,6 +83,7 @@ def recalibrate(
     if exact and isinstance(batches, Iterator):
         why = "gone through only once, expected a list or a DataLoader; or pass one_by_one=False for one pass"
         raise TypeError(f"batches is {kind(batches)}, which can be {why}")
+    check(batches)
     plain = unwrapped(model)
     modules = layers_of(plain)
     layers = {name: Layer(name, module) for name, module in modules.items()}
@@ -106,7 +107,7 @@ def recalibrate(
                 for name, layer in some.items():
                     new[name] = _population(layer, [part[name] for part in parts], old[name])
                     for word, values in zip(STATISTICS, new[name][:2], strict=True):
-                        setattr(chosen[name], word, values)
+                        setattr(chosen[name], word, values.clone())
     with torch.no_grad():
         for name, (mean, var, count) in new.items():
             old[name][0].copy_(mean)
@@ -187,7 +188,8 @@ def _population(layer: Layer, parts: list[tuple[Vector, int]], old: tuple[Any, .
         made = torch.from_numpy(np.where(new.known, values, array_of(tensor))).to(tensor)
         if not made.isfinite().all() and new.known.all():
             got = f"{layer.name}: {word} does not fit {tensor.dtype}, the statistics are unchanged"
-            raise ValueError(f"{got}; keep them in float32, {layer.name}.float()")
+            place = "model" if layer.name == "model" else f"model.get_submodule({layer.name!r})"
+            raise ValueError(f"{got}; keep them in float32, {place}.float()")
         tensors.append(made)
     return tensors[0], tensors[1], total.batches
 
