@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra torch
 
 import batchnorm.torch as ours  # noqa: E402
 import numpy as np  # noqa: E402
+from batchnorm.torch.sync import synchronised  # noqa: E402
 from pytorch.models import images, small  # noqa: E402
 from pytorch.workers import on_ranks  # noqa: E402
 from torch import nn  # noqa: E402
@@ -562,6 +563,21 @@ def test_ddp_and_faults_of_one_process():
         only = [i == 2 for i in range(6)]
         assert part["nan"] == (only, only) and part["buffer"] == only and part["eval"]
         assert part["error"] == "Expected more than 1 value per channel when training, got 1 in all processes"
+
+
+def test_what_is_sent_is_memory_of_torch(monkeypatch):
+    """NumPy's would be freed by a thread of gloo's, which may outlive the interpreter."""
+    sent = []
+
+    def all_gather(parts, mine, group):
+        sent.append(mine.untyped_storage().resizable())
+        parts[0].copy_(mine)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
+    x = image().requires_grad_()
+    synchronised(x, None, None, None, 1e-5, None).sum().backward()
+    assert sent == [True, True] and not torch.from_numpy(np.ones(3)).untyped_storage().resizable()
 
 
 def test_alone_it_is_a_batch_norm_of_any_rank():

@@ -44,10 +44,10 @@ def recalibrate(
         As there.
     one_by_one : bool, default True
         True: a pass for the layers that no other batch norm comes before, then one for those behind them,
-        and so on. Each layer gets exactly the statistics that it will meet in eval mode, those of one giant
-        batch. False: one pass, in which each layer normalises with each batch's own statistics meanwhile, as
-        ``torch.optim.swa_utils.update_bn`` does. The first layers then have the exact statistics, and the
-        others nearly so if batches are large and shuffled.
+        and so on. Each layer that is called once gets exactly the statistics that it will meet in eval mode,
+        those of one giant batch. False: one pass, in which each layer normalises with each batch's own
+        statistics meanwhile, as ``torch.optim.swa_utils.update_bn`` does. The first layers then have the
+        exact statistics, and the others nearly so if batches are large and shuffled.
     group : torch.distributed.ProcessGroup, optional
         Processes that hold parts of the data, of any sizes, also none. All must call this. All get the same
         bits. With DistributedDataParallel its group, if none is given.
@@ -68,7 +68,8 @@ def recalibrate(
     n - 1, as PyTorch does. Batches are merged by :class:`batchnorm.Moments`: every value weighs the same,
     however small the batch that it came in. Which layers depend on which is found by changing each one's
     output on the first batch and looking whose input changes. A layer that is called several times has the
-    statistics of all its calls, in which it normalises by the batch.
+    statistics of all its calls, in which it normalises by the batch; so itself is not exact, those behind it
+    are. ``diagnose``, where all layers normalise by the batch, may call either ``mismatched``.
 
     Examples
     --------
