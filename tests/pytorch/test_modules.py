@@ -247,6 +247,27 @@ def test_it_keeps_the_input_as_pytorch_does():
     assert gone() is None
 
 
+def test_batches_of_gradients_are_refused():
+    _, own = pair()
+    x = image().requires_grad_()
+    match = r"a batch of gradients reaches .*; pass vectorize=False or is_grads_batched=False, or revert"
+    with pytest.raises(RuntimeError, match=match):
+        torch.autograd.functional.jacobian(lambda x: own(x).sum((0, 2, 3)), x, vectorize=True)
+    with pytest.raises(RuntimeError, match=match):
+        torch.autograd.functional.hessian(lambda x: own(x).pow(3).sum(), x[:1], vectorize=True)
+    assert torch.autograd.functional.jacobian(lambda x: own(x).sum((0, 2, 3)), x).shape == (3, *x.shape)
+
+
+def test_the_names_of_arguments_are_pytorchs():
+    for kind in (ours.BatchNorm2d, ours.BatchNormAddAct2d, ours.SyncBatchNorm):
+        torch.testing.assert_close(kind(3)(input=image()), kind(3)(image()))
+    y = ours.convert(bn_relu(), fuse=True)[1](input=image())
+    torch.testing.assert_close(y, image().relu())
+    assert ours.SyncBatchNorm(3, bias=False).bias is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'offset'"):
+        ours.SyncBatchNorm(3, offset=False)
+
+
 def test_copies_and_files():
     _, own = pair()
     own(image())
@@ -376,7 +397,7 @@ def test_what_cannot_be_converted():
     class Own(nn.BatchNorm2d):
         pass
 
-    for model in (nn.Linear(3, 3), nn.Sequential(Own(3)), ours.BatchNorm2d(3)):
+    for model in (nn.Linear(3, 3), nn.Sequential(Own(3)), ours.BatchNormAct2d(3)):
         with pytest.raises(ValueError, match="no batch norm"):
             ours.convert(model)
     for function in (ours.convert, ours.revert):
@@ -393,6 +414,22 @@ def bn_relu():
 def fused(y):
     """Whether the batch norm before a ReLU has rectified."""
     return float(y.detach().min()) >= 0
+
+
+def test_a_converted_model_may_be_converted():
+    model = ours.convert(ours.convert(bn_relu()))
+    assert fused(ours.convert(model, fuse=True)[0](image()))
+    assert fused(ours.convert(model, fuse=True)[0](image()))
+    assert not fused(ours.convert(model)[0](image()))
+    assert vars(ours.revert(model)[0]).keys() == vars(bn_relu()[0]).keys()
+
+
+def test_a_model_that_keeps_activations():
+    model = bn_relu()
+    model.kept = model(image())
+    for call in (lambda: ours.convert(model, fuse=True), lambda: ours.fold(model)):
+        with pytest.raises(ValueError, match=r"model, .*, cannot be copied: .*; detach\(\) or delete what"):
+            call()
 
 
 def test_fusion_is_asked_for():

@@ -163,6 +163,7 @@ def test_progress(capsys):
             ValueError,
             r"model: a batch .* \(3,\) there",
         ),
+        ({"batches": [{"y": images()}]}, TypeError, "argument 'y'; pass forward= if the model is called in"),
         ({"one_by_one": 1}, TypeError, "one_by_one is 1"),
         ({"progress": 1}, TypeError, "progress is 1"),
         ({"group": "gloo"}, TypeError, r"group is 'gloo'.*expected a torch.distributed.ProcessGroup: torch"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from ..settings import flag, kind
 from .graph import traced
-from .model import layers_of, unwrapped
+from .model import copied, layers_of, unwrapped
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, version
 
 __all__ = ["convert", "revert"]
@@ -29,11 +28,11 @@ class ReLU(nn.ReLU):
     batch norms and other things, and if a mark is lost the result is the same, as relu(relu(x)) is relu(x).
     """
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         """The output."""
-        ordinary = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-        rectified = getattr(x, "is_rectified", None) if ordinary else None
-        return x if rectified is not None and rectified == version(x) else super().forward(x)
+        ordinary = type(input) is torch.Tensor and not torch.compiler.is_compiling()
+        rectified = getattr(input, "is_rectified", None) if ordinary else None
+        return input if rectified is not None and rectified == version(input) else super().forward(input)
 
 
 _THEIRS[ReLU] = nn.ReLU
@@ -46,8 +45,8 @@ def convert(model: Any, fuse: bool = False) -> Any:
     ----------
     model : torch.nn.Module
         Its ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` change their class, in place; subclasses
-        of them stay. Parameters, buffers, hooks, paths and ``state_dict`` stay as they are, so optimizers do,
-        too.
+        of them stay, and so do converted ones. Parameters, buffers, hooks, paths and ``state_dict`` stay as
+        they are, so optimizers do, too.
     fuse : bool, default False
         Where ``torch.fx`` shows that a batch norm's output goes to an ``nn.ReLU`` alone, in training and in
         eval mode, both become one pass, which keeps x and a bit per element for backward. A fused model is
@@ -80,16 +79,15 @@ def convert(model: Any, fuse: bool = False) -> Any:
     <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     plain = unwrapped(model)
-    found = {name: m for name, m in layers_of(plain).items() if type(m) in _OURS}
+    found = {name: m for name, m in layers_of(plain).items() if type(m) in _OURS or type(m) in _THEIRS}
     if not found:
         expected = "expected nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, not subclasses"
         raise ValueError(f"model, {kind(model)}, has no batch norm to convert; {expected}")
     fused = _rectified(plain, found) if flag("fuse", fuse) else {}
-    for module in found.values():
-        module.__class__ = _OURS[type(module)]
-    for name, takers in fused.items():
-        found[name].rectified_by = takers
-        for relu in takers:
+    for name, module in found.items():
+        module.__class__ = _OURS.get(type(module), type(module))
+        module.rectified_by = fused.get(name, ())
+        for relu in module.rectified_by:
             relu.__class__ = ReLU
     return model
 
@@ -99,7 +97,7 @@ def _rectified(model: Any, norms: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     takers: dict[str, set[str | None]] = {}
     for mode in (True, False):
         try:
-            calls = traced(copy.deepcopy(model).train(mode))
+            calls = traced(revert(copied(model)).train(mode))
         except ValueError as error:
             raise ValueError(f"{error}; pass fuse=False") from error
         for name, taker in calls:
@@ -107,7 +105,7 @@ def _rectified(model: Any, norms: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     found = {
         name: tuple(taker and model.get_submodule(taker) for taker in takers.get(name, {None}))
         for name, module in norms.items()
-        if type(module) is not nn.SyncBatchNorm
+        if type(module) not in (nn.SyncBatchNorm, SyncBatchNorm)
     }
     return {name: those for name, those in found.items() if all(type(m) in (nn.ReLU, ReLU) for m in those)}
 

@@ -19,7 +19,8 @@ def diagnose(model: Any, batches: Iterable[Any], *, forward: Callable[[Any], Any
     ----------
     model : torch.nn.Module
         Any model with ``nn.BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm`` or subclasses of them, on any
-        device, in any mode; also in DistributedDataParallel or compiled. It is not changed.
+        device, in any mode; also in DistributedDataParallel or compiled. It is not changed. Meanwhile buffers
+        are None, so a subclass whose own forward computes with ``running_mean`` fails.
     batches : iterable
         Best many and large ones of the data that tests badly, such as a DataLoader. Of a tuple or list
         the model gets the first, of a mapping all as keywords.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,17 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .. import _hints
 from ..fold import fold as folded_weights
 from .graph import Call, traced
-from .model import (
-    STATISTICS,
-    array_of,
-    called,
-    check_device,
-    eagerly,
-    has_hooks,
-    hooked,
-    layers_of,
-    unwrapped,
-)
+from .model import STATISTICS, array_of, called, copied, eagerly, has_hooks, hooked, layers_of, unwrapped
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 __all__ = ["fold"]
@@ -118,7 +107,6 @@ def fold(model: Any, example: Any = None) -> Any:
         except ValueError as error:
             found, why = {}, f"{error}; pass example=, a batch, to find out by running it"
     else:
-        check_device(plain, example)
         found = _seen(_evaluated(plain), example)
     pairs = {norm: before for norm, before in found.items() if _foldable(plain, norm, before)}
     if example is not None:
@@ -136,7 +124,7 @@ def fold(model: Any, example: Any = None) -> Any:
 
 
 def _evaluated(model: Any) -> Any:
-    result = copy.deepcopy(model)
+    result = copied(model)
     for module in result.modules():
         module.training = False
     return result

@@ -9,6 +9,7 @@ that add an activation work as they are.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -44,6 +45,15 @@ def unwrapped(model: Any) -> Any:
         return unwrapped(model.module)
     inner = dict(model.named_children()).get("_orig_mod")
     return model if inner is None else unwrapped(inner)
+
+
+def copied(model: Any) -> Any:
+    """A deep copy."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # such as of a tensor with a graph
+        remedy = "detach() or delete what its forward keeps, such as activations"
+        raise ValueError(f"model, {kind(model)}, cannot be copied: {error}; {remedy}") from error
 
 
 def layers_of(model: Any) -> dict[str, Any]:
@@ -212,8 +222,10 @@ def passed(
     count = 0
     for count, batch in enumerate(batches, 1):
         if forward is None:
-            check_device(model, batch)
-            called(model, batch)
+            try:
+                called(model, batch)
+            except TypeError as error:
+                raise TypeError(f"{error}; pass forward= if the model is called in another way") from error
         else:
             forward(batch)
         yield count
@@ -222,7 +234,7 @@ def passed(
         raise ValueError(f"batches is empty, expected at least one batch; {why}")
 
 
-def check_device(model: Any, batch: Any) -> None:
+def _check_device(model: Any, batch: Any) -> None:
     """Raise if the model is on one device, and what it gets of a batch on another."""
     places = {p.device for p in model.parameters()}
     for tensor in _tensors(batch):
@@ -233,6 +245,7 @@ def check_device(model: Any, batch: Any) -> None:
 
 def called(model: Any, batch: Any) -> Any:
     """The model's answer to a batch: by keywords to a mapping, to the first of a tuple or list."""
+    _check_device(model, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, list | tuple) else batch)

@@ -35,9 +35,9 @@ class Normalising:
     momentum: float | None
     eps: float
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         """The output."""
-        return self.normalised(x)
+        return self.normalised(input)
 
     def normalised(self, x: Any, residual: Any = None) -> Any:
         """The output, after the residual and the activation if there are any."""
@@ -130,9 +130,9 @@ class BatchNormAddAct2d(BatchNormAct2d):
     Between forward and backward it keeps x and a bit per element, where PyTorch keeps x and two outputs.
     """
 
-    def forward(self, x: Any, residual: Any = None) -> Any:
+    def forward(self, input: Any, residual: Any = None) -> Any:
         """The output; without a residual as :class:`BatchNormAct2d`."""
-        return self.normalised(x, residual)
+        return self.normalised(input, residual)
 
 
 class SyncBatchNorm(Normalising, _BatchNorm):
@@ -147,8 +147,8 @@ class SyncBatchNorm(Normalising, _BatchNorm):
     Parameters
     ----------
     num_features : int
-        As for ``torch.nn.SyncBatchNorm``, and so are ``eps``, ``momentum``, ``affine`` and
-        ``track_running_stats``.
+        As for ``torch.nn.SyncBatchNorm``, and so are ``eps``, ``momentum``, ``affine``,
+        ``track_running_stats`` and, where that has it, ``bias``.
     process_group : torch.distributed.ProcessGroup, optional
         The processes; all of them if absent.
     """
@@ -156,8 +156,9 @@ class SyncBatchNorm(Normalising, _BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, process_group: Any = None, device: Any = None, dtype: Any = None,
+        **named: Any,
     ) -> None:  # fmt: skip
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **named)
         self.process_group = process_group
 
     def _check_input_dim(self, x: Any) -> None:
@@ -167,9 +168,9 @@ class SyncBatchNorm(Normalising, _BatchNorm):
     def _check_non_zero_input_channels(self, x: Any) -> None:
         nn.SyncBatchNorm._check_non_zero_input_channels(self, x)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         """The output."""
-        group = self.process_group
+        x, group = input, self.process_group
         alone = not (self.training and distributed.is_available() and distributed.is_initialized())
         if isinstance(x, fx.Proxy) or alone or distributed.get_world_size(group) == 1:
             return self.normalised(x)
