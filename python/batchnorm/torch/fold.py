@@ -101,13 +101,14 @@ def fold(model: Any, example: Any = None) -> Any:
     plain = unwrapped(model)
     layers_of(plain)  # raises if there is none
     why = "none follows a convolution or nn.Linear, alone and at once"
+    evaluated = _evaluated(plain)
     if example is None:
         try:
-            found = _followed(traced(_evaluated(plain)))
+            found = _followed(traced(evaluated))
         except ValueError as error:
             found, why = {}, f"{error}; pass example=, a batch, to find out by running it"
     else:
-        found = _seen(_evaluated(plain), example)
+        found = _seen(evaluated, example)
     pairs = {norm: before for norm, before in found.items() if _foldable(plain, norm, before)}
     if example is not None:
         pairs = _proven(plain, pairs, example)
