@@ -3,9 +3,9 @@
     python bench/pytorch.py layer|steps|recalibrate
 
 `layer`: forward and backward of one batch norm through autograd, ours and torch's in turn, of tensors from a
-few values to ResNet-50's largest. `steps`: SGD steps of a ResNet-18 and a MobileNetV2 on random images
-before and after `batchnorm.torch.convert`, with peak memory, and inference before and after `fold`. Each
-network runs in a process of its own, in which the variants take turns. `recalibrate`: how far running
+few values to ResNet-50's largest. `steps`: SGD steps of a ResNet-18 and a MobileNetV2 on random images before
+and after `batchnorm.torch.convert` with `fuse=True`, with peak memory, and inference before and after `fold`.
+Each network runs in a process of its own, in which the variants take turns. `recalibrate`: how far running
 statistics are from what each layer meets in eval mode, by `torch.optim.swa_utils.update_bn`, in one pass, and
 one by one.
 """
@@ -162,10 +162,10 @@ def step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
 def steps_of(name: str, batch: int, size: int, rounds: int) -> None:
     torch.manual_seed(0)
     x, made = torch.randn(batch, 3, size, size), NETWORKS[name]
-    theirs, converted = made(), ours.convert(made())
+    theirs, converted = made(), ours.convert(made(), fuse=True)
     variants = {"torch": theirs, "convert": converted}
     if name == "ResNet-18":
-        variants["convert, BatchNormAddAct2d"] = ours.convert(made(fused=True))
+        variants["convert, BatchNormAddAct2d"] = ours.convert(made(fused=True), fuse=True)
     times = in_turn({label: step(model.train(), x) for label, model in variants.items()}, rounds)
     for label, seconds in times.items():
         print(f"  step, {label:34} {1e3 * seconds:8.1f} ms   {times['torch'] / seconds:.2f}", flush=True)
@@ -181,7 +181,7 @@ def peak_of(name: str, batch: int, size: int, variant: str) -> None:
     torch.manual_seed(0)
     made, x = NETWORKS[name], torch.randn(batch, 3, size, size)
     model = made(fused=True) if "Add" in variant else made()
-    model = ours.convert(model) if "convert" in variant else model
+    model = ours.convert(model, fuse=True) if "convert" in variant else model
     call, before = step(model.train(), x), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):
         call()

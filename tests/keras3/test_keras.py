@@ -181,6 +181,51 @@ def test_fold_of_a_sequential_model():
     assert type(folded.layers[1]) is k.Identity
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "mixed_float16", "float16", "float64"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fold_in_other_dtypes(policy, bias):
+    options = {"dtype": policy}
+    layers = [k.Conv2D(8, 3, use_bias=bias, **options), k.BatchNormalization(**options), k.ReLU(**options)]
+    model = keras.Sequential([keras.Input((9, 9, 3), dtype=layers[0].compute_dtype), *layers])
+    rng = np.random.default_rng(0)
+    layers[1].set_weights([rng.uniform(0.5, 1.5, 8).astype(np.float32) for _ in range(4)])
+    folded = fold(model)
+    assert type(folded.layers[1]) is k.Identity
+    x = keras.ops.cast(rng.normal(size=(4, 9, 9, 3)), layers[0].compute_dtype)
+    want, got = (keras.ops.convert_to_numpy(keras.ops.cast(m(x), "float32")) for m in (model, folded))
+    narrow = {"float64": 1e-6, "mixed_float16": 5e-3, "float16": 5e-3}
+    assert np.abs(got - want).max() <= narrow.get(policy, 4e-2) * np.abs(want).max()
+
+
+def test_a_wrong_fold_in_a_narrow_dtype_is_not_returned(monkeypatch):
+    layers = [k.Dense(4, dtype="mixed_bfloat16"), k.BatchNormalization(dtype="mixed_bfloat16")]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    wrong = [np.ones((3, 4), np.float32), np.ones(4, np.float32)]
+    monkeypatch.setattr(
+        sys.modules["batchnorm.keras.fold"], "folded_weights", lambda *arguments, **options: wrong
+    )
+    with pytest.raises(ValueError, match="folding changes the output by"):
+        fold(model)
+
+
+def test_a_layer_that_is_called_twice():
+    """It has the statistics of both calls, those behind it exactly what they meet; the words say so."""
+    i, shared = keras.Input((4,)), k.BatchNormalization(name="shared")
+    x = k.Rescaling(3.0)(k.ReLU()(shared(i)))
+    model = keras.Model(i, k.BatchNormalization(name="behind")(k.Rescaling(5.0)(shared(x))))
+    batch = np.random.default_rng(0).normal(5, 3, (400, 4)).astype(np.float32)
+    recalibrate(model, [batch])
+    layer = norms(model)["behind"]
+    met = output(keras.Model(i, layer.input), batch)
+    mean, var = (
+        np.asarray(keras.ops.convert_to_numpy(v)) for v in (layer.moving_mean, layer.moving_variance)
+    )
+    np.testing.assert_allclose(mean, met.mean(axis=0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(var, met.var(axis=0), rtol=1e-3)
+    assert {f.layer for f in diagnose(model, [batch]) if f.code == "mismatched"} <= {"shared", "behind"}
+    assert "called several times" in " ".join((recalibrate.__doc__ or "").split())
+
+
 def not_alone():
     i = keras.Input((4,))
     x = k.Dense(4)(i)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra torch)")
@@ -10,7 +14,14 @@ import batchnorm.torch  # noqa: E402
 from pytorch.models import C, held, images, small, trained  # noqa: E402
 from torch import nn  # noqa: E402
 
-fold = batchnorm.torch.fold
+LINEAR = r"folded into nn.Linear, which is right only for its inputs \(N, C\); pass example="
+
+
+def fold(model, example=None):
+    """What the package does; without an example it warns of batch norms behind nn.Linear alone."""
+    warns = example is None and any(type(m) is nn.Linear for m in model.modules())
+    with pytest.warns(UserWarning, match=LINEAR) if warns else contextlib.nullcontext():
+        return batchnorm.torch.fold(model, example)
 
 
 def lived(model):
@@ -82,7 +93,7 @@ def test_a_module_tree(example):
 
 
 class Branching(nn.Module):
-    """What fx cannot trace: a branch on data. Its block can be traced."""
+    """What fx cannot trace: a branch on data. Its block can be traced, but not who uses what is in it."""
 
     def __init__(self):
         super().__init__()
@@ -96,13 +107,12 @@ class Branching(nn.Module):
 
 def test_what_cannot_be_traced_wants_an_example():
     model = lived(Branching())
-    with pytest.warns(UserWarning, match=r"not folded: bn: torch.fx cannot trace.*pass example="):
-        part = fold(model)
-    assert isinstance(part.block[1], nn.Identity) and isinstance(part.bn, nn.BatchNorm2d)
-    assert same(model, part, images(3))
+    untraced = r"no batch norm that can be folded: torch.fx cannot trace the model: .*; pass example="
+    with pytest.raises(ValueError, match=untraced):
+        fold(model)
     whole = fold(model, images(3))
     assert "BatchNorm" not in str(whole) and same(model, whole, images(5, seed=8))
-    with pytest.raises(ValueError, match=r"no batch norm that can be folded: bn: torch.fx cannot.*example="):
+    with pytest.raises(ValueError, match=untraced):
         fold(lived(Only()))
     assert "BatchNorm" not in str(fold(lived(Only()), {"x": images(3)}))
 
@@ -167,7 +177,7 @@ def parametrized():
     "make",
     [
         shared, hooked, Elsewhere, parametrized, lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)),
-        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), lambda: nn.BatchNorm2d(3),
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)),
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
     ],
 )  # fmt: skip
@@ -195,11 +205,11 @@ def test_bad_statistics_and_bad_input():
     with pytest.raises(ValueError, match="1, behind 0: folded weight and bias are not finite in float16"):
         fold(model)
     with pytest.raises(ValueError, match="has no batch norm"):
-        fold(nn.Linear(3, 3))
+        batchnorm.torch.fold(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="a batch has a tensor on meta, the model is on cpu"):
         fold(small(), images(2).to("meta"))
     with pytest.raises(TypeError, match=r"model is None, expected a torch\.nn\.Module"):
-        fold(None)
+        batchnorm.torch.fold(None)
 
 
 class Noisy(nn.Module):
@@ -215,3 +225,121 @@ class Noisy(nn.Module):
 def test_a_model_that_is_never_the_same():
     with pytest.raises(ValueError, match="outputs on example differ each time; is it random in eval mode"):
         fold(lived(Noisy()), images(2))
+
+
+class Reads(nn.Module):
+    """What the convolution makes is read beside the batch norm, in a way that hardly shows in the output."""
+
+    def __init__(self, how, small=1e-12):
+        super().__init__()
+        self.conv, self.bn, self.how, self.small = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), how, small
+        self.good = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        if x.sum() == 0:  # for fx
+            return x
+        y = self.conv(x)
+        return self.bn(y) + self.good(x) + self.small * self.how(y)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda y: y, lambda y: torch.cat([y, y])[:3], lambda y: y.data.mean(), lambda y: float(y.mean()),
+        lambda y: y.view(-1)[0], lambda y: nn.functional.relu(input=y), lambda y: y.argmax().double(),
+    ],
+)  # fmt: skip
+def test_whatever_else_reads_the_output_is_seen(how):
+    folded = fold(lived(Reads(how)), images(3))
+    assert isinstance(folded.bn, nn.BatchNorm2d) and isinstance(folded.good[1], nn.Identity)
+
+
+def test_what_only_looks_at_the_shape_is_no_use():
+    assert isinstance(fold(lived(Reads(lambda y: y.shape[0] + y.dim())), images(3)).bn, nn.Identity)
+
+
+@dataclass
+class Answer:
+    scores: object
+    features: object
+
+
+class Answers(nn.Module):
+    """A convolution's output that is returned in an object, and read nowhere."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.conv, self.bn, self.make = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), make
+        self.good = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.make(self.bn(y) + self.good(x), y)
+
+
+@pytest.mark.parametrize(
+    "make", [Answer, lambda a, b: SimpleNamespace(a=a, inner=Answer(b, None)), lambda a, b: (a, {"b": [b]})]
+)
+def test_all_that_a_model_returns_is_compared(make):
+    folded = fold(lived(Answers(make)), images(3))
+    assert isinstance(folded.bn, nn.BatchNorm2d) and isinstance(folded.good[1], nn.Identity)
+
+
+@pytest.mark.parametrize("make", [lambda a, b: None, lambda a, b: a.argmax(1), lambda a, b: [3.0, "text"]])
+def test_an_answer_with_nothing_to_compare(make):
+    with pytest.raises(ValueError, match="output on example has no floating tensor that could be compared"):
+        fold(lived(Answers(make)), images(3))
+
+
+def test_integers_are_compared_and_each_tensor_with_its_own_size():
+    integers = fold(lived(Answers(lambda a, b: (a, (b * 100).long()))), images(3))
+    small = fold(lived(Answers(lambda a, b: (a * 1e9, (b,)))), images(3))
+    assert all(isinstance(each.bn, nn.BatchNorm2d) for each in (integers, small))
+    assert all(isinstance(each.good[1], nn.Identity) for each in (integers, small))
+
+
+class OwnDtype(Answers):
+    """Its code wants float32, and says so in its own way."""
+
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return self.good(x)
+
+
+def test_a_model_that_refuses_float64_is_compared_in_its_own_dtype():
+    model = lived(OwnDtype(None))
+    assert isinstance(fold(model, images(3)).good[1], nn.Identity)
+
+
+def test_the_channels_are_on_axis_1():
+    """Layers without a batch axis: what fits by its shape would be normalised along another axis."""
+    fits = [
+        (nn.Conv1d(3, 4, 1), nn.BatchNorm1d(9), (3, 9)), (nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), (3, 4)),
+        (nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4), (3, 4, 6)),
+        (nn.Conv2d(3, 4, 1), nn.SyncBatchNorm(4), (3, 4, 6)),
+        (nn.Linear(5, 4), nn.BatchNorm2d(4), (2, 4, 3, 5)), (nn.Linear(5, 4), nn.SyncBatchNorm(4), (6, 4, 5)),
+    ]  # fmt: skip
+    for layer, norm, shape in fits:
+        with pytest.raises(ValueError, match="none follows"):
+            fold(lived(nn.Sequential(layer, norm)), torch.randn(shape))
+    for layer, norm, _ in (fits[2], fits[4]):
+        with pytest.raises(ValueError, match="none follows"):
+            batchnorm.torch.fold(nn.Sequential(layer, norm))
+
+
+def test_one_layer_for_all_steps_of_a_loop():
+    """Each call of the batch norm takes what the same layer made, so both may be folded."""
+
+    class Loop(nn.Module):
+        def __init__(self, extra):
+            super().__init__()
+            self.conv, self.bn, self.extra = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), extra
+
+        def forward(self, x):
+            x = self.bn(self.conv(x))
+            x = self.bn(input=self.conv(x))
+            return x + 1e-12 * self.conv(x) if self.extra else x
+
+    assert isinstance(fold(lived(Loop(False)), images(3)).bn, nn.Identity)
+    with pytest.raises(ValueError, match="none follows"):
+        fold(lived(Loop(True)), images(3))

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra torch
 
 import batchnorm.torch as ours  # noqa: E402
 import numpy as np  # noqa: E402
+from batchnorm.torch.sync import synchronised  # noqa: E402
 from pytorch.models import images, small  # noqa: E402
 from pytorch.workers import on_ranks  # noqa: E402
 from torch import nn  # noqa: E402
@@ -132,7 +133,7 @@ class Block(nn.Module):
         return torch.relu(self.norm(x))
 
 
-def test_under_compile_export_and_tracers_it_is_pytorchs_operator():
+def test_under_compile_and_export_it_is_pytorchs_operator():
     theirs, own = pair()
     want = torch.relu(theirs.eval()(image()))
     block = Block(own.eval())
@@ -148,13 +149,36 @@ def test_under_compile_export_and_tracers_it_is_pytorchs_operator():
     assert any("batch_norm" in str(node.target) for node in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(image()), want)
     traced = torch.fx.symbolic_trace(block)
-    assert any(node.target is functional.batch_norm for node in traced.graph.nodes)
     torch.testing.assert_close(traced(image()), want)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         script = torch.jit.trace(block, image(), check_trace=False)
     assert "batch_norm" in str(script.inlined_graph)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [ours.BatchNorm2d, ours.BatchNormAddAct2d, ours.SyncBatchNorm])
+def test_in_a_graph_of_fx_it_stays_a_module(kind):
+    """So that the graph follows train() and eval() and counts updates, as that of torch.nn's does."""
+    norm = kind(3)
+    graph = torch.fx.symbolic_trace(nn.Sequential(norm, nn.ReLU()))
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    assert norm.num_batches_tracked == 0
+    for mode in (True, False):
+        torch.testing.assert_close(graph.train(mode)(image()), norm.train(mode)(image()).relu())
+    assert norm.num_batches_tracked == 2
+    if kind is ours.BatchNormAddAct2d:
+
+        class Residual(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm = norm
+
+            def forward(self, x, z):
+                return self.norm(x, z)
+
+        graph = torch.fx.symbolic_trace(Residual())
+        torch.testing.assert_close(graph(image(1), image(2)), norm(image(1), image(2)))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -221,6 +245,27 @@ def test_it_keeps_the_input_as_pytorch_does():
     del z, y
     gc.collect()
     assert gone() is None
+
+
+def test_batches_of_gradients_are_refused():
+    _, own = pair()
+    x = image().requires_grad_()
+    match = r"a batch of gradients reaches .*; pass vectorize=False or is_grads_batched=False, or revert"
+    with pytest.raises(RuntimeError, match=match):
+        torch.autograd.functional.jacobian(lambda x: own(x).sum((0, 2, 3)), x, vectorize=True)
+    with pytest.raises(RuntimeError, match=match):
+        torch.autograd.functional.hessian(lambda x: own(x).pow(3).sum(), x[:1], vectorize=True)
+    assert torch.autograd.functional.jacobian(lambda x: own(x).sum((0, 2, 3)), x).shape == (3, *x.shape)
+
+
+def test_the_names_of_arguments_are_pytorchs():
+    for kind in (ours.BatchNorm2d, ours.BatchNormAddAct2d, ours.SyncBatchNorm):
+        torch.testing.assert_close(kind(3)(input=image()), kind(3)(image()))
+    y = ours.convert(bn_relu(), fuse=True)[1](input=image())
+    torch.testing.assert_close(y, image().relu())
+    assert ours.SyncBatchNorm(3, bias=False).bias is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'offset'"):
+        ours.SyncBatchNorm(3, offset=False)
 
 
 def test_copies_and_files():
@@ -320,9 +365,9 @@ def test_convert_and_revert(make):
     before = {n: (id(m), type(m)) for n, m in model.named_modules()}
     names, ids = list(model.state_dict()), [id(p) for p in model.parameters()]
     plain = copy.deepcopy(model)
-    assert ours.convert(model) is model
+    assert ours.convert(model, fuse=True) is model
     assert list(model.state_dict()) == names and [id(p) for p in model.parameters()] == ids
-    fused = [n for n, m in model.named_modules() if getattr(m, "rectifies", False)]
+    fused = [n for n, m in model.named_modules() if getattr(m, "rectified_by", ())]
     assert fused == (["bn1"] if make is Residual else ["1"])
     results = []
     for each in (plain, model):
@@ -338,7 +383,7 @@ def test_convert_and_revert(make):
     torch._dynamo.reset()
     assert ours.diagnose(model, [images(64)]).codes
     if make is small:
-        folded = ours.fold(model)
+        folded = ours.fold(model, images(4))
         torch.testing.assert_close(folded(images(4)), plain(images(4)), rtol=1e-3, atol=1e-4)
     saved = pickle.loads(pickle.dumps(model))
     for each in (model, saved):
@@ -352,17 +397,106 @@ def test_what_cannot_be_converted():
     class Own(nn.BatchNorm2d):
         pass
 
-    for model in (nn.Linear(3, 3), nn.Sequential(Own(3)), ours.BatchNorm2d(3)):
+    for model in (nn.Linear(3, 3), nn.Sequential(Own(3)), ours.BatchNormAct2d(3)):
         with pytest.raises(ValueError, match="no batch norm"):
             ours.convert(model)
     for function in (ours.convert, ours.revert):
         with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module"):
             function(3)
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
-    seen = []
-    model[0].register_forward_hook(lambda m, x, y: seen.append(float(y.detach().min())))
-    ours.convert(model)(image())
-    assert seen[0] < 0  # a hook sees what it saw before
+    with pytest.raises(TypeError, match=r"fuse is 1 \(int\), expected True or False"):
+        ours.convert(nn.Sequential(nn.BatchNorm2d(3)), 1)
+
+
+def bn_relu():
+    return nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+
+
+def fused(y):
+    """Whether the batch norm before a ReLU has rectified."""
+    return float(y.detach().min()) >= 0
+
+
+def test_a_converted_model_may_be_converted():
+    model = ours.convert(ours.convert(bn_relu()))
+    assert fused(ours.convert(model, fuse=True)[0](image()))
+    assert fused(ours.convert(model, fuse=True)[0](image()))
+    assert not fused(ours.convert(model)[0](image()))
+    assert vars(ours.revert(model)[0]).keys() == vars(bn_relu()[0]).keys()
+
+
+def test_a_model_that_keeps_activations():
+    model = bn_relu()
+    model.kept = model(image())
+    for call in (lambda: ours.convert(model, fuse=True), lambda: ours.fold(model)):
+        with pytest.raises(ValueError, match=r"^model, .*, cannot be copied: .*; detach\(\) or delete what"):
+            call()
+
+
+def test_fusion_is_asked_for():
+    model = ours.convert(bn_relu())
+    assert not fused(model[:1](image())) and type(model[1]) is nn.ReLU
+    assert fused(ours.convert(model := bn_relu(), fuse=True)[:1](image())) and type(model[1]) is not nn.ReLU
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["batch norm", "relu"])
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_see_what_they_saw_before(which, kind):
+    """Also one that is registered after the conversion."""
+    model, plain = ours.convert(bn_relu(), fuse=True), bn_relu()
+    seen = [], []
+    for each, notes in zip((model, plain), seen, strict=True):
+        hook = getattr(each[which], f"register_{kind}_hook")(lambda m, *v, n=notes: n.extend(v))
+        each(image().requires_grad_()).square().sum().backward()
+        hook.remove()
+    for got, want in zip(*seen, strict=True):
+        torch.testing.assert_close(got, want)
+    assert seen[0] and fused(model[0](image()))
+
+
+def test_a_mark_does_not_outlive_the_value():
+    model = ours.convert(bn_relu(), fuse=True)
+    with torch.no_grad():
+        y = model[0](image()).sub_(1)
+        torch.testing.assert_close(model[1](y), torch.relu(y))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(image()), bn_relu()(image()))
+
+
+class Modes(nn.Module):
+    """In one of the modes the output of the batch norm is used beside the ReLU."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.norm, self.relu, self.mode = nn.BatchNorm2d(3), nn.ReLU(), mode
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.relu(y) + y if self.training is self.mode else self.relu(y)
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = bn_relu()
+
+    def forward(self, x):
+        return self.body(x) + self.body[0](x) if x.sum() > 0 else self.body(x)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_fused_relu_is_the_only_user_in_both_modes(mode):
+    model, plain = ours.convert(Modes(mode), fuse=True), Modes(mode)
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(image()), plain.train(training)(image()))
+    assert not fused(model.norm(image()))
+
+
+def test_a_model_that_cannot_be_traced_is_not_fused():
+    model = Untraceable()
+    with pytest.raises(ValueError, match=r"torch\.fx cannot trace the model: .*; pass fuse=False"):
+        ours.convert(model, fuse=True)
+    assert type(model.body[0]) is nn.BatchNorm2d
+    torch.testing.assert_close(ours.convert(model)(image() + 1), Untraceable()(image() + 1))
 
 
 def test_threads_follow_pytorch_and_change_no_bit():
@@ -466,6 +600,21 @@ def test_ddp_and_faults_of_one_process():
         only = [i == 2 for i in range(6)]
         assert part["nan"] == (only, only) and part["buffer"] == only and part["eval"]
         assert part["error"] == "Expected more than 1 value per channel when training, got 1 in all processes"
+
+
+def test_what_is_sent_is_memory_of_torch(monkeypatch):
+    """NumPy's would be freed by a thread of gloo's, which may outlive the interpreter."""
+    sent = []
+
+    def all_gather(parts, mine, group):
+        sent.append(mine.untyped_storage().resizable())
+        parts[0].copy_(mine)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
+    x = image().requires_grad_()
+    synchronised(x, None, None, None, 1e-5, None).sum().backward()
+    assert sent == [True, True] and not torch.from_numpy(np.ones(3)).untyped_storage().resizable()
 
 
 def test_alone_it_is_a_batch_norm_of_any_rank():

@@ -118,9 +118,13 @@ def test_half_precision_and_layers_without_statistics():
     assert model[1].running_mean is None
     huge, x = nn.BatchNorm1d(2).half(), torch.randn(99, 2).half() * 3000
     before = held(huge)
-    with pytest.raises(ValueError, match=r"model: running_var does not fit torch.float16.*model.float\(\)"):
+    with pytest.raises(
+        ValueError, match=r"model: running_var does not fit torch.float16.*, model\.float\(\)$"
+    ):
         recalibrate(huge, [x])
     assert held(huge) == before
+    with pytest.raises(ValueError, match=r"0: .*float32, model\.get_submodule\('0'\)\.float\(\)$"):
+        recalibrate(nn.Sequential(huge), [x])
 
 
 def test_a_compiled_model():
@@ -151,6 +155,15 @@ def test_progress(capsys):
         ),
         ({"forward": lambda x: x}, ValueError, "1: no batch reached this layer, .*auxiliary.*forward="),
         ({"batches": [images().to("meta")]}, ValueError, "on meta, the model is on cpu"),
+        ({"batches": images()}, TypeError, r"batches is .*, expected an iterable of batches, such as \[x\]"),
+        ({"batches": {"x": images()}}, TypeError, r"batches is .*, expected an iterable of batches"),
+        ({"batches": "ab"}, TypeError, "batches is 'ab'.*, expected an iterable of batches"),
+        (
+            {"model": nn.BatchNorm1d(3), "batches": [torch.ones(3)]},
+            ValueError,
+            r"model: a batch .* \(3,\) there",
+        ),
+        ({"batches": [{"y": images()}]}, TypeError, "argument 'y'; pass forward= if the model is called in"),
         ({"one_by_one": 1}, TypeError, "one_by_one is 1"),
         ({"progress": 1}, TypeError, "progress is 1"),
         ({"group": "gloo"}, TypeError, r"group is 'gloo'.*expected a torch.distributed.ProcessGroup: torch"),
@@ -168,6 +181,48 @@ def test_bad_input_changes_nothing(arguments, error, match):
     with pytest.raises(error, match=match):
         recalibrate(**{"model": model, "batches": data(), **arguments})
     assert held(model) == before
+
+
+class Training(nn.Module):
+    """Its forward calls train(), and one of its layers updates whatever statistics it finds."""
+
+    def __init__(self, switch):
+        super().__init__()
+        self.body, self.switch = small(), switch
+
+    def forward(self, x):
+        if self.switch:
+            self.train()
+        return self.body(x)
+
+
+@pytest.mark.parametrize("run", [recalibrate, batchnorm.torch.diagnose])
+def test_modes_are_not_to_be_changed_meanwhile(run):
+    plain = small()
+    for model, forward in ((plain, lambda x: plain.train()(x)), (Training(True), None)):
+        before = held(model)
+        with pytest.raises(
+            ValueError, match=r"1 is in training mode while .*do not call train\(\) in forward="
+        ):
+            run(model, data(), forward=forward)
+        assert held(model) == before
+
+
+class Updates(nn.BatchNorm2d):
+    """Updates its statistics in eval mode as well."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        if self.running_mean is not None:
+            self.running_mean.add_(1)
+        return y
+
+
+def test_what_a_forward_does_to_statistics_is_not_kept():
+    model = nn.Sequential(Updates(3), nn.BatchNorm2d(3))
+    recalibrate(model, data())
+    want = torch.cat(data()).mean((0, 2, 3))
+    torch.testing.assert_close(model[0].running_mean, want, rtol=1e-4, atol=1e-4)
 
 
 # ---- several processes -------------------------------------------------------------------------------------

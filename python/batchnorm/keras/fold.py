@@ -20,7 +20,8 @@ _BEFORE: dict[Any, int | tuple[int, int]] = {
     k.Dense: -1, k.Conv1D: -1, k.Conv2D: -1, k.Conv3D: -1, k.Conv1DTranspose: -2, k.Conv2DTranspose: -2,
     k.Conv3DTranspose: -2, k.DepthwiseConv1D: (-2, -1), k.DepthwiseConv2D: (-2, -1),
 }  # fmt: skip
-_APART = 1e-3  # of the largest output: what layers make of the rounding of new weights
+# Of the largest output, by what layers compute in: what they make of the rounding of new weights.
+_APART = {"float64": 1e-9, "float32": 1e-3, "float16": 0.1, "bfloat16": 0.3}
 _SIZE = 33  # of an axis whose size the model leaves open
 
 Pairs = dict[str, tuple[Any, Any]]  # name of the batch norm or of the layer before it: (layer, batch norm)
@@ -53,7 +54,8 @@ def fold(model: Any, example: Any = None) -> Any:
     Folded are batch norms behind Dense, Conv1D to 3D, their transposed ones and DepthwiseConv1D and 2D
     without an activation, if nothing else uses that layer's output and neither is called twice. Models inside
     the model stay as they are; fold them by themselves. The outputs of both models are compared before the
-    new one is returned.
+    new one is returned; in float32 they must agree within 1e-3 of the largest, in float16 within 0.1 and in
+    bfloat16 within 0.3.
 
     Examples
     --------
@@ -127,10 +129,11 @@ def _before(model: Any, norm: Any) -> Any:
 def _weights(layer: Any, norm: Any) -> list[Any]:
     kernel, *rest = map(array_of, layer.weights)
     values = (norm.moving_mean, norm.moving_variance, norm.gamma, norm.beta)
-    vectors: list[Any] = [None if v is None else array_of(v) for v in values]
-    bias = rest[0] if rest else None
+    vectors: list[Any] = [None if v is None else array_of(v) for v in (*rest[:1], *values)]
+    vectors = [v if v is None or v.dtype == np.float64 else v.astype(np.float32) for v in vectors]
+    vectors = vectors if rest else [None, *vectors]
     try:
-        folded = folded_weights(kernel, bias, *vectors, eps=norm.epsilon, out_axis=_BEFORE[type(layer)])
+        folded = folded_weights(kernel, *vectors, eps=norm.epsilon, out_axis=_BEFORE[type(layer)])
     except ValueError as error:
         raise ValueError(f"{norm.path}, behind {layer.path}: {error}") from error
     return list(folded)
@@ -143,9 +146,10 @@ def _check(model: Any, result: Any, example: Any) -> None:
         shapes = [[2, *(_SIZE if n is None else n for n in each.shape[1:])] for each in model.inputs]
         given = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
         example = given[0] if len(given) == 1 else given
+    tolerance = max(_APART.get(layer.compute_dtype, 0.3) for layer in every_layer(model))
     for want, got in zip(*(list(_leaves(m(example, training=False))) for m in (model, result)), strict=True):
         apart = float(np.abs(got.astype(np.float64) - want).max(initial=0))
-        if not apart <= _APART * max(float(np.abs(want).max(initial=0)), math.ulp(0)):
+        if not apart <= tolerance * max(float(np.abs(want).max(initial=0)), math.ulp(0)):
             raise ValueError(f"folding changes the output by {apart:.3g}, so nothing is returned")
 
 

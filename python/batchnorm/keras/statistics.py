@@ -90,8 +90,9 @@ def recalibrate(
         As there.
     one_by_one : bool, default True
         True: a pass per layer, in the order in which the model calls them, in which those before it already
-        use their new statistics. Each layer gets exactly the statistics that it will meet in inference: those
-        of one giant batch. False: one pass, in which each normalises with each batch's own statistics.
+        use their new statistics. Each layer that is called once gets exactly the statistics that it will meet
+        in inference: those of one giant batch. False: one pass, in which each normalises with each batch's
+        own statistics.
     progress : bool, optional
         Show a progress bar on stderr; needs the package rich. None: on a terminal, if rich is there.
 
@@ -103,7 +104,10 @@ def recalibrate(
 
     Notes
     -----
-    The variance is the population's, as in Keras. Positions that a mask leaves out do not count.
+    The variance is the population's, as in Keras. Positions that a mask leaves out do not count. A layer that
+    is called several times has the statistics of all its calls, in which it normalises by the batch; so
+    itself is not exact, those behind it are. ``diagnose``, where all layers normalise by the batch, may call
+    either ``mismatched``.
 
     Examples
     --------

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..diagnose.findings import Diagnosis, Finding, of_network, settle
 from ..diagnose.network import Collector
-from .model import Layer, collecting, layers_of, passed, quiet, unwrapped
+from .model import Layer, check, collecting, layers_of, passed, quiet, unwrapped
 
 __all__ = ["diagnose"]
 
@@ -19,7 +19,8 @@ def diagnose(model: Any, batches: Iterable[Any], *, forward: Callable[[Any], Any
     ----------
     model : torch.nn.Module
         Any model with ``nn.BatchNorm1d``, ``2d``, ``3d``, ``SyncBatchNorm`` or subclasses of them, on any
-        device, in any mode; also in DistributedDataParallel or compiled. It is not changed.
+        device, in any mode; also in DistributedDataParallel or compiled. It is not changed. Meanwhile buffers
+        are None, so a subclass whose own forward computes with ``running_mean`` fails.
     batches : iterable
         Best many and large ones of the data that tests badly, such as a DataLoader. Of a tuple or list
         the model gets the first, of a mapping all as keywords.
@@ -36,7 +37,8 @@ def diagnose(model: Any, batches: Iterable[Any], *, forward: Callable[[Any], Any
     ------
     TypeError, ValueError
         No model, no batch norm in it, no batches, batches on another device, a batch with one value per
-        channel; or whatever the model raises. Nothing is changed then either.
+        channel, a forward that calls ``train()``; or whatever the model raises. Nothing is changed then
+        either.
 
     See Also
     --------
@@ -59,6 +61,7 @@ def diagnose(model: Any, batches: Iterable[Any], *, forward: Callable[[Any], Any
     >>> [(finding.layer, finding.code) for finding in found]
     [('1', 'never_updated')]
     """
+    check(batches)
     plain = unwrapped(model)
     modules = layers_of(plain)
     layers = {name: Layer(name, module, plain.training) for name, module in modules.items()}

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _hints
 from ..fold import fold as folded_weights
 from .graph import Call, traced
-from .model import (
-    STATISTICS,
-    array_of,
-    called,
-    check_device,
-    eagerly,
-    has_hooks,
-    hooked,
-    layers_of,
-    unwrapped,
-)
+from .model import STATISTICS, array_of, called, copied, eagerly, has_hooks, hooked, layers_of, unwrapped
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 
 __all__ = ["fold"]
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BEFORE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
-_THEIRS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_NORMS = (*_THEIRS, BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
-# How far the outputs of a whole model may be apart, relative to the largest: what its layers make of the
-# rounding of their new weights. A wrong layer folded makes about 1.
+# The axes of a batch that each makes, and those that each takes: only so are channels on axis 1 in both.
+_BEFORE: dict[Any, int] = {
+    nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5,
+    nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4, nn.ConvTranspose3d: 5,
+}  # fmt: skip
+_NORMS: dict[Any, tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,), nn.SyncBatchNorm: (2, 3, 4, 5),
+    BatchNorm1d: (2, 3), BatchNorm2d: (4,), BatchNorm3d: (5,), SyncBatchNorm: (2, 3, 4, 5),
+}  # fmt: skip
+# How far each output of a whole model may be apart, relative to its largest value: in float64, or else what
+# layers make of the rounding of their new weights. A wrong layer folded makes about 1.
 _APART = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.3}
 # Roundings of a folded layer's output, in units of its dtype times the sum of magnitudes that it adds up: one
 # of weight and bias, and in float64 a few more.
@@ -52,7 +47,7 @@ def fold(model: Any, example: Any = None) -> Any:
         Any model, in any mode. Not changed.
     example : optional
         A batch, as :func:`batchnorm.torch.diagnose` takes it. With it, models that ``torch.fx`` cannot trace
-        are folded as well, and the whole model's output is compared before and after.
+        are folded as well, and each tensor of the whole model's output is compared before and after.
 
     Returns
     -------
@@ -64,13 +59,14 @@ def fold(model: Any, example: Any = None) -> Any:
     ------
     TypeError, ValueError
         No model, no batch norm in it, none that can be folded; NaN or a negative variance in one; weights
-        beyond the range of their dtype; an ``example`` on another device.
+        beyond the range of their dtype; an ``example`` on another device, or for which the model's answer
+        has nothing to compare.
 
     Warns
     -----
     UserWarning
-        Parts of the model cannot be traced, so batch norms in them were left as they are for want of an
-        ``example``.
+        A batch norm behind ``nn.Linear`` was folded without an ``example``. That is right for its inputs
+        (N, C), and wrong where it works along the last of more axes.
 
     See Also
     --------
@@ -78,16 +74,18 @@ def fold(model: Any, example: Any = None) -> Any:
 
     Notes
     -----
-    Folded are ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` behind ``nn.Conv1d`` to ``3d``,
-    ``nn.ConvTranspose1d`` to ``3d`` with any ``groups``, and ``nn.Linear`` for inputs (N, C), if nothing else
-    uses that layer's output and neither is used twice, has hooks or a parametrization. That it is so, a trace
-    by ``torch.fx`` shows: of the whole model or, where it cannot be traced, of its parts. With an ``example``
-    the rest is found by running it: where a batch norm's input is the very output of such a layer, folding is
-    tried, and kept if the model's output stays the same.
+    Folded are ``nn.BatchNorm1d``, ``2d``, ``3d`` and ``SyncBatchNorm`` behind ``nn.Conv1d`` to ``3d`` and
+    ``nn.ConvTranspose1d`` to ``3d`` of as many axes, with any ``groups`` and for inputs with a batch axis,
+    and ``nn.BatchNorm1d`` and ``SyncBatchNorm`` behind ``nn.Linear`` for inputs (N, C). Nothing else may use
+    that layer's output, and neither may have hooks or a parametrization. That it is so, a trace of the whole
+    model by ``torch.fx`` shows, in which each is called once. With an ``example`` it is found by running it:
+    where a batch norm's input is the very output of such a layer, and no other operation reads that, folding
+    is tried, and kept if the model's output stays the same. So a folded model is for the same way of calling.
 
     Each pair is then run on random input: in float64 the folded layer must agree with the pair within the
     rounding of its new weights. Outputs of the whole model are compared on the example and on random numbers
-    like it.
+    like it: floating ones in float64 within 1e-9 of each one's largest value, or, where the model's code
+    wants its own dtype, within 1e-3 for float32; others must be equal.
 
     Examples
     --------
@@ -101,34 +99,33 @@ def fold(model: Any, example: Any = None) -> Any:
     )
     """
     plain = unwrapped(model)
-    norms = layers_of(plain)
-    calls, shown = traced(_evaluated(plain))
-    pairs = {n: before for n, before in _followed(calls).items() if _foldable(plain, n, before)}
+    layers_of(plain)  # raises if there is none
+    why = "none follows a convolution or nn.Linear, alone and at once"
+    evaluated = _evaluated(plain)
+    if example is None:
+        try:
+            found = _followed(traced(evaluated))
+        except ValueError as error:
+            found, why = {}, f"{error}; pass example=, a batch, to find out by running it"
+    else:
+        found = _seen(evaluated, example)
+    pairs = {norm: before for norm, before in found.items() if _foldable(plain, norm, before)}
     if example is not None:
-        check_device(plain, example)
-        found = _seen(_evaluated(plain), example)
-        pairs = _proven(plain, {n: b for n, b in found.items() if _foldable(plain, n, b)} | pairs, example)
+        pairs = _proven(plain, pairs, example)
+    if not pairs:
+        raise ValueError(f"model has no batch norm that can be folded: {why}")
     result = _folded(plain, pairs)
     for norm, before in pairs.items():
         _check_pair(plain, result, norm, before)
-    unknown = [name for name in norms if name not in shown and norms[name] is not plain]
-    unknown = unknown if example is None else []
-    untraced = f"{', '.join(unknown)}: torch.fx cannot trace what they are in"
-    remedy = "pass example=, a batch, to find out by running it"
-    if not pairs:
-        why = (
-            f"{untraced}; {remedy}"
-            if unknown
-            else "none follows a convolution or nn.Linear, alone and at once"
-        )
-        raise ValueError(f"model has no batch norm that can be folded: {why}")
-    if unknown:
-        _hints.warn(f"not folded: {untraced}; {remedy}")
+    linear = [norm for norm, before in pairs.items() if type(plain.get_submodule(before)) is nn.Linear]
+    if linear and example is None:
+        what = f"{', '.join(linear)}: folded into nn.Linear, which is right only for its inputs (N, C)"
+        _hints.warn(f"{what}; pass example=, a batch, to find out by running it")
     return result
 
 
 def _evaluated(model: Any) -> Any:
-    result = copy.deepcopy(model)
+    result = copied(model)
     for module in result.modules():
         module.training = False
     return result
@@ -157,36 +154,73 @@ def _foldable(model: Any, norm: str, before: str) -> bool:
     everywhere = [module for _, module in model.named_modules(remove_duplicate=False)]
     once = all(sum(other is module for other in everywhere) == 1 for module in modules)
     plain = not any(has_hooks(module) for module in modules)
-    known = type(modules[0]) in _NORMS and type(modules[1]) in _BEFORE
+    known = _BEFORE.get(type(modules[1])) in _NORMS.get(type(modules[0]), ())
     tracked = known and all(getattr(modules[0], each) is not None for each in STATISTICS)
     return once and plain and tracked
 
 
-def _seen(model: Any, example: Any) -> Pairs:
-    """Pairs in which a batch norm's input is the very tensor that a layer made, in every call."""
-    made: list[tuple[Any, str]] = []  # keeps the tensors alive, so that none is taken for another
-    found: dict[str, set[str]] = {}
+class _Uses(TorchDispatchMode):
+    """Which convolution's output goes where: what each batch norm gets, and what else reads such memory."""
 
-    def after(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: made.append((output, name))
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, str]] = []  # keeps the tensors alive, so that none is taken for another
+        self.fed: dict[str, list[int | None]] = {}  # for each call of a batch norm, the place in `made`
+        self.elsewhere: set[str] = set()
+        self._inside = False
 
-    def before(name: str) -> Callable[..., None]:
-        def note(module: Any, inputs: tuple[Any, ...]) -> None:
-            whose = [each for tensor, each in made if inputs and tensor is inputs[0]]
-            found.setdefault(name, set()).add(whose[-1] if whose else "")
+    def _at(self, tensor: Any) -> list[int]:
+        where = tensor.untyped_storage().data_ptr()
+        return [i for i, (made, _) in enumerate(self.made) if made.untyped_storage().data_ptr() == where]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self._inside:
+            for tensor in _leaves([args, kwargs or {}]):
+                self.elsewhere.update(self.made[i][1] for i in self._at(tensor))
+        return func(*args, **(kwargs or {}))
+
+    def after(self, name: str) -> Callable[..., None]:
+        """A hook of a layer."""
+        return lambda module, inputs, output: self.made.append((output, name))
+
+    def entered(self, name: str) -> Callable[..., None]:
+        """A hook of a batch norm."""
+
+        def note(module: Any, inputs: tuple[Any, ...], named: Any) -> None:
+            x = inputs[0] if inputs else next(iter(named.values()))
+            same = [i for i, (made, _) in enumerate(self.made) if made is x]
+            self.fed.setdefault(name, []).append(same[-1] if same else None)
+            self._inside = True
 
         return note
 
-    handles = []
+    def left(self, *_: Any) -> None:
+        """A hook of a batch norm."""
+        self._inside = False
+
+
+def _seen(model: Any, example: Any) -> Pairs:
+    """Pairs in which a batch norm alone takes all that a layer made, with the channels on axis 1."""
+    uses, handles = _Uses(), []
     for name, module in model.named_modules():
         if type(module) in _BEFORE:
-            handles.append(module.register_forward_hook(after(name)))
+            handles.append(module.register_forward_hook(uses.after(name)))
         elif type(module) in _NORMS:
-            handles.append(module.register_forward_pre_hook(before(name)))
-    with hooked(handles):
+            handles.append(module.register_forward_pre_hook(uses.entered(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(uses.left))
+    with hooked(handles), uses:
         _answers(model, [example])
-    once = {name: whose.pop() for name, whose in found.items() if len(whose) == 1}
-    return {norm: layer for norm, layer in once.items() if layer and [*once.values()].count(layer) == 1}
+    found = Pairs()
+    for norm, places in uses.fed.items():
+        layer = uses.made[places[0]][1] if places[0] is not None else ""
+        made = [i for i, (_, name) in enumerate(uses.made) if name == layer]
+        dims = _BEFORE.get(type(model.get_submodule(layer)), 0) or 2
+        placed = all(uses.made[i][0].dim() == dims for i in made)
+        others = [i for name, those in uses.fed.items() if name != norm for i in those]
+        alone = layer not in uses.elsewhere and not {*made} & {*others}
+        if layer and alone and placed and places == made:
+            found[norm] = layer
+    return found
 
 
 # ---- proof -------------------------------------------------------------------------------------------------
@@ -195,13 +229,17 @@ def _seen(model: Any, example: Any) -> Pairs:
 def _proven(model: Any, pairs: Pairs, example: Any) -> Pairs:
     """Those pairs after whose folding the model's output is the same."""
     batches = [example, _random_like(example)]
-    want, wide = _wide_answers(model, batches)
+    try:
+        model, batches, want = _wide(model, batches)
+    except Exception:  # whatever its code does when it meets float64: then in its own dtypes
+        want = _answers(_evaluated(model), batches)
+    if not any(t.is_floating_point() and t.numel() for t in want):
+        raise ValueError("the model's output on example has no floating tensor that could be compared")
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
     def same(pairs: Pairs) -> bool:
-        tried = _folded(model, pairs)
-        got = _answers(tried.double(), [_doubled(b) for b in batches]) if wide else _answers(tried, batches)
-        return [*map(_close, got, want, repeat(_APART.get(dtype, 0.3)))] == [True] * len(want)
+        got, tolerance = _answers(_folded(model, pairs), batches), _APART.get(dtype, 0.3)
+        return len(got) == len(want) and all(_close(*each, tolerance) for each in zip(got, want, strict=True))
 
     if same(pairs):
         return pairs
@@ -214,28 +252,30 @@ def _proven(model: Any, pairs: Pairs, example: Any) -> Pairs:
     return good
 
 
-def _wide_answers(model: Any, batches: list[Any]) -> tuple[list[Any], bool]:
-    """The model's answers in float64, or, if it has numbers of other dtypes in its code, in its own."""
-    try:
-        return _answers(_evaluated(model).double(), [_doubled(batch) for batch in batches]), True
-    except RuntimeError:
-        return _answers(_evaluated(model), batches), False
+def _wide(model: Any, batches: list[Any]) -> tuple[Any, list[Any], list[Any]]:
+    """Model, batches and answers in float64."""
+    model = _evaluated(model).double()
+    batches = [_mapped(batch, lambda t: t.double()) for batch in batches]
+    return model, batches, _answers(model, batches)
 
 
 def _answers(model: Any, batches: Iterable[Any]) -> list[Any]:
-    """All floating tensors of the model's answers."""
+    """All tensors of the model's answers."""
     with torch.no_grad(), torch.random.fork_rng([]), eagerly():
         torch.manual_seed(0)
-        found = [t for batch in batches for t in _leaves(called(model, batch))]
-    return [t for t in found if t.is_floating_point()]
+        return [t for batch in batches for t in _leaves(called(model, batch))]
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _leaves(value: Any, depth: int = 9) -> Iterator[Any]:
+    """Tensors in containers and in attributes of objects, such as dataclasses."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _leaves(each)
+        return
+    inside = value.values() if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping | list | tuple):
+        inside = vars(value).values() if hasattr(value, "__dict__") else ()
+    for each in inside if depth and not isinstance(value, type | nn.Module) else ():
+        yield from _leaves(each, depth - 1)
 
 
 def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
@@ -245,10 +285,6 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: _mapped(each, function) for key, each in value.items()}
     return [_mapped(each, function) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _doubled(batch: Any) -> Any:
-    return _mapped(batch, lambda t: t.double())
 
 
 def _random_like(batch: Any) -> Any:
@@ -263,8 +299,8 @@ def _random_like(batch: Any) -> Any:
 
 
 def _close(got: Any, want: Any, tolerance: float) -> bool:
-    if got.shape != want.shape or not want.numel():
-        return got.shape == want.shape
+    if got.shape != want.shape or not want.numel() or not want.is_floating_point():
+        return torch.equal(got, want)
     apart = (got.double() - want.double()).abs().max()
     return bool(apart <= tolerance * want.double().abs().max())
 

@@ -60,6 +60,9 @@ def native(x: Any) -> bool:
 
 def array(tensor: Any) -> Array:
     """A tensor's own memory."""
+    if _functorch.is_legacy_batchedtensor(tensor):
+        got = "a batch of gradients reaches a batch norm of batchnorm.torch, expected one at a time"
+        raise RuntimeError(f"{got}; pass vectorize=False or is_grads_batched=False, or revert(model)")
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy(force=True)
         return bits.view(_BFLOAT16)

@@ -9,6 +9,7 @@ that add an activation work as they are.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..diagnose.findings import Words
 from ..diagnose.network import Collector
@@ -27,6 +29,7 @@ from ..typing import Array
 
 __all__ = ["Layer", "array_of", "layers_of", "passed", "quiet", "unwrapped"]
 
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 STATISTICS = ("running_mean", "running_var")
 _RECALIBRATE = "batchnorm.torch.recalibrate(model, batches)"
 
@@ -42,6 +45,15 @@ def unwrapped(model: Any) -> Any:
         return unwrapped(model.module)
     inner = dict(model.named_children()).get("_orig_mod")
     return model if inner is None else unwrapped(inner)
+
+
+def copied(model: Any) -> Any:
+    """A deep copy."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # such as of a tensor with a graph
+        remedy = "detach() or delete what its forward keeps, such as activations"
+        raise ValueError(f"model, {kind(model)}, cannot be copied: {error}; {remedy}") from error
 
 
 def layers_of(model: Any) -> dict[str, Any]:
@@ -123,10 +135,11 @@ def quiet(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
     """Inside, the model is in eval mode, its batch norms normalise by the batch, nothing is compiled and
     nothing has a gradient. Afterwards modes, buffers and random numbers are those of before."""
     modes = [(module, module.training) for module in model.modules()]
+    guards = (module.register_forward_pre_hook(_in_eval_mode(name)) for name, module in layers.items())
     own = [(m, name, getattr(m, name)) for m in layers.values() for name in STATISTICS]
     buffers = [(m, n, b, b.clone()) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices), torch.no_grad(), eagerly():
+    with torch.random.fork_rng(devices), torch.no_grad(), eagerly(), hooked(guards):
         try:
             for module, _ in modes:
                 module.training = False
@@ -142,13 +155,24 @@ def quiet(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+def _in_eval_mode(name: str) -> Callable[..., None]:
+    """A hook: in training mode a layer would normalise by the batch, and dropout before it would be on."""
+
+    def check(module: Any, inputs: Any) -> None:
+        if module.training:
+            got = f"{name} is in training mode while batches run, expected eval mode"
+            raise ValueError(f"{got}; do not call train() in forward= or in the model's own forward")
+
+    return check
+
+
 def _both_nan(a: Any, b: Any) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether something looks at what enters or leaves a module."""
-    return bool(vars(module)["_forward_hooks"] or vars(module)["_forward_pre_hooks"])
+    """Whether something looks at what enters or leaves a module, or at the gradients of that."""
+    return any(vars(module)[each] for each in _HOOKS) or _has_any_global_hook()
 
 
 @contextlib.contextmanager
@@ -168,7 +192,10 @@ def collecting(layers: Mapping[str, Any], collectors: Mapping[str, Collector]) -
 
     def watch(name: str, module: Any) -> Any:
         def before(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = inputs[0] if inputs else named["input"]
+            x = inputs[0] if inputs else next(iter(named.values()))
+            if x.dim() < 2:
+                got = f"{name}: a batch has shape {tuple(x.shape)} there"
+                raise ValueError(f"{got}, expected (N, C) or (N, C, ...); batches are a list, such as [x]")
             if x.numel() == x.shape[1] and module.running_mean is None:
                 got = f"{name}: a batch has shape {tuple(x.shape)} there, one value per channel"
                 raise ValueError(f"{got}, expected at least 2; use larger batches")
@@ -179,19 +206,26 @@ def collecting(layers: Mapping[str, Any], collectors: Mapping[str, Collector]) -
     return hooked(watch(name, module) for name, module in layers.items() if name in collectors)
 
 
+def check(batches: Any) -> None:
+    """Raise unless it can be gone through, batch by batch."""
+    single = isinstance(batches, torch.Tensor | np.ndarray | Mapping | str | bytes)
+    if single or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is {kind(batches)}, expected an iterable of batches, such as [x]")
+
+
 def passed(
     model: Any, batches: Any, forward: Callable[[Any], Any] | None = None, least: int = 1
 ) -> Iterator[int]:
     """Run the model on each batch; yields after each, and raises if there are fewer than `least`."""
     if forward is not None and not callable(forward):
         raise TypeError(f"forward is {kind(forward)}, expected a function of one batch, or None")
-    if isinstance(batches, torch.Tensor | np.ndarray | Mapping) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is {kind(batches)}, expected an iterable of batches, such as [x]")
     count = 0
     for count, batch in enumerate(batches, 1):
         if forward is None:
-            check_device(model, batch)
-            called(model, batch)
+            try:
+                called(model, batch)
+            except TypeError as error:
+                raise TypeError(f"{error}; pass forward= if the model is called in another way") from error
         else:
             forward(batch)
         yield count
@@ -200,7 +234,7 @@ def passed(
         raise ValueError(f"batches is empty, expected at least one batch; {why}")
 
 
-def check_device(model: Any, batch: Any) -> None:
+def _check_device(model: Any, batch: Any) -> None:
     """Raise if the model is on one device, and what it gets of a batch on another."""
     places = {p.device for p in model.parameters()}
     for tensor in _tensors(batch):
@@ -211,6 +245,7 @@ def check_device(model: Any, batch: Any) -> None:
 
 def called(model: Any, batch: Any) -> Any:
     """The model's answer to a batch: by keywords to a mapping, to the first of a tuple or list."""
+    _check_device(model, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(batch[0] if isinstance(batch, list | tuple) else batch)

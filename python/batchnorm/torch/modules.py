@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import distributed, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..settings import word
 from .function import Views, native, normalise, operator
+from .model import has_hooks
 from .sync import synchronised
 
 __all__ = [
     "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct2d", "BatchNormAddAct2d", "SyncBatchNorm",
+    "version",
 ]  # fmt: skip
 
+version = attrgetter("_version")  # of a tensor: how often it was changed in place
 _ACTIVATION = word("relu", "leaky_relu", "relu6", "sigmoid", "tanh", "silu", none=True)
 
 
@@ -23,7 +27,7 @@ class Normalising:
     """What all of them do: PyTorch's forward, by :func:`normalise` where tensors are ordinary ones."""
 
     activation: str | None = None
-    rectifies = False  # `convert` has found a ReLU behind it, which leaves alone what is marked
+    rectified_by: tuple[Any, ...] = ()  # ReLUs that `convert` has found behind it; they leave alone a mark
     training: bool
     track_running_stats: bool
     weight: Any
@@ -31,13 +35,16 @@ class Normalising:
     momentum: float | None
     eps: float
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         """The output."""
-        return self.normalised(x)
+        return self.normalised(input)
 
     def normalised(self, x: Any, residual: Any = None) -> Any:
         """The output, after the residual and the activation if there are any."""
         here = native(x)
+        if isinstance(x, fx.Proxy):  # in a graph it stays a module, whose mode and counter live on
+            inputs = (x,) if residual is None else (x, residual)
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), inputs, {})
         if here or isinstance(x, torch.Tensor):
             self._check_input_dim(x)  # type: ignore[attr-defined]
         own = vars(self)
@@ -55,7 +62,8 @@ class Normalising:
                 updates.add_(1)
                 factor = 1.0 / float(updates) if self.momentum is None else factor
         by_batch = self.training or (mean is None and var is None)
-        activation = "relu" if here and self.rectifies else self.activation
+        rectifies = here and self.rectified_by and not any(map(has_hooks, (self, *self.rectified_by)))
+        activation = "relu" if rectifies else self.activation
         given = x, weight, bias, mean, var, by_batch, factor, self.eps, activation, residual
         if not here:
             return operator(*given)
@@ -63,8 +71,8 @@ class Normalising:
         if views is None:
             views = own["views"] = Views()
         y = normalise(*given, views)
-        if self.rectifies:
-            y.is_rectified = True
+        if rectifies and not y.is_inference():
+            y.is_rectified = version(y)
         return y
 
 
@@ -73,8 +81,9 @@ class BatchNorm1d(Normalising, nn.BatchNorm1d):
 
     Arguments, attributes, ``state_dict`` and results are those of :class:`torch.nn.BatchNorm1d`. Statistics
     are summed in float64, and results do not depend on the number of threads. Tensors of other devices and
-    layouts, ``torch.compile``, ``torch.export``, ``torch.fx``, ``torch.func`` and forward-mode derivatives
-    get PyTorch's own operator; so does whatever this package refuses, such as a momentum outside [0, 1].
+    layouts, ``torch.compile``, ``torch.export``, ``torch.func`` and forward-mode derivatives get PyTorch's
+    own operator; so does whatever this package refuses, such as a momentum outside [0, 1]. In a graph of
+    ``torch.fx`` it stays a module. ``torch.jit.script`` cannot read it: :func:`revert` first.
 
     Examples
     --------
@@ -121,9 +130,9 @@ class BatchNormAddAct2d(BatchNormAct2d):
     Between forward and backward it keeps x and a bit per element, where PyTorch keeps x and two outputs.
     """
 
-    def forward(self, x: Any, residual: Any = None) -> Any:
+    def forward(self, input: Any, residual: Any = None) -> Any:
         """The output; without a residual as :class:`BatchNormAct2d`."""
-        return self.normalised(x, residual)
+        return self.normalised(input, residual)
 
 
 class SyncBatchNorm(Normalising, _BatchNorm):
@@ -138,8 +147,8 @@ class SyncBatchNorm(Normalising, _BatchNorm):
     Parameters
     ----------
     num_features : int
-        As for ``torch.nn.SyncBatchNorm``, and so are ``eps``, ``momentum``, ``affine`` and
-        ``track_running_stats``.
+        As for ``torch.nn.SyncBatchNorm``, and so are ``eps``, ``momentum``, ``affine``,
+        ``track_running_stats`` and, where that has it, ``bias``.
     process_group : torch.distributed.ProcessGroup, optional
         The processes; all of them if absent.
     """
@@ -147,8 +156,9 @@ class SyncBatchNorm(Normalising, _BatchNorm):
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
         track_running_stats: bool = True, process_group: Any = None, device: Any = None, dtype: Any = None,
+        **named: Any,
     ) -> None:  # fmt: skip
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **named)
         self.process_group = process_group
 
     def _check_input_dim(self, x: Any) -> None:
@@ -158,11 +168,11 @@ class SyncBatchNorm(Normalising, _BatchNorm):
     def _check_non_zero_input_channels(self, x: Any) -> None:
         nn.SyncBatchNorm._check_non_zero_input_channels(self, x)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         """The output."""
-        group = self.process_group
+        x, group = input, self.process_group
         alone = not (self.training and distributed.is_available() and distributed.is_initialized())
-        if alone or distributed.get_world_size(group) == 1:
+        if isinstance(x, fx.Proxy) or alone or distributed.get_world_size(group) == 1:
             return self.normalised(x)
         if not native(x):
             return nn.SyncBatchNorm.forward(self, x)

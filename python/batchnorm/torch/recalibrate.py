@@ -18,7 +18,7 @@ from ..moments import Moments
 from ..progress import bar
 from ..settings import flag, kind
 from ..typing import Vector
-from .model import STATISTICS, Layer, array_of, collecting, hooked, layers_of, passed, quiet, unwrapped
+from .model import STATISTICS, Layer, array_of, check, collecting, hooked, layers_of, passed, quiet, unwrapped
 
 __all__ = ["recalibrate"]
 
@@ -44,10 +44,10 @@ def recalibrate(
         As there.
     one_by_one : bool, default True
         True: a pass for the layers that no other batch norm comes before, then one for those behind them,
-        and so on. Each layer gets exactly the statistics that it will meet in eval mode, those of one giant
-        batch. False: one pass, in which each layer normalises with each batch's own statistics meanwhile, as
-        ``torch.optim.swa_utils.update_bn`` does. The first layers then have the exact statistics, and the
-        others nearly so if batches are large and shuffled.
+        and so on. Each layer that is called once gets exactly the statistics that it will meet in eval mode,
+        those of one giant batch. False: one pass, in which each layer normalises with each batch's own
+        statistics meanwhile, as ``torch.optim.swa_utils.update_bn`` does. The first layers then have the
+        exact statistics, and the others nearly so if batches are large and shuffled.
     group : torch.distributed.ProcessGroup, optional
         Processes that hold parts of the data, of any sizes, also none. All must call this. All get the same
         bits. With DistributedDataParallel its group, if none is given.
@@ -68,7 +68,8 @@ def recalibrate(
     n - 1, as PyTorch does. Batches are merged by :class:`batchnorm.Moments`: every value weighs the same,
     however small the batch that it came in. Which layers depend on which is found by changing each one's
     output on the first batch and looking whose input changes. A layer that is called several times has the
-    statistics of all its calls, in which it normalises by the batch.
+    statistics of all its calls, in which it normalises by the batch; so itself is not exact, those behind it
+    are. ``diagnose``, where all layers normalise by the batch, may call either ``mismatched``.
 
     Examples
     --------
@@ -83,6 +84,7 @@ def recalibrate(
     if exact and isinstance(batches, Iterator):
         why = "gone through only once, expected a list or a DataLoader; or pass one_by_one=False for one pass"
         raise TypeError(f"batches is {kind(batches)}, which can be {why}")
+    check(batches)
     plain = unwrapped(model)
     modules = layers_of(plain)
     layers = {name: Layer(name, module) for name, module in modules.items()}
@@ -106,7 +108,7 @@ def recalibrate(
                 for name, layer in some.items():
                     new[name] = _population(layer, [part[name] for part in parts], old[name])
                     for word, values in zip(STATISTICS, new[name][:2], strict=True):
-                        setattr(chosen[name], word, values)
+                        setattr(chosen[name], word, values.clone())
     with torch.no_grad():
         for name, (mean, var, count) in new.items():
             old[name][0].copy_(mean)
@@ -187,7 +189,8 @@ def _population(layer: Layer, parts: list[tuple[Vector, int]], old: tuple[Any, .
         made = torch.from_numpy(np.where(new.known, values, array_of(tensor))).to(tensor)
         if not made.isfinite().all() and new.known.all():
             got = f"{layer.name}: {word} does not fit {tensor.dtype}, the statistics are unchanged"
-            raise ValueError(f"{got}; keep them in float32, {layer.name}.float()")
+            place = "model" if layer.name == "model" else f"model.get_submodule({layer.name!r})"
+            raise ValueError(f"{got}; keep them in float32, {place}.float()")
         tensors.append(made)
     return tensors[0], tensors[1], total.batches
 

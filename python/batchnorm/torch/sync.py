@@ -24,7 +24,7 @@ _HEADER = 5  # of `Moments.to_array` with one channel axis; of an empty one all 
 
 def _gathered(values: Vector, group: Any) -> Any:
     """Arrays of one length from every process, a row each."""
-    mine = torch.from_numpy(values)
+    mine = torch.tensor(values)  # not NumPy's memory, which a thread of gloo may free at exit
     parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size(group))]
     distributed.all_gather(parts, mine, group=group)
     return np.stack([part.numpy() for part in parts])
