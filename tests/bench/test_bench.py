@@ -434,7 +434,7 @@ def test_bad_options_of_scaling(bench, capsys, arguments, words):
 def test_pytorch_models(bench, what, capfd):
     """On small tensors; a converted network does what the plain one does."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    module = bench("pytorch")
+    module = bench("models")
     for name, made in module.NETWORKS.items():
         torch.manual_seed(0)
         plain, x = made().eval(), torch.randn(2, 3, 32, 32)

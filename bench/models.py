@@ -1,6 +1,6 @@
 """What a PyTorch model gains: one layer, training steps of whole networks, statistics after recalibration.
 
-    python bench/pytorch.py layer|steps|recalibrate
+    python bench/models.py layer|steps|recalibrate
 
 `layer`: forward and backward of one batch norm through autograd, ours and torch's in turn, of tensors from a
 few values to ResNet-50's largest. `steps`: SGD steps of a ResNet-18 and a MobileNetV2 on random images before
