@@ -87,7 +87,6 @@ struct Cells {
     int64_t group, channel, n;
     bool down;
 
-    int64_t group_of(int64_t i) const { return down ? group + i : group; }
     int64_t channel_of(int64_t i) const { return down ? channel : channel + i; }
     // Of numbers per channel, and of the column of channels from `first` on.
     Column<double> of(const double* channels) const { return spread(channels + channel); }
