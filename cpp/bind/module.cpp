@@ -4,6 +4,7 @@
 
 #include <atomic>
 
+#include "bind/group.h"
 #include "bind/operations.h"
 #include "bind/saved.h"
 #include "core/limits.h"
@@ -205,6 +206,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     start_outputs();
     start_keywords();
     set_interrupt_poll(&poll_signals);
+    py::register_local_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown) std::rethrow_exception(thrown);
+        } catch (const Error& e) {
+            PyErr_SetString(e.kind == Error::type ? PyExc_TypeError : PyExc_ValueError, e.what());
+        }
+    });
     m.add_object("Saved", py::reinterpret_borrow<py::object>(make_saved_type()));
     m.add_object("Operation", py::reinterpret_borrow<py::object>(make_operation_type()));
     for (const Operation& raw : raw_operations()) {
@@ -218,6 +226,16 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         const auto type = [](const py::type& t) { return reinterpret_cast<PyTypeObject*>(t.ptr()); };
         use_results(type(train), type(backward), type(double_backward));
     });
+    m.def("check_group", [](const py::object& group) { PythonGroup(group.ptr()); });
+    m.def("gather", [](const py::object& group, const SumsVector& mine) {
+        PythonGroup of(group.ptr());
+        py::list all;
+        for (const std::vector<double>& values : gather(of, sums_of(mine))) {
+            all.append(py::array_t<double>(static_cast<py::ssize_t>(values.size()), values.data()));
+        }
+        return all;
+    });
+    m.def("fail_group", [](const py::object& group, const std::string& message) { PythonGroup(group.ptr()).tell(message); });
     m.def("merged_moment_sums", &merged_moment_sums);
     m.def("moments_from_sums", &moments_of_sums);
     add_library_functions(m);

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "bind/group.h"
 #include "bind/positions.h"
 #include "bind/saved.h"
 
@@ -147,7 +148,7 @@ struct ForwardCall {
     void set_renorm();
     void set_renorm_option(const std::string& name, PyObject* value);
     std::int64_t part_size();
-    void see();
+    void see(PythonGroup* group = nullptr);
     py::object saved(Keeps keeps);
     void keep(SavedObject& o, Keeps keeps, const py::object& y) const;
 };
@@ -300,14 +301,35 @@ std::int64_t ForwardCall::part_size() {
     return n;
 }
 
+// With a group the batch is cut along the samples.
+void sample_axis(const Subject& s) {
+    if (!s.where.hold(0)) return;
+    value_error("group",
+                "group is given with the channels on axis 0, expected the samples there, along which processes share a batch; "
+                "move the axes, or merge Moments");
+}
+std::int64_t sample_rows(const ConstTensor& x, std::int64_t samples) {
+    return samples == 0 ? 1 : std::max<std::int64_t>(x.outer / samples, 1);
+}
+
 // Adds the residual and finds the view of all tensors.
-void ForwardCall::see() {
+void ForwardCall::see(PythonGroup* group) {
     if (a.has(Name::residual)) tensors.read("residual", a[Name::residual], f.residual);
     positions.add_to(tensors, f.positions);
     const std::int64_t size = part_size(), samples = s.x.shape[0];
-    tensors.see(has_parts || f.gamma.rows != 0 || f.beta.rows != 0);
+    if (group != nullptr) {
+        if (has_parts) {
+            value_error("virtual_batch_size",
+                        "virtual_batch_size is given with group, expected one of them: a part has statistics of its own, of which no other "
+                        "process has values; drop one");
+        }
+        sample_axis(s);
+        f.execution.group = group;
+    }
+    tensors.see(has_parts || group != nullptr || f.gamma.rows != 0 || f.beta.rows != 0);
     positions.flatten(tensors.layout(), f.positions);
     part = size < samples ? size : 0;
+    if (group != nullptr) f.execution.sample_outer = sample_rows(f.x, samples);
     if (has_parts && samples > 0) f.part_outer = std::min(size, samples) * (f.x.outer / samples);
 }
 
@@ -364,10 +386,12 @@ py::object batch_norm(const Arguments& a) {
     return c.tensors.result(1);
 }
 
-void refuse_group(const Arguments& a) {
-    if (!a.has(Name::group)) return;
-    type_error("group", say("group is ", kind_of(a[Name::group]),
-                            ", expected None: batches over several processes are not served yet; merge their statistics with Moments"));
+// f(group), null without one; the other processes learn of what it throws.
+template <class F>
+py::object with_group(PyObject* object, const F& f) {
+    if (object == Py_None) return f(static_cast<PythonGroup*>(nullptr));
+    PythonGroup group(object);
+    return group.told([&] { return f(&group); });
 }
 
 Keeps keep_of(const Arguments& a, const Forward& f) {
@@ -383,7 +407,7 @@ Keeps keep_of(const Arguments& a, const Forward& f) {
     return keeps;
 }
 
-py::object batch_norm_train(const Arguments& a) {
+py::object batch_norm_train(const Arguments& a, PythonGroup* group) {
     ForwardCall c(a, Kinds::floating);
     Forward& f = c.f;
     both_or_neither(a, Name::mean, Name::var);
@@ -392,16 +416,23 @@ py::object batch_norm_train(const Arguments& a) {
     f.eps = real(a[Name::eps], "eps", "a finite number >= 0");
     c.set_running();
     c.set_renorm();
-    refuse_group(a);
     const Keeps keeps = keep_of(a, f);
     f.keep = keeps == Keeps::y ? Keep::y : Keep::x;
     c.tensors.write("out", a[Name::out], f.y);
-    c.see();
+    c.see(group);
     py::object saved = c.saved(keeps);
+    if (group != nullptr) {
+        saved_of(saved.ptr(), "").group = Py_NewRef(a[Name::group]);
+        group->enter();
+    }
     run(f.x, c.s, [&] { batchnorm::batch_norm_train(f); }, &c.positions, c.part);
     py::object y = c.tensors.result(1);
     c.keep(saved_of(saved.ptr(), ""), keeps, y);
     return named(train_result, std::move(y), std::move(saved));
+}
+
+py::object batch_norm_train(const Arguments& a) {
+    return with_group(a[Name::group], [&](PythonGroup* group) { return batch_norm_train(a, group); });
 }
 
 // Saved.of
@@ -552,8 +583,7 @@ void note_losses(SavedObject& o, const Kept& kept, const Backward& b) {
     }
 }
 
-py::object batch_norm_backward(const Arguments& a) {
-    SavedObject& o = saved_of(a[Name::saved], "batch_norm_backward");
+py::object batch_norm_backward(const Arguments& a, SavedObject& o, PythonGroup* group) {
     const Needs needs = needs_of(a, o);
     const Kept kept(o, a);
     Backward b;
@@ -562,10 +592,12 @@ py::object batch_norm_backward(const Arguments& a) {
     Tensors tensors(kept.s, kept.name, b.kept);
     refuse_unneeded(a, Name::out, needs.dx, "dx");
     refuse_unneeded(a, Name::out_residual, needs.dresidual, "dresidual");
-    if (flag(a[Name::all_reduce], "all_reduce")) {
+    b.all_reduce = flag(a[Name::all_reduce], "all_reduce");
+    if (b.all_reduce && group == nullptr) {
         value_error("all_reduce", "all_reduce is True and the forward had no group, expected False; drop it");
     }
     b.execution.num_threads = threads(a[Name::num_threads]);
+    b.execution.group = group;
     if (needs.dx) tensors.write("out", a[Name::out], b.dx);
     if (needs.dresidual) tensors.write("out_residual", a[Name::out_residual], b.dresidual);
     tensors.read("dy", a[Name::dy], b.dy);
@@ -574,6 +606,7 @@ py::object batch_norm_backward(const Arguments& a) {
     py::object dgamma = py::none(), dbeta = py::none();
     if (needs.dgamma) dgamma = gradient(kept.s, o.gamma, o.beta, b.dgamma, owned);
     if (needs.dbeta) dbeta = gradient(kept.s, o.beta, o.gamma, b.dbeta, owned);
+    if (group != nullptr) group->enter();
     run(b.kept, kept.s, [&] { batchnorm::batch_norm_backward(b); });
     note_losses(o, kept, b);
     py::object dx = needs.dx ? tensors.result(1) : py::none(), dresidual;
@@ -583,6 +616,12 @@ py::object batch_norm_backward(const Arguments& a) {
     return result;
 }
 
+py::object batch_norm_backward(const Arguments& a) {
+    SavedObject& o = saved_of(a[Name::saved], "batch_norm_backward");
+    if (o.group == nullptr) return batch_norm_backward(a, o, nullptr);
+    return with_group(o.group, [&](PythonGroup* group) { return batch_norm_backward(a, o, group); });
+}
+
 void refuse_absent(const Arguments& a, Name gradient, bool present, const char* name) {
     if (present || !a.has(gradient)) return;
     value_error(word(gradient), say(word(gradient), " is given and the forward had no ", name, ", expected None; drop it"));
@@ -590,6 +629,10 @@ void refuse_absent(const Arguments& a, Name gradient, bool present, const char* 
 
 py::object batch_norm_double_backward(const Arguments& a) {
     SavedObject& o = saved_of(a[Name::saved], "batch_norm_double_backward");
+    if (o.group != nullptr) {
+        value_error("saved",
+                    "saved is of a forward with a group, expected one of a single process: the double backward is not served for a group");
+    }
     const Kept kept(o, a);
     if (!a.has(Name::ddx) && !a.has(Name::ddgamma) && !a.has(Name::ddbeta) && !a.has(Name::ddresidual)) {
         value_error("ddx", "ddx, ddgamma, ddbeta and ddresidual are all None, expected at least one of them");
@@ -631,22 +674,30 @@ struct StatisticsCall {
     Positions positions;
     int num_threads;
 
-    explicit StatisticsCall(const Arguments& a)
+    explicit StatisticsCall(const Arguments& a, const PythonGroup* group = nullptr)
         : s(subject(a, Kinds::any)), tensors(s, "x", x), arguments(a, s), num_threads(threads(a[Name::num_threads])) {
         arguments.add_to(tensors, positions);
-        tensors.see(false);
+        if (group != nullptr) sample_axis(s);
+        tensors.see(group != nullptr);
         arguments.flatten(tensors.layout(), positions);
     }
 };
 
-py::object moments(const Arguments& a) {
-    const StatisticsCall c(a);
+py::object moments(const Arguments& a, PythonGroup* group) {
+    const StatisticsCall c(a, group);
     const std::int64_t ddof = integer(a[Name::ddof], "ddof", "an int >= 0");
     const auto [mean, mean_values] = new_vector<double>(c.s);
     const auto [var, var_values] = new_vector<double>(c.s);
-    const auto measure = [&, m = mean_values, v = var_values] { batchnorm::moments(c.x, m, v, ddof, c.num_threads, c.positions); };
+    const auto measure = [&, m = mean_values, v = var_values] {
+        batchnorm::moments(c.x, m, v, ddof, c.num_threads, c.positions, group, sample_rows(c.x, c.s.x.shape[0]));
+    };
+    if (group != nullptr) group->enter();
     run(c.x, c.s, measure, &c.arguments);
     return named(nullptr, py::object(mean), py::object(var));
+}
+
+py::object moments(const Arguments& a) {
+    return with_group(a[Name::group], [&](PythonGroup* group) { return moments(a, group); });
 }
 
 py::object moment_sums(const Arguments& a) {
@@ -696,7 +747,7 @@ constexpr Name kDoubleBackward[] = {dy, saved, ddx, ddgamma, ddbeta, ddresidual,
 constexpr Name kSavedOf[] = {x, mean, inv_std, gamma, beta, stats, channel_axis, data_format, Name::activation, slope, residual, mask,
                              lengths, lengths_axis, weights};
 constexpr Name kUpdateRunning[] = {running_mean, running_var, mean, var, decay, count, seen, ddof};
-constexpr Name kMoments[] = {x, channel_axis, data_format, ddof, mask, lengths, lengths_axis, weights, num_threads};
+constexpr Name kMoments[] = {x, channel_axis, data_format, ddof, mask, lengths, lengths_axis, weights, group, num_threads};
 constexpr Name kMomentSums[] = {x, channel_axis, data_format, mask, lengths, lengths_axis, weights, num_threads};
 constexpr Name kChannelShape[] = {x, channel_axis, data_format};
 // clang-format on

@@ -142,6 +142,7 @@ int traverse(PyObject* o, visitproc visit, void* arg) {
     Py_VISIT(s.owner);
     Py_VISIT(s.tensor);
     Py_VISIT(s.residual);
+    Py_VISIT(s.group);
     return 0;
 }
 
@@ -151,6 +152,7 @@ int clear(PyObject* o) {
     Py_CLEAR(s.owner);
     Py_CLEAR(s.tensor);
     Py_CLEAR(s.residual);
+    Py_CLEAR(s.group);
     return 0;
 }
 
@@ -247,6 +249,8 @@ constexpr Attribute kAttributes[] = {
     {"nbytes", "Bytes held besides the tensor that was passed in or out.", [](SavedObject& s) { return py::object(py::int_(bytes(s))); }},
     {"parts", "Number of parts with statistics of their own.", [](SavedObject& s) { return py::object(py::int_(s.saved.parts())); }},
     {"updated", "Whether running statistics took the batch.", [](SavedObject& s) { return py::object(py::bool_(s.saved.updated())); }},
+    {"group", "The forward's group, or None.",
+     [](SavedObject& s) { return s.group == nullptr ? py::object(py::none()) : borrowed(s.group); }},
     {"has_residual", "Whether there was a residual.", [](SavedObject& s) { return py::object(py::bool_(s.has_residual)); }}};
 
 PyObject* repr(PyObject* o) {

@@ -39,6 +39,7 @@ struct SavedHead {
 struct SavedObject : SavedHead {
     PyObject* tensor;    // what `keeps` says; nullptr if there is none, or no more
     PyObject* residual;  // the forward's, if backward reads it
+    PyObject* group;     // the forward's processes, or nullptr
     const char* lost;    // why there is no tensor, if there was to be one
     const char* lost_residual;
     batchnorm::Saved saved;

@@ -4,6 +4,8 @@
 #include <cmath>
 
 #include "coefficient_rows.h"
+#include "exact_sums.h"
+#include "exchange.h"
 #include "float_mode.h"
 #include "gate.h"
 #include "reduce.h"
@@ -25,6 +27,9 @@ struct Work {
     // Whether so few values count that x_hat is 0 and no gradient reaches x.
     bool single(int64_t part, int64_t c) const { return s.batch && s.values[part * channels() + c] < 2; }
     bool sums() const { return dgamma != nullptr || (b.dx && s.batch); }
+    // Of a batch that ranks of a group hold.
+    bool by_sample() const { return call.sample_outer != 0; }
+    bool rows() const { return s.gamma.rows != 0 || s.beta.rows != 0; }
     int64_t channels() const { return call.geometry.channels; }
     int64_t group(int64_t part, int64_t q) const { return part * call.groups(0) + q; }
 };
@@ -81,7 +86,8 @@ public:
           act_(act_back(w.s.activation, w.s.slope, w.call.geometry.dtype, w.s.bits != nullptr, static_cast<bool>(w.b.residual),
                         w.s.keep == Keep::y)),
           bits_(BitLayout(w.call.geometry, w.call.parts).mask(w.s.bits, part)),
-          left_(w.sums() ? left_gradient(w, act_, plan) : Tensor()),
+          // With a group outputs are written once nothing can fail any more.
+          left_(w.sums() && !w.by_sample() ? left_gradient(w, act_, plan) : Tensor()),
           stream_(plan.stream),
           shift_(ws, groups_, plan, c0, c1),
           affine_(ws, groups_, plan, c0, c1, lead_of(w.b.dx, begin_)),
@@ -128,6 +134,33 @@ public:
         by_columns(c0, c1, [&](int64_t c, int64_t n) { finish_column(c, n); });
         return true;
     }
+    // Takes what the sums of samples come to, about the mean and of x; those that go through the statistics, and with parameters per
+    // sample also those of parameters.
+    auto taker(int64_t c0, int64_t c1) {
+        std::vector<Numbers> same;  // in all samples
+        if (!w_.rows()) by_columns(c0, c1, [&](int64_t c, int64_t n) { same.emplace_back(w_, part_, Cells{0, c, n, false}); });
+        return [this, c0, c1, same = std::move(same)](int64_t sample, const double* a, const double* b, const ExactSums& to, int64_t row) {
+            by_columns(c0, c1, [&](int64_t c, int64_t n) {
+                const Cells cells{groups_ == 1 ? 0 : sample, c, n, false};
+                const Column<double> first(a + (c - c0), n), second(b + (c - c0), n);
+                if (same.empty()) return take_rows(cells, first, second, to, row);
+                const Sums s = sums_of(same[index((c - c0) / kColumn)], cells, first, second);
+                to.add(row, c, n, s.g.value);
+                to.add(row + 1, c, n, s.g_xc.value);
+            });
+        };
+    }
+    // What map needs, from the sums of all samples.
+    void finish_together(int64_t c, int64_t n, const Column<double>& g, const Column<double>& g_xc) {
+        const Sums all{g, g_xc};
+        for_cells(groups_, down_, c, n, [&](const Cells& cells) { put(cells, Numbers(w_, part_, cells), all, c, w_.rows()); });
+        drop_single_values(c, n);
+    }
+    // Gradients of parameters with one row, from the same.
+    void put_parameters(int64_t c, int64_t n, const Column<double>& g, const Column<double>& g_xc) {
+        const Cells cells{0, c, n, false};
+        put_parameters(cells, Numbers(w_, part_, cells), {g, g_xc});
+    }
     bool maps() const { return w_.b.dx || dz_; }
     void map(const Where& where) {
         by_groups(w_.call, part_, row_split_, where, [&](int64_t q, const Where& box) { map_group(q, box); });
@@ -146,8 +179,8 @@ private:
     struct Sums {
         Column<double> g, g_xc;
     };
-    Sums sums_of(const Numbers& k, const Cells& cells) const {
-        Sums s{sums_.first(cells), sums_.second(cells)};
+    Sums sums_of(const Numbers& k, const Cells& cells, const Column<double>& first, const Column<double>& second) const {
+        Sums s{first, second};
         for_entries(cells.n, [&](int64_t i) {
             const double about = coeffs::gradient_shift(k.center[i], k.u_inv_std[i], is_double_);
             s.g_xc[i] = coeffs::about_mean(s.g[i], s.g_xc[i], k.center[i], about);
@@ -162,32 +195,48 @@ private:
         }
         return s;
     }
-    void finish_column(int64_t c, int64_t n) {
+    // `all`: sums of channels from c on, of all groups, each times its gamma r (`summed`); of one alone, without.
+    void put(const Cells& cells, const Numbers& k, const Sums& all, int64_t c, bool summed) {
         const double* const count = w_.s.count + part_ * w_.channels();
         const double scale = w_.counting.scale();
-        // The sums are of all groups, each times its gamma r; of one alone, without.
-        const auto put = [&](const Cells& cells, const Numbers& k, const Sums& all) {
-            const Column<double> n_of = cells.of(count), g = cells.of(all.g, c), g_xc = cells.of(all.g_xc, c);
-            gradient_.put(cells, {cells.n, [&](int64_t i) {
-                                      const double slope = k.gamma_r[i] * k.inv_std[i];
-                                      const coeffs::Slopes slopes{slope, groups_ == 1 ? slope : k.inv_std[i], k.inv_std[i], k.center[i],
-                                                                  k.u_inv_std[i]};
-                                      return coeffs::gradient<C>(slopes, g[i], g_xc[i], n_of[i] * scale);
-                                  }});
-        };
+        const Column<double> n_of = cells.of(count), g = cells.of(all.g, c), g_xc = cells.of(all.g_xc, c);
+        gradient_.put(cells, {cells.n, [&](int64_t i) {
+                                  const double slope = k.gamma_r[i] * k.inv_std[i];
+                                  const coeffs::Slopes slopes{slope, summed ? k.inv_std[i] : slope, k.inv_std[i], k.center[i],
+                                                              k.u_inv_std[i]};
+                                  return coeffs::gradient<C>(slopes, g[i], g_xc[i], n_of[i] * scale);
+                              }});
+    }
+    void take_rows(const Cells& cells, const Column<double>& first, const Column<double>& second, const ExactSums& to, int64_t row) {
+        const Numbers k(w_, part_, cells);
+        Sums s = sums_of(k, cells, first, second);
+        if (w_.dgamma != nullptr) {
+            put_parameters(cells, k, s);
+            const int64_t at = w_.group(part_, cells.group) * w_.channels() + cells.channel;
+            to.add(row + 2, cells.channel, cells.n, w_.dbeta + at);
+            to.add(row + 3, cells.channel, cells.n, w_.dgamma + at);
+        }
+        for_entries(cells.n, [&](int64_t i) {
+            s.g[i] *= k.gamma_r[i];
+            s.g_xc[i] *= k.gamma_r[i];
+        });
+        to.add(row, cells.channel, cells.n, s.g.value);
+        to.add(row + 1, cells.channel, cells.n, s.g_xc.value);
+    }
+    void finish_column(int64_t c, int64_t n) {
         Sums all;
         for_entries(n, [&](int64_t i) { all.g[i] = all.g_xc[i] = 0; });
         for_cells(groups_, down_, c, n, [&](const Cells& cells) {
             const Numbers k(w_, part_, cells);
-            const Sums s = sums_of(k, cells);
+            const Sums s = sums_of(k, cells, sums_.first(cells), sums_.second(cells));
             put_parameters(cells, k, s);
-            if (groups_ == 1) return put(cells, k, s);
+            if (groups_ == 1) return put(cells, k, s, c, false);
             for_entries(cells.n, [&](int64_t i) {
                 all.g[cells.channel_of(i) - c] += k.gamma_r[i] * s.g[i];
                 all.g_xc[cells.channel_of(i) - c] += k.gamma_r[i] * s.g_xc[i];
             });
         });
-        if (groups_ > 1) for_cells(groups_, down_, c, n, [&](const Cells& cells) { put(cells, Numbers(w_, part_, cells), all); });
+        if (groups_ > 1) for_cells(groups_, down_, c, n, [&](const Cells& cells) { put(cells, Numbers(w_, part_, cells), all, c, true); });
         drop_single_values(c, n);
     }
     void drop_single_values(int64_t c, int64_t n) {
@@ -283,9 +332,55 @@ void run(const Work& w) {
     }
 }
 
-void backward(const Backward& b, const Saved::Impl& s, const kernels::KernelTable& table, std::span<const bool> lost) {
+// What ranks of a group need of each other: sums for dx, which a tensor without elements may ask for too, and for dgamma and dbeta.
+bool exchanges_dx(const Backward& b) {
+    const bool batch = b.saved == nullptr || b.saved->empty() || b.saved->get()->batch;
+    return (b.dx || b.dx.channels != 0) && batch;
+}
+bool exchanges_parameters(const Backward& b) { return b.all_reduce && (b.dgamma || b.dbeta); }
+bool exchanges(const Backward& b) { return exchanges_dx(b) || exchanges_parameters(b); }
+
+// The same of a batch of which this rank of a group holds some samples. Only dgamma and dbeta per sample are in place then.
+template <class C>
+void run_together(const Work& w, Exchange& exchange, Exchange::Kind kind, const Rows& dgamma, const Rows& dbeta) {
+    const Backward& b = w.b;
+    const int64_t channels = w.channels();
+    const bool some = w.call.geometry.count() != 0, parameters = dgamma || dbeta;
+    const bool all_dx = exchanges_dx(b), reduces = exchanges_parameters(b);
+    Geometry g = w.call.geometry;
+    if (!some) g.outer = g.inner = 1;  // for the sizes of rows
+    const Traffic traffic{.reads = b.residual ? 3 : 2, .writes = (b.dx ? 1 : 0) + (b.dresidual ? 1 : 0), .sums = w.sums(), .numbers = 7};
+    const PartPlans plans(g, {g.outer, g.outer, 1}, traffic, some ? w.call.sample_outer : 0);
+    const Plan& plan = plans.of(0);
+    Workspace ws;
+    Gradients<C> pass(ws, plan, w, 0, 0, channels);
+    for_channels(plan, [&](int64_t c0, int64_t c1) { pass.prepare(c0, c1); });
+    const bool own_rows = w.rows() && parameters;  // of parameters per sample, sums for those that are not
+    const ExactSums mine(ws, own_rows ? 4 : 2, channels), all(ws, mine.rows(), channels);
+    if (some && w.sums()) sample_sums(plan, pass, 0, mine);
+    if (all_dx || reduces) {
+        const int64_t sent = reduces ? mine.rows() : 2;
+        const double option = (all_dx ? 1 : 0) + (reduces ? 2 : 0);
+        const auto parts = exchange.gather({kind, g.dtype, channels, option}, 1, false, mine.data().first(index(sent * 3 * channels)));
+        for (int64_t row = 0; row < sent; ++row) {
+            for (const Exchange::Part& part : parts) all.merge(row, part.sums.data() + row * 3 * channels);
+        }
+    }
+    const ExactSums& of_parameters = reduces ? all : mine;
+    by_columns(0, channels, [&](int64_t c, int64_t n) {
+        if (parameters && !w.rows()) pass.put_parameters(c, n, of_parameters.totals(0, c, n), of_parameters.totals(1, c, n));
+        if (own_rows && dbeta.rows == 0) of_parameters.totals(2, c, n).put(dbeta.values, c, n);
+        if (own_rows && dgamma.rows == 0) of_parameters.totals(3, c, n).put(dgamma.values, c, n);
+    });
+    if (!some || traffic.writes == 0) return;
+    for_columns(plan, [&](int64_t c, int64_t n) { pass.finish_together(c, n, all.totals(0, c, n), all.totals(1, c, n)); });
+    if (pass.maps()) map_part(plan, pass, plan.map_backwards);
+}
+
+void backward(const Backward& b, const Saved::Impl& s, const kernels::KernelTable& table, std::span<const bool> lost,
+              Exchange* exchange = nullptr, Exchange::Kind kind = Exchange::gradients) {
     const Call call = s.call(b.kept);
-    if (call.geometry.count() == 0) {
+    if (call.geometry.count() == 0 && exchange == nullptr) {
         for (const Rows* v : {&b.dgamma, &b.dbeta}) {
             for (int64_t r = 0; *v && r < std::max<int64_t>(v->rows, 1); ++r) {
                 for (int64_t c = 0; c < call.geometry.channels; ++c) set(row_of(*v, r), c, 0);
@@ -294,22 +389,24 @@ void backward(const Backward& b, const Saved::Impl& s, const kernels::KernelTabl
         return;
     }
     Workspace ws;
-    const Counting counting(ws, call.geometry, call.parts, s.mask, s.batch ? s.weights : std::span<const double>(), s.element_bits);
+    const Counting counting(ws, call.geometry, call.parts, s.mask, s.batch ? s.weights : std::span<const double>(), s.element_bits,
+                            s.scale);
     const bool parameters = b.dgamma || b.dbeta;
     const int64_t groups = (call.parts.count - 1) * call.groups(0) + call.groups(call.parts.count - 1);
     const int64_t n = parameters ? groups * call.geometry.channels : 0;
     Work w{b, s, call, table, counting, {}, lost, parameters ? ws.take<double>(n) : nullptr, parameters ? ws.take<double>(n) : nullptr};
     with_compute(call.geometry.dtype, [&]<class C>() {
         w.weights = counting.all_weights<C>(ws);
-        run<C>(w);
+        exchange == nullptr ? run<C>(w) : run_together<C>(w, *exchange, kind, b.dgamma, b.dbeta);
     });
     if (counting.weighted()) {
         const auto weightless = [&](int64_t p, int64_t c) { return s.values[p * call.geometry.channels + c] == 0; };
         clear_where(call.geometry, call.parts, b.dx, weightless);
         clear_where(call.geometry, call.parts, b.dresidual, weightless);
     }
-    put_rows(w.dgamma, groups, w.channels(), b.dgamma);
-    put_rows(w.dbeta, groups, w.channels(), b.dbeta);
+    const bool done = exchange != nullptr && w.rows();  // those with one row
+    if (!done || b.dgamma.rows != 0) put_rows(w.dgamma, groups, w.channels(), b.dgamma);
+    if (!done || b.dbeta.rows != 0) put_rows(w.dbeta, groups, w.channels(), b.dbeta);
 }
 
 // What was saved, of the channels whose x was kept alone.
@@ -322,6 +419,8 @@ public:
         impl.geometry.channels = n_;
         impl.parts = call.parts;
         impl.group_outer = call.group_outer;
+        impl.sample_outer = call.sample_outer;
+        impl.scale = s.scale;
         impl.batch = s.batch;
         impl.slope = s.slope;
         impl.activation = s.activation;
@@ -374,7 +473,7 @@ private:
 };
 
 // y kept: the plain driver on y, and once more on the x of the channels that y does not tell, which comes first as dx may take dy's place.
-void backward_from_y(const Backward& b, const Saved::Impl& s, const kernels::KernelTable& table) {
+void backward_from_y(const Backward& b, const Saved::Impl& s, const kernels::KernelTable& table, Exchange* exchange) {
     Workspace ws;
     const auto n = static_cast<int64_t>(s.lost.size());
     const Geometry g = s.call(b.kept).geometry;
@@ -393,12 +492,13 @@ void backward_from_y(const Backward& b, const Saved::Impl& s, const kernels::Ker
     };
     of_x.dgamma = parameter(b.dgamma);
     of_x.dbeta = parameter(b.dbeta);
-    backward(of_x, lost.impl, table, {});
+    backward(of_x, lost.impl, table, {}, exchange, Exchange::gradients_of_lost);
+    if (exchange != nullptr && exchanges(b)) exchange->expect();
 
     bool* const is_lost = ws.take<bool>(s.geometry.channels);
     std::fill_n(is_lost, s.geometry.channels, false);
     for (const int64_t c : s.lost) is_lost[c] = true;
-    backward(b, s, table, {is_lost, index(s.geometry.channels)});
+    backward(b, s, table, {is_lost, index(s.geometry.channels)}, exchange);
     if (b.dx) copy_channels(ConstTensor(of_x.dx), s.lost, b.dx, true);
     for (const auto& [from, to] : {std::pair{&of_x.dgamma, &b.dgamma}, {&of_x.dbeta, &b.dbeta}}) {
         for (int64_t r = 0; *to && r < std::max<int64_t>(to->rows, 1); ++r) {
@@ -413,10 +513,12 @@ inline namespace v0_2 {
 
 void batch_norm_backward(const Backward& b) {
     const FloatMode mode;
-    const Saved::Impl& s = check::backward(b);
     const parallel::Limit limit(b.execution.num_threads);
-    const kernels::KernelTable& table = check::active_level();
-    s.lost.empty() ? backward(b, s, table, {}) : backward_from_y(b, s, table);
+    together(b.execution.group, exchanges(b), [&](Exchange* exchange) {
+        const Saved::Impl& s = check::backward(b);
+        const kernels::KernelTable& table = check::active_level();
+        s.lost.empty() ? backward(b, s, table, {}, exchange) : backward_from_y(b, s, table, exchange);
+    });
 }
 
 }  // namespace v0_2

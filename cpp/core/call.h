@@ -12,6 +12,7 @@ struct Call {
     Parts parts{};
     int64_t group_outer = 0;  // 0: a part is a group
     Counts counts{};
+    int64_t sample_outer = 0;  // rows of outer of a sample, whose sums are taken apart; 0: as it suits
 
     int64_t groups(int64_t p) const { return group_outer == 0 ? 1 : parts.size(p) / group_outer; }
     int64_t group_rows(int64_t p) const { return group_outer == 0 ? parts.size(p) : group_outer; }

@@ -230,9 +230,38 @@ void call_threads(int n) {
     if (n < 0) fail({"num_threads", "is " + std::to_string(n), "at least 1, or 0 for the default"});
 }
 
-void execution(const Execution& e) {
-    call_threads(e.num_threads);
-    if (e.group != nullptr) fail({"group", "is given", "none: statistics over several processes are not served yet", "drop it"});
+void execution(const Execution& e) { call_threads(e.num_threads); }
+
+void no_group(const Execution& e, const char* what) {
+    if (e.group != nullptr) fail({"group", std::string("is given to ") + what, "none", "drop it"});
+}
+
+// Samples, whose sums are taken apart.
+void samples(int64_t sample_outer, Call& call) {
+    const int64_t outer = call.geometry.outer;
+    if (sample_outer < 1 || outer % sample_outer != 0) {
+        fail({"sample_outer", "is " + std::to_string(sample_outer), "a number >= 1 that divides the outer size " + std::to_string(outer)});
+    }
+    call.sample_outer = sample_outer;
+}
+
+// What a forward with a group takes.
+void of_group(const Forward& f, Call& call) {
+    if (f.execution.group == nullptr) return;
+    samples(f.execution.sample_outer, call);
+    if (f.part_outer > 0) {
+        fail({"part_outer", "is given with a group", "none: a part has statistics of its own, which no other rank has values of",
+              "drop one of them"});
+    }
+    if (call.group_outer != 0 && call.group_outer != call.sample_outer) {
+        fail({"sample_outer", "is " + std::to_string(call.sample_outer),
+              std::to_string(call.group_outer) + ", the rows of outer that a row of gamma and beta is for"});
+    }
+    const bool rows = (f.gamma && f.gamma.rows != 0) || (f.beta && f.beta.rows != 0);
+    if (f.keep == Keep::y && rows) {
+        fail({"keep", "is y with a group and a gamma or beta of each sample", "x",
+              "because ranks would differ in the channels of which x is kept"});
+    }
 }
 
 // ---- what counts -----------------------------------------------------------------------------------------------------------------------
@@ -439,6 +468,8 @@ void keep(const Forward& f) {
     }
 }
 
+}  // namespace
+
 // A batch that statistics can be had from, or nothing at all.
 void enough_values(const Forward& f, const Call& call) {
     if (f.mean) return;
@@ -459,6 +490,8 @@ void enough_values(const Forward& f, const Call& call) {
               "use running_ddof = 0, or larger weights"});
     }
 }
+
+namespace {
 
 // What batch_norm asks of y if x is of integers.
 void image(const Forward& f, const Geometry& g) {
@@ -516,6 +549,7 @@ Call inference(const Forward& f) {
               "use batch_norm_train, which takes mean and var too"});
     }
     keep(f);
+    no_group(f.execution, "batch_norm, which takes no statistics");
     forward_overlaps(f);
     return call;
 }
@@ -525,7 +559,8 @@ Call training(const Forward& f) {
     running_arrays(f.running, call.geometry.channels);
     renorm(f, call.geometry.channels);
     keep(f);
-    enough_values(f, call);
+    of_group(f, call);
+    if (f.execution.group == nullptr) enough_values(f, call);
     forward_overlaps(f);
     return call;
 }
@@ -593,6 +628,11 @@ const Saved::Impl& backward(const Backward& b) {
     parameter(b.dgamma, "dgamma", s.gamma, g);
     parameter(b.dbeta, "dbeta", s.beta, g);
     execution(b.execution);
+    if ((s.sample_outer != 0) != (b.execution.group != nullptr)) {
+        fail({"group", s.sample_outer != 0 ? "is missing" : "is given",
+              s.sample_outer != 0 ? "that of the forward" : "none, as in the forward"});
+    }
+    if (b.all_reduce && b.execution.group == nullptr) fail({"all_reduce", "is true without a group", "false"});
     if (b.execution.disjoint) return s;
     if (b.dx) Apart(b.dx, "out").but_in_place(b.dy, "dy").but_in_place(b.kept, "x").but_in_place(b.residual, "residual");
     if (b.dresidual) {  // it may be written before x has been read
@@ -612,6 +652,9 @@ const Saved::Impl& backward(const Backward& b) {
 
 const Saved::Impl& double_backward(const DoubleBackward& b) {
     const Saved::Impl& s = held(b.saved);
+    if (s.sample_outer != 0) {
+        fail({"saved", "is of a forward with a group", "one of a single process: the double backward is not served for a group"});
+    }
     const Geometry g = s.call(b.kept).geometry;
     same_shape(b.kept, s.keep == Keep::x ? "x" : "y", g, "the forward's");
     same_shape(b.dy, "dy", g);
@@ -654,16 +697,22 @@ const Saved::Impl& double_backward(const DoubleBackward& b) {
 // -----------------------------------------------------------------------------------------------------------------------------------
 
 Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t delta, int num_threads,
-             const Positions& positions) {
+             const Positions& positions, Group* group, int64_t sample_outer) {
     const Geometry g = geometry(x, Storage::any);
     Call call = counted(g, positions);
     call_threads(num_threads);
+    if (group != nullptr) samples(sample_outer, call);
     const Channels mean_out(mean), var_out(var);
     channels(mean_out, "mean", g.channels);
     channels(var_out, "var", g.channels);
     Apart(mean_out, "mean").from(var_out, "var").from(x, "x");
     Apart(var_out, "var").from(x, "x");
     if (delta < 0) fail({"ddof", "is " + std::to_string(delta), "an integer >= 0"});
+    if (group == nullptr) enough_for(delta, call, positions);
+    return call;
+}
+
+void enough_for(int64_t delta, const Call& call, const Positions& positions) {
     double heaviest = 0;
     call.counts.each([&](int64_t, double weight) { heaviest = std::max(heaviest, weight); });
     if (call.counts.most() != 0 && heaviest <= static_cast<double>(delta)) {
@@ -672,7 +721,6 @@ Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
                                       ? std::to_string(call.counts.most()) + " values per channel" + (positions ? " that count" : " of x")
                                       : number(heaviest) + " that the weights sum to")});
     }
-    return call;
 }
 
 Call moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions) {
@@ -819,5 +867,16 @@ void squares_overflow(const char* name, int64_t channel) {
 }
 
 void interrupted() { throw Interrupted("interrupted"); }
+
+void rank_failed(int rank, const std::string& message) {
+    throw RankFailed(rank, "rank " + std::to_string(rank) + " of the group failed: " + message);
+}
+
+void ranks_differ(int rank, const char* in) {
+    fail({"group", std::string("has ") + in + " on rank " + std::to_string(rank) + " than on rank 0",
+          "the same call with the same options on all ranks"});
+}
+
+void no_ranks() { fail({"group", "has gathered nothing", "an array from each rank"}); }
 
 }  // namespace batchnorm::check

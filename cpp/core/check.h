@@ -15,8 +15,11 @@ Call saving(const Forward& f, const ConstChannels& inv_std);
 // What b.saved holds.
 const Saved::Impl& backward(const Backward& b);
 const Saved::Impl& double_backward(const DoubleBackward& b);
-Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t ddof, int num_threads,
-             const Positions& positions);
+Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t ddof, int num_threads, const Positions& positions,
+             Group* group, int64_t sample_outer);
+// Of a call whose counts are there: with a group only once they are exchanged.
+void enough_values(const Forward& f, const Call& call);
+void enough_for(int64_t ddof, const Call& call, const Positions& positions);
 Call moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions);
 // Numbers of channels.
 int64_t merged_sums(std::span<double> sums, std::span<const double> others);
@@ -35,5 +38,8 @@ const kernels::KernelTable& active_level();
 [[noreturn]] void not_finite(int64_t channel);                          // running statistics would become so
 [[noreturn]] void squares_overflow(const char* name, int64_t channel);  // in sums that are merged
 [[noreturn]] void interrupted();
+[[noreturn]] void rank_failed(int rank, const std::string& message);
+[[noreturn]] void ranks_differ(int rank, const char* in);  // from rank 0
+[[noreturn]] void no_ranks();
 
 }  // namespace batchnorm::check

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <utility>
 
 #include "coefficient_rows.h"
+#include "exchange.h"
 #include "float_mode.h"
 #include "gate.h"
 #include "image.h"
@@ -89,6 +91,8 @@ Saved::Impl& open(const Forward& f, const Call& call, Workspace& ws, Saved::Impl
     s.geometry = call.geometry;
     s.parts = call.parts;
     s.group_outer = call.group_outer;
+    s.sample_outer = call.sample_outer;
+    s.scale = 0;
     s.batch = !f.mean;
     s.keep = f.keep;
     s.slope = f.slope;
@@ -127,6 +131,11 @@ struct RenormColumns {
             r[i] = k.r;
             d[i] = k.d;
         });
+    }
+    // In place number `at` of a Saved's.
+    void put(const Saved::Impl& s, int64_t at, int64_t n) const {
+        r.put(s.r + at, n);
+        d.put(s.d + at, n);
     }
 };
 
@@ -170,8 +179,9 @@ public:
         Column<double> r, d;
         if (s.r != nullptr) {
             const RenormColumns k(w_.f, c, n, mean, inv_std);
-            (r = k.r).put(s.r + at, n);
-            (d = k.d).put(s.d + at, n);
+            k.put(s, at, n);
+            r = k.r;
+            d = k.d;
         }
         // Of a single value x_hat is 0, and of those with weight 0 beside it, whatever eps is.
         const Counts& counts = w_.call.counts;
@@ -250,6 +260,44 @@ void normalise(const Work& w) {
     }
 }
 
+void fill(double* to, int64_t n, double value) {
+    if (to != nullptr) std::fill_n(to, n, value);
+}
+
+// mean and var as they were given, for each part.
+void take_given(const Forward& f, const Call& call, Saved::Impl& s) {
+    for (int64_t p = 0; p < call.parts.count; ++p) {
+        by_columns(0, call.geometry.channels, [&](int64_t c, int64_t n) {
+            const int64_t at = p * call.geometry.channels + c;
+            Column<double>(f.mean, c, n).put(s.mean + at, n);
+            Column<double>(f.var, c, n).put(s.var + at, n);
+            inv_std_of({s.var + at, n}, n, f.eps).put(s.inv_std + at, n);
+        });
+    }
+}
+
+// What is left of a forward without values.
+void without_values(const Forward& f, const Call& call, Saved::Impl& s) {
+    const int64_t n = call.parts.count * call.geometry.channels;
+    if (f.mean) {
+        if (f.saved != nullptr) take_given(f, call, s);
+    } else {
+        for (double* v : {s.mean, s.var, s.inv_std}) fill(v, n, kNaN);
+    }
+    fill(s.r, n, kNaN);
+    fill(s.d, n, kNaN);
+    clear(f.y);
+}
+
+// Without elements: what Saved holds.
+void numbers_alone(const Work& w) {
+    const Forward& f = w.f;
+    if (f.mean && f.saved != nullptr) take_given(f, w.call, w.s);
+    by_columns(0, w.channels(), [&](int64_t c, int64_t n) {
+        if (w.s.r != nullptr) RenormColumns(f, c, n, w.mean(0, c, n), w.inv_std(0, c, n)).put(w.s, c, n);
+    });
+}
+
 // Largest numbers and roundoffs of the storage types.
 struct Format {
     double roundoff, smallest, largest;
@@ -309,48 +357,67 @@ void keep_lost(const Work& w) {
     if (n != 0) copy_channels(w.f.x, w.s.lost, compact<Tensor>(g, n, x));
 }
 
+bool learns(const Forward& f) { return f.running.mean || f.renorm.decay >= 0; }
+// Whether ranks of a group have anything to tell each other.
+bool exchanges(const Forward& f) { return !f.mean || learns(f); }
+
+// Mean and var of all parts, and unless it comes later, y. `all`: what makes statistics of the batch that ranks of a group hold, or null.
+template <class C>
+void statistics(const Work& w, const StatisticsOf& of, bool y_later, StatisticsTogether* all) {
+    if (all != nullptr) return all->run(of, [&] { check::enough_values(w.f, w.call); }, [](const Statistics&) {});
+    const Traffic traffic{.reads = w.f.residual && !y_later ? 2 : 1, .writes = y_later ? 0 : 1, .sums = true};
+    const PartPlans plans(w.call.geometry, w.call.parts, traffic);
+    if (y_later) {
+        for_parts(plans, w.call.parts.count, [&](Workspace& own, const Plan& plan, int64_t part, int64_t c0, int64_t c1) {
+            return Statistics(own, plan, of, part, c0, c1);
+        });
+    } else {
+        for_parts(plans, w.call.parts.count, [&](Workspace& own, const Plan& plan, int64_t part, int64_t c0, int64_t c1) {
+            return StatisticsThenY<C>(own, plan, w, of, part, c0, c1);
+        });
+    }
+}
+
 // Statistics, then y, then running statistics.
 template <class C>
-void run(const Work& w, Workspace& ws) {
+void run(const Work& w, Workspace& ws, StatisticsTogether* all) {
     const Forward& f = w.f;
     const Parts& parts = w.call.parts;
-    const bool given = static_cast<bool>(f.mean), learns = static_cast<bool>(f.running.mean) || f.renorm.decay >= 0;
+    const bool given = static_cast<bool>(f.mean), learns = batchnorm::learns(f);
     const int64_t n = parts.count * w.channels();
     double* const mean = given && learns ? ws.take<double>(n) : w.s.mean;
     double* const var = given && learns ? ws.take<double>(n) : w.s.var;
     double* const inv_std = given ? nullptr : w.s.inv_std;
     const bool keeps_y = f.saved != nullptr && f.keep == Keep::y;
-    const bool y_later = given || f.running.on_nonfinite == OnNonfinite::raise || (keeps_y && f.renorm.enabled);
-    if (keeps_y && !f.renorm.enabled) keep_lost(w);
+    const bool known_later = f.renorm.enabled || all != nullptr;  // what y will not tell of x
+    const bool y_later = given || f.running.on_nonfinite == OnNonfinite::raise || (keeps_y && f.renorm.enabled) || all != nullptr;
+    if (keeps_y && !known_later) keep_lost(w);
     if (!given || learns) {
-        const StatisticsOf of{w.call, w.table, f.x, w.counting, w.counting.all_weights<double>(ws), f.eps, true, mean, var, inv_std};
-        const Traffic traffic{.reads = f.residual && !y_later ? 2 : 1, .writes = y_later ? 0 : 1, .sums = true};
-        const PartPlans plans(w.call.geometry, parts, traffic);
-        if (y_later) {
-            for_parts(plans, parts.count, [&](Workspace& own, const Plan& plan, int64_t part, int64_t c0, int64_t c1) {
-                return Statistics(own, plan, of, part, c0, c1);
-            });
-        } else {
-            for_parts(plans, parts.count, [&](Workspace& own, const Plan& plan, int64_t part, int64_t c0, int64_t c1) {
-                return StatisticsThenY<C>(own, plan, w, of, part, c0, c1);
-            });
-        }
+        const StatisticsOf of{w.call, w.table, f.x,     w.counting,    w.counting.all_weights<double>(ws), f.eps, true,
+                              mean,   var,     inv_std, all != nullptr};
+        statistics<C>(w, of, y_later, all);
+    }
+    if (all != nullptr) {
+        w.s.scale = w.counting.scale();
+        if (f.saved != nullptr) count(w.call, w.s);
+        if (!given && w.call.counts.most() == 0) return without_values(f, w.call, w.s);
     }
     RunningStep step(f, w.call, mean, var);
     if (f.running.on_nonfinite == OnNonfinite::raise && step.not_finite()) check::not_finite(step.channel());
     if (y_later) {
-        if (keeps_y && f.renorm.enabled) {
-            for (int64_t part = 0; part < parts.count; ++part) {  // r and d, which tell what is lost
+        if (keeps_y && known_later) {
+            for (int64_t part = 0; part < parts.count && f.renorm.enabled; ++part) {  // r and d, which tell what is lost
                 by_columns(0, w.channels(), [&](int64_t c, int64_t m) {
-                    const int64_t at = part * w.channels() + c;
-                    const RenormColumns k(f, c, m, w.mean(part, c, m), w.inv_std(part, c, m));
-                    k.r.put(w.s.r + at, m);
-                    k.d.put(w.s.d + at, m);
+                    RenormColumns(f, c, m, w.mean(part, c, m), w.inv_std(part, c, m)).put(w.s, part * w.channels() + c, m);
                 });
             }
             keep_lost(w);
         }
-        normalise<C>(w);
+        if (w.call.geometry.count() != 0) {
+            normalise<C>(w);
+        } else {
+            numbers_alone(w);
+        }
     }
     if (w.counting.weighted() && !given) {
         clear_where(w.call.geometry, parts, f.y, [&](int64_t p, int64_t c) { return w.call.counts.positions(p, c) == 0; });
@@ -358,42 +425,24 @@ void run(const Work& w, Workspace& ws) {
     w.s.updated = step.take();
 }
 
-void fill(double* to, int64_t n, double value) {
-    if (to != nullptr) std::fill_n(to, n, value);
-}
-
-// mean and var as they were given, for each part.
-void take_given(const Forward& f, const Call& call, Saved::Impl& s) {
-    for (int64_t p = 0; p < call.parts.count; ++p) {
-        by_columns(0, call.geometry.channels, [&](int64_t c, int64_t n) {
-            const int64_t at = p * call.geometry.channels + c;
-            Column<double>(f.mean, c, n).put(s.mean + at, n);
-            Column<double>(f.var, c, n).put(s.var + at, n);
-            inv_std_of({s.var + at, n}, n, f.eps).put(s.inv_std + at, n);
-        });
-    }
-}
-
-void forward(const Forward& f, const Call& call) {
+void forward(const Forward& f, Call& call, Exchange* exchange) {
     const kernels::KernelTable& table = check::active_level();
     Workspace ws;
     Saved::Impl local(std::pmr::null_memory_resource());
     Saved::Impl& s = open(f, call, ws, local);
-    if (f.saved != nullptr) count(call, s);
-    const int64_t n = call.parts.count * call.geometry.channels;
-    if (call.geometry.count() == 0 || (!f.mean && call.counts.most() == 0)) {
-        if (f.mean) {
-            if (f.saved != nullptr) take_given(f, call, s);
-        } else {
-            for (double* v : {s.mean, s.var, s.inv_std}) fill(v, n, kNaN);
-        }
-        fill(s.r, n, kNaN);
-        fill(s.d, n, kNaN);
-        clear(f.y);
+    if (!exchanges(f)) exchange = nullptr;
+    if (f.saved != nullptr && exchange == nullptr) count(call, s);
+    if (f.execution.group == nullptr && (call.geometry.count() == 0 || (!f.mean && call.counts.most() == 0))) {
+        without_values(f, call, s);
     } else {
-        const Counting counting(ws, call.geometry, call.parts, f.positions.mask, f.positions.weights, s.element_bits);
+        Counting counting(ws, call.geometry, call.parts, f.positions.mask, f.positions.weights, s.element_bits);
         const Work w{f, call, table, counting, s};
-        with_compute(call.geometry.dtype, [&]<class C>() { run<C>(w, ws); });
+        std::optional<StatisticsTogether> all;
+        if (exchange != nullptr) {
+            const Exchange::Same same{Exchange::training, call.geometry.dtype, call.geometry.channels, f.mean ? -1 : f.eps};
+            all.emplace(*exchange, same, call, counting);
+        }
+        with_compute(call.geometry.dtype, [&]<class C>() { run<C>(w, ws, all ? &*all : nullptr); });
     }
     s.full = f.saved != nullptr;
 }
@@ -405,15 +454,18 @@ inline namespace v0_2 {
 void batch_norm(const Forward& f) {
     const FloatMode mode;
     const parallel::Limit limit(f.execution.num_threads);
-    const Call call = check::inference(f);
+    Call call = check::inference(f);
     if (is_integer(call.geometry.dtype)) return integer_batch_norm(f, call);
-    forward(f, call);
+    forward(f, call, nullptr);
 }
 
 void batch_norm_train(const Forward& f) {
     const FloatMode mode;
     const parallel::Limit limit(f.execution.num_threads);
-    forward(f, check::training(f));
+    together(f.execution.group, exchanges(f), [&](Exchange* exchange) {
+        Call call = check::training(f);
+        forward(f, call, exchange);
+    });
 }
 
 void save(const Forward& f, const ConstChannels& inv_std, bool batch_statistics) {

@@ -43,29 +43,37 @@ void measure(const Call& call, const ConstTensor& x, const Positions& positions,
     });
 }
 
-}  // namespace
+// The same of a batch of which each rank of a group holds some samples.
+template <class Counted, class Then>
+void measure_together(Exchange& exchange, const Exchange::Same& same, Call& call, const ConstTensor& x, const Positions& positions,
+                      double* mean, double* var, const Counted& counted, const Then& then) {
+    Workspace ws;
+    std::uint8_t* elements = nullptr;
+    if (positions.element_mask) {
+        elements = ws.take<std::uint8_t>(BitLayout(call.geometry, call.parts).bytes());
+        elements_to_bits(call.geometry, call.parts, positions.element_mask, elements);
+    }
+    Counting counting(ws, call.geometry, call.parts, positions.mask, positions.weights, elements);
+    const StatisticsOf of{call, check::active_level(), x, counting, counting.all_weights<double>(ws), 0, true, mean, var, nullptr, true};
+    StatisticsTogether(exchange, same, call, counting).run(of, counted, [&](const Statistics& s) { then(s, 0, call.geometry.channels); });
+}
 
-inline namespace v0_2 {
-
-void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
-             const Positions& positions) {
-    const FloatMode mode;
-    const parallel::Limit limit(num_threads);
-    const Call call = check::moments(x, mean, var, ddof, num_threads, positions);
-    if (call.counts.most() == 0) {
+void moments_of(Call& call, const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof,
+                const Positions& positions, Exchange* exchange) {
+    const auto without_values = [&] {
         for (double& v : mean) v = kNaN;
         for (double& v : var) v = kNaN;
-        return;
-    }
+    };
+    bool integers = is_integer(x.dtype) && positions.weights.empty();  // mean and var are made of exact sums
+    if (exchange == nullptr && call.counts.most() == 0) return without_values();
     Workspace ws;
     // The caller's arrays are written at the end, so that an interrupt leaves them as they were.
     const int64_t channels = call.geometry.channels;
     double* const m = ws.take<double>(channels);
     double* const v = ws.take<double>(channels);
     double* const exact = ws.take<double>(channels);
-    const bool integers = is_integer(x.dtype) && positions.weights.empty();
     const auto of_integers = [&](const Statistics& s, int64_t c0, int64_t c1) {
-        for (int64_t c = c0; c < c1 && integers; ++c) {
+        for (int64_t c = c0; c < c1 && s.exact_integers(); ++c) {
             const int64_t n = call.counts.positions(0, c);
             if (n <= ddof) continue;
             const coeffs::IntegerMoments k = s.integer_moments(c, n, ddof);
@@ -73,7 +81,18 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
             exact[c] = k.var;
         }
     };
-    measure(call, x, positions, true, m, v, of_integers);
+    if (exchange == nullptr) {
+        measure(call, x, positions, true, m, v, of_integers);
+    } else {
+        const Exchange::Same same{Exchange::measuring, x.dtype, channels, static_cast<double>(ddof)};
+        measure_together(
+            *exchange, same, call, x, positions, m, v, [&] { check::enough_for(ddof, call, positions); },
+            [&](const Statistics& s, int64_t c0, int64_t c1) {
+                integers = s.exact_integers();
+                of_integers(s, c0, c1);
+            });
+        if (call.counts.most() == 0) return without_values();
+    }
     by_columns(0, channels, [&](int64_t c, int64_t n) {
         const Column<double> count = call.counts.weights(0, c, n);
         Column<double>(m + c, n).put(mean.data() + c, n);
@@ -84,6 +103,20 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
             if (count[i] <= static_cast<double>(ddof)) variance[i] = kNaN;
         }
         variance.put(var.data() + c, n);
+    });
+}
+
+}  // namespace
+
+inline namespace v0_2 {
+
+void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, int num_threads,
+             const Positions& positions, Group* group, std::int64_t sample_outer) {
+    const FloatMode mode;
+    const parallel::Limit limit(num_threads);
+    together(group, true, [&](Exchange* exchange) {
+        Call call = check::moments(x, mean, var, ddof, num_threads, positions, group, sample_outer);
+        moments_of(call, x, mean, var, ddof, positions, exchange);
     });
 }
 

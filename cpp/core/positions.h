@@ -11,6 +11,7 @@
 
 #include "coeffs.h"
 #include "columns.h"
+#include "moment_sums.h"
 #include "parallel.h"
 #include "types.h"
 #include "workspace.h"
@@ -87,6 +88,15 @@ public:
     Counts(const Geometry& g, const Parts& parts) : inner_(g.inner), parts_(parts) {}
 
     bool same() const { return !per_channel_; }  // in all channels
+    // The sum of the weights, exactly.
+    BatchSum exact_weight(int64_t p, int64_t c) const { return exact_.empty() ? BatchSum{{weight(p, c), 0, 0}} : exact_[place(p, c)]; }
+    // One part's, of each channel, from elsewhere.
+    Counts(const Parts& parts, std::vector<int64_t> positions, std::vector<double> weights)
+        : channels_(static_cast<int64_t>(positions.size())),
+          parts_(parts),
+          per_channel_(true),
+          positions_(std::move(positions)),
+          weights_(std::move(weights)) {}
     int64_t positions(int64_t p, int64_t c) const { return plain() ? parts_.size(p) * inner_ : positions_[place(p, c)]; }
     double weight(int64_t p, int64_t c) const { return weights_.empty() ? static_cast<double>(positions(p, c)) : weights_[place(p, c)]; }
     Column<double> weights(int64_t p, int64_t c, int64_t n) const {
@@ -129,7 +139,7 @@ public:
             count_elements(g, PerElement(p.element_mask));
             return -1;
         }
-        std::vector<coeffs::Sum> sums(weights_.size(), {0, 0});  // as exact as the sums of x that they divide
+        exact_.assign(weights_.size(), {});
         const PerPosition mask(p.mask, g.count());
         const PerPosition weights(p.weights, g.count());
         const PerElement elements(p.element_mask);
@@ -142,7 +152,7 @@ public:
             const double w = weights[position];
             if (!(w >= 0) || std::isinf(w)) bad = position / weights.each();
             positions_[to] += w > 0 ? times : 0;
-            sums[to].add(w * static_cast<double>(times));
+            exact_[to].add(w * static_cast<double>(times));
         };
         for (int64_t part = 0; part < parts_.count; ++part) {
             const int64_t begin = parts_.begin(part) * inner_, end = begin + parts_.size(part) * inner_;
@@ -158,7 +168,7 @@ public:
                 }
             }
         }
-        for (std::size_t i = 0; i < sums.size(); ++i) weights_[i] = sums[i].total();
+        for (std::size_t i = 0; i < exact_.size(); ++i) weights_[i] = exact_[i].total();
         return bad;
     }
 
@@ -209,6 +219,7 @@ private:
     bool per_channel_ = false;
     std::vector<int64_t> positions_;
     std::vector<double> weights_;
+    std::vector<BatchSum> exact_;
 };
 
 // The elements of a mask as bits, in the layout of the kernels.
@@ -240,21 +251,33 @@ inline void elements_to_bits(const Geometry& g, const Parts& parts, const ConstT
 class Counting {
 public:
     Counting(Workspace& ws, const Geometry& g, const Parts& parts, std::span<const std::uint8_t> mask, std::span<const double> weights,
-             const std::uint8_t* elements)
+             const std::uint8_t* elements, double scale = 0)
         : geometry_(g), parts_(parts), mask_(mask), weights_(weights), elements_(elements) {
         if (!mask.empty()) kept_ = g.direction == kernels::ncs ? bits(ws) : rows(ws);
         if (weights.empty()) return;
+        if (scale != 0) {
+            scale_ = agreed_ = scale;
+            return;
+        }
         // By a power of two, which changes no digit: the largest lands in [1, 2), so that nothing under- or overflows, in float either.
         double most = 0;
         for (int64_t i = 0; i < static_cast<int64_t>(weights.size()); ++i) {
             if (std::isfinite(weights[index(i)]) && weights[index(i)] > most && is_used(i)) most = weights[index(i)];
         }
-        scale_ = most > 0 ? std::ldexp(1, std::clamp(-std::ilogb(most), -1000, 1000)) : 1;
+        scale_ = agreed_ = most > 0 ? std::ldexp(1, std::clamp(-std::ilogb(most), -1000, 1000)) : 1;
     }
 
     // By which the weights that the kernels get are multiplied.
-    double scale() const { return scale_; }
+    double own_scale() const { return scale_; }
+    // By which sums and weights are multiplied where they meet: the same, or what the ranks of a group agreed on.
+    double scale() const { return agreed_; }
     bool weighted() const { return !weights_.empty(); }
+    bool any_weighted() const { return any_weighted_ || weighted(); }
+    void agree(double scale, bool any_weighted) {
+        agreed_ = scale;
+        any_weighted_ = any_weighted;
+        if (weighted()) scale_ = scale;
+    }
     bool by_element() const { return elements_ != nullptr; }
     bool every() const { return kept_.data == nullptr && elements_ == nullptr; }
 
@@ -373,7 +396,8 @@ private:
     std::span<const std::uint8_t> mask_;
     std::span<const double> weights_;
     const std::uint8_t* elements_;
-    double scale_ = 1;
+    double scale_ = 1, agreed_ = 1;
+    bool any_weighted_ = false;
     kernels::Kept kept_{};
 };
 

@@ -75,6 +75,13 @@ public:
             for (int64_t c = c0; c < c1; ++c) to->error[at(set, c)] += of->error[others.at(from, c)];
         }
     }
+    // Sums of one set from elsewhere.
+    void set(int64_t c, const coeffs::Sum& a, const coeffs::Sum& b) {
+        first_.value[at(0, c)] = a.value;
+        first_.error[at(0, c)] = a.error;
+        second_.value[at(0, c)] = b.value;
+        second_.error[at(0, c)] = b.error;
+    }
     coeffs::Sum first_sum(int64_t c) const { return {first_.value[at(0, c)], first_.error[at(0, c)]}; }
     coeffs::Sum second_sum(int64_t c) const { return {second_.value[at(0, c)], second_.error[at(0, c)]}; }
     // Of the sets that are groups.

@@ -50,7 +50,8 @@ struct Saved::Impl {
 
     Geometry geometry{};
     Parts parts{};
-    int64_t group_outer = 0;
+    int64_t group_outer = 0, sample_outer = 0;
+    double scale = 0;   // of the weights, if ranks of a group agreed on one
     bool batch = true;  // the statistics are the batch's own
     Keep keep = Keep::x;
     double slope = 0;
@@ -74,20 +75,22 @@ struct Saved::Impl {
 
     // The forward's call as tensors of backward see it: rows (nsc) may be cut into outer and inner elsewhere, as their gaps demand.
     Call call(const ConstTensor& kept) const {
-        Call c{geometry, parts, group_outer, {}};
+        Call c{geometry, parts, group_outer, {}, sample_outer};
         if (!other_rows(kept)) return c;
         const auto rows = [&](int64_t outer) { return outer * geometry.inner / kept.inner; };
         c.geometry.outer = c.parts.outer = kept.outer;
         c.geometry.inner = kept.inner;
         c.parts.rows = rows(parts.rows);
         c.group_outer = rows(group_outer);
+        c.sample_outer = rows(sample_outer);
         return c;
     }
     bool other_rows(const ConstTensor& v) const {
         if (geometry.direction != kernels::nsc || v.inner < 1 || v.inner == geometry.inner || v.outer * v.inner != geometry.count()) {
             return false;
         }
-        return parts.rows * geometry.inner % v.inner == 0 && group_outer * geometry.inner % v.inner == 0;
+        const auto whole = [&](int64_t outer) { return outer * geometry.inner % v.inner == 0; };
+        return whole(parts.rows) && whole(group_outer) && whole(sample_outer);
     }
     bool reads_residual() const { return has_residual && activation != Activation::none && bits == nullptr; }
     ConstTensor lost_tensor(const Geometry& g) const;

@@ -8,6 +8,8 @@
 
 #include "call.h"
 #include "coefficient_rows.h"
+#include "exact_sums.h"
+#include "exchange.h"
 #include "kernels/dispatch.h"
 #include "moment_sums.h"
 #include "reduce.h"
@@ -24,6 +26,7 @@ struct StatisticsOf {
     double eps;
     bool far;                      // whether double data is summed once more where its squares leave the range of doubles
     double *mean, *var, *inv_std;  // out, parts * channels; inv_std may be null
+    bool together = false;         // by all ranks of a group: shifts then follow from what was exchanged alone, the first being 0
 };
 
 class Statistics {
@@ -47,11 +50,11 @@ public:
           shift_(ws, plan, c0, c1),
           sums_(ws, 1, c0, c1),
           first_(part * plan.channels) {
-        if (!is_double_) shift_.fill(0);
+        if (!by_first_values()) shift_.fill(0);
     }
 
     void prepare(int64_t c0, int64_t c1) {
-        if (!is_double_) return;
+        if (!by_first_values()) return;
         by_columns(c0, c1, [&](int64_t c, int64_t n) {
             FirstPositions first(of_, part_, c);
             Column<double> shift;
@@ -63,6 +66,8 @@ public:
         });
     }
     void begin(int round) {
+        // The ranks have agreed on a scale since.
+        if (of_.together && round == 1) args_.weights = of_.counting.weights<double>(of_.counting.all_weights<double>(ws_), part_);
         if (round < 2) return;
         args_.scale = scale_of(round).s;
         if (round > 2 || of_.counting.weighted()) return;
@@ -89,16 +94,24 @@ public:
     bool maps() const { return false; }
     void map(const Where&) {}
     ChannelSums& channel_sums() { return sums_; }
+    auto taker(int64_t c0, int64_t c1) const {
+        return [c0, c1](int64_t, const double* a, const double* b, const ExactSums& to, int64_t row) {
+            to.add(row, c0, c1 - c0, a);
+            to.add(row + 1, c0, c1 - c0, b);
+        };
+    }
 
     // After finish: sums of x and x^2 about 0, of n values.
     BatchSum sum(int64_t c, double n) const { return sum_about_0(sums_.first_sum(c), shift_[c], n); }
     double scale() const { return of_.counting.scale(); }
+    bool exact_integers() const { return is_integer(of_.x.dtype) && !of_.counting.any_weighted(); }
     coeffs::IntegerMoments integer_moments(int64_t c, int64_t n, int64_t ddof) const {
         return coeffs::from_integer_sums(sums_.first_sum(c), sums_.second_sum(c), n, ddof);
     }
     BatchSum sum_sq(int64_t c, double n) const { return sum_sq_about_0(sums_.first_sum(c), sums_.second_sum(c), shift_[c], n); }
 
 private:
+    bool by_first_values() const { return is_double_ && !of_.together; }
     // The first positions that count, up to 16: as many as a power of two.
     struct FirstPositions {
         int64_t n, position[16];
@@ -155,7 +168,7 @@ private:
             if (!std::isfinite(mean[i]) && std::isfinite(shift[i])) better[i] = shift[i];
         }
         if (again) return beyond == 0;
-        if (distrusted + beyond == 0 || (is_integer(of_.x.dtype) && !of_.counting.weighted())) return true;
+        if (distrusted + beyond == 0 || exact_integers()) return true;
         for_entries(n, [&](int64_t i) {
             // A float for float data: then a constant differs from it by exactly 0.
             if (!is_double_) better[i] = static_cast<float>(better[i]);
@@ -202,6 +215,101 @@ private:
     Row<double> shift_;
     ChannelSums sums_;
     int64_t first_;  // of the part's channels in the arrays of all parts
+};
+
+// Statistics of a batch of which this rank holds some samples, by all ranks: `call` gets the counts of all, `counting` their scale.
+// counted() is asked once they are there, and throws if they do not do. Then finish(pass) takes the result, unless nothing counts.
+class StatisticsTogether {
+public:
+    StatisticsTogether(Exchange& exchange, Exchange::Same same, Call& call, Counting& counting)
+        : exchange_(exchange), same_(same), call_(call), counting_(counting), channels_(call.geometry.channels) {}
+
+    template <class Counted, class Finish>
+    void run(const StatisticsOf& of, const Counted& counted, const Finish& finish) {
+        const bool some = call_.geometry.count() != 0;
+        Geometry g = call_.geometry;
+        if (!some) g.outer = g.inner = 1;  // for the sizes of rows
+        const PartPlans plans(g, {g.outer, g.outer, 1}, {.reads = 1, .writes = 0, .sums = true}, some ? call_.sample_outer : 0);
+        const Plan& plan = plans.of(0);
+        Workspace ws;
+        Statistics pass(ws, plan, of, 0, 0, channels_);
+        for (int round = 0;; ++round) {
+            // The first sums come with counts: how many, and the sum of weights.
+            const ExactSums mine(ws, round == 0 ? 4 : 2, channels_);
+            if (round > 0) pass.begin(round);
+            if (some) sample_sums(plan, pass, round, ExactSums(mine, 2));
+            if (round == 0) {
+                for (int64_t c = 0; c < channels_; ++c) {
+                    mine.set(2, c, {{static_cast<double>(call_.counts.positions(0, c)), 0, 0}});
+                    mine.set(3, c, call_.counts.exact_weight(0, c));
+                }
+            }
+            const auto parts = exchange_.gather(same_, some && call_.counts.most() > 0 ? counting_.own_scale() : kNothing,
+                                                counting_.weighted(), mine.data());
+            if (round == 0) agree(parts, counted);
+            if (call_.counts.most() == 0) return;
+            add(parts, pass, pass.channel_sums());
+            std::atomic<bool> content{true};
+            for_channels(plan, [&](int64_t c0, int64_t c1) {
+                if (!pass.finish(c0, c1, round)) content = false;
+            });
+            if (content) return finish(pass);
+            exchange_.expect();
+        }
+    }
+
+private:
+    static constexpr double kNothing = std::numeric_limits<double>::infinity();  // the scale of who has no values
+
+    template <class Counted>
+    void agree(const std::vector<Exchange::Part>& parts, const Counted& counted) {
+        double scale = kNothing;
+        bool weighted = false;
+        for (const Exchange::Part& part : parts) {
+            scale = std::min(scale, part.scale);
+            weighted |= part.weighted;
+        }
+        counting_.agree(scale == kNothing ? 1 : scale, weighted);
+        Workspace ws;
+        const ExactSums counts(ws, 2, channels_);
+        std::vector<int64_t> positions(index(channels_));
+        std::vector<double> weights(index(channels_));
+        for (const Exchange::Part& part : parts) {
+            for (int64_t row = 0; row < 2; ++row) counts.merge(row, part.sums.data() + (2 + row) * 3 * channels_);
+        }
+        by_columns(0, channels_, [&](int64_t c, int64_t n) {
+            const Column<double> many = counts.totals(0, c, n);
+            for (int64_t i = 0; i < n; ++i) positions[index(c + i)] = static_cast<int64_t>(many[i]);
+            counts.totals(1, c, n).put(weights.data() + c, n);
+        });
+        call_.counts = Counts(call_.parts, std::move(positions), std::move(weights));
+        counted();
+    }
+    void add(const std::vector<Exchange::Part>& parts, const Statistics& pass, ChannelSums& to) const {
+        Workspace ws;
+        const ExactSums sums(ws, 2, channels_);
+        for (const Exchange::Part& part : parts) {
+            for (int64_t row = 0; row < 2; ++row) {
+                sums.merge(row, part.sums.data() + row * 3 * channels_, part.scale == kNothing ? 1 : counting_.scale() / part.scale);
+            }
+        }
+        by_columns(0, channels_, [&](int64_t c, int64_t n) {
+            const Column<double> a = sums.totals(0, c, n), b = sums.totals(1, c, n);
+            // What rounding left is asked of integers alone.
+            const auto rest = [&](int64_t row, int64_t i, double total) {
+                BatchSum s = sums.get(row, c + i);
+                s.add(-total);
+                return pass.exact_integers() ? s.total() : 0;
+            };
+            for (int64_t i = 0; i < n; ++i) to.set(c + i, {a[i], rest(0, i, a[i])}, {b[i], rest(1, i, b[i])});
+        });
+    }
+
+    Exchange& exchange_;
+    Exchange::Same same_;
+    Call& call_;
+    Counting& counting_;
+    int64_t channels_;
 };
 
 }  // namespace batchnorm

@@ -100,7 +100,7 @@ def dataset_moments(
         An accumulator to go on with, changed in place; ``channel_axis`` and ``nodata`` are then its own.
         After Ctrl-C or an error it holds the pieces finished so far.
     group : None
-        Statistics over processes: see :meth:`Moments.to_array`.
+        Statistics over processes: ``moments.allreduce(group)`` of the result, :meth:`Moments.allreduce`.
     progress : None or bool
         Show a progress bar on stderr; needs the package rich. None: if that is there and stderr is a
         terminal.

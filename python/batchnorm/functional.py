@@ -291,8 +291,12 @@ def batch_norm_train(
         What ``saved`` refers to for backward. "y" recovers x from the output; with ``out=x`` a network then
         keeps one tensor instead of two. It takes no residual and no activation but leaky_relu. None: nothing,
         and backward is given ``x=``.
-    group : None
-        Batches over several processes are not served yet: merge their statistics with :class:`Moments`.
+    group : Group, optional
+        Other processes that hold parts of the batch, each any number of samples, also none: an mpi4py
+        communicator, or another object with ``allgather(array)`` (:mod:`batchnorm.distributed`). Statistics,
+        running statistics and dx are those of the whole batch, the same bits however it is shared out. Every
+        process makes the same calls with the same options, the backward ones too. The samples are on axis 0.
+        Not with ``virtual_batch_size``.
     on_nonfinite : {"propagate", "raise", "skip"}
         What NaN or Inf that would enter the running statistics does: it enters its channel; the call is an
         error that writes nothing; or the batch is left out of them, as ``saved.updated`` tells.
@@ -380,7 +384,8 @@ def batch_norm_backward(
         What to compute; the rest is None and costs nothing. Absent means a gradient for everything that the
         forward had.
     all_reduce : bool, default False
-        Only False: there is no group over which to add up dgamma and dbeta.
+        After a forward with a group: False gives this process's dgamma and dbeta, to be added up as all other
+        gradients are; True those of the whole batch, exactly. Of a gamma of each sample both are the same.
     num_threads : int, optional
         As in :func:`batch_norm`.
     out, out_residual : array like x, optional

@@ -26,10 +26,11 @@ from ._arrays import as_array
 from .diagnose import Diagnosis, History, findings
 from .diagnose.history import plot
 from .diagnose.recalibrate import collected, population, recalibrating
+from .distributed import tell
 from .fold import fold
 from .functional import Saved, TrainResult, batch_norm_backward
 from .io import layer_state
-from .moments import MeanVar, Moments, moments, refuse_group
+from .moments import MeanVar, Moments, moments
 from .parameter import Parameter
 from .running import STATISTICS, ColdStatisticsWarning, RunningStatistics
 from .settings import Settings, UnsaidAxis, checked_dtype, checked_vector, flag, integer, kind, real, word
@@ -39,6 +40,7 @@ from .typing import (
     CallOptions,
     ChannelAxis,
     DataFormatName,
+    Group,
     Mask,
     Observe,
     OnNonfinite,
@@ -157,6 +159,7 @@ class _State:
     saved: Saved | str = _NONE_YET  # of the last forward, or why there is none
     forwards: int = 0
     graded: int = 0  # forwards at the time of the last backward
+    group: Group | None = None
     token: object = field(default_factory=object)  # what a Saved of this layer has for its owner
     dgamma: Any = None
     dbeta: Any = None
@@ -190,6 +193,12 @@ def _name(name: str, value: Any) -> Any:
     if value is not None and not (isinstance(value, str) and value):
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name} is {kind(value)}, expected a str that is not empty, or None")
+    return value
+
+
+def _group(name: str, value: Any) -> Any:
+    if value is not None:
+        _core.check_group(value)
     return value
 
 
@@ -291,8 +300,11 @@ class BatchNorm:
         The tensor that is kept for ``backward``. With "y" and ``out=x`` the layer needs no memory of its own;
         y must not be changed before backward. "y" takes leaky_relu or no activation, and no residual. May be
         assigned.
-    group : None
-        Training over several processes is not served yet. ``recalibrate`` takes a merged :class:`Moments`.
+    group : Group, optional
+        Other processes that hold parts of each batch, as in :func:`batch_norm_train`: every call in training,
+        and whatever else normalises by the batch or updates, is made by all of them, and so are the backward
+        calls after it. Their parameters and running statistics stay the same. It is no part of the state. A
+        layer with a group is neither pickled nor copied; ``clone`` shares it. May be assigned.
     on_nonfinite : {"propagate", "raise", "skip"}
         What happens when NaN or Inf would enter the running statistics: they take it (it stays in its
         channel); the call is a ValueError that changes nothing; or the batch is normalised, but left out of
@@ -386,7 +398,7 @@ class BatchNorm:
     dtype = _Part["np.dtype[Any]"]("Data type of parameters and running statistics.")
     history = _Part["History | None"]("Statistics of past updates, if recorded; see ``record_history``.")
     name = _Part["str | None"]("What messages call the layer, or None. May be assigned.", _name)
-    group = property(lambda bn: None, lambda bn, value: refuse_group(value), doc="None: not served yet.")
+    group = _Part["Group | None"]("The processes that hold parts of each batch. May be assigned.", _group)
     training = _Part[bool]("What a call without ``training=`` does. May be assigned.", flag)
 
     gamma = _Vector("Scale, one value per channel, or None.")
@@ -410,16 +422,16 @@ class BatchNorm:
         channel_axis: ChannelAxis = _UNSAID, data_format: DataFormatName | None = None, scale: bool = True,
         center: bool = True, running_ddof: int = 1, activation: ActivationName | None = None,
         slope: float | None = None, renorm: RenormOptions | bool | None = None,
-        virtual_batch_size: int | None = None, keep: Literal["x", "y"] = "x", group: None = None,
+        virtual_batch_size: int | None = None, keep: Literal["x", "y"] = "x", group: Group | None = None,
         on_nonfinite: OnNonfinite = "propagate", allow_initial_statistics: bool = False,
         initial: Mapping[str, Initial] | None = None, history: int | None = None,
         dtype: DTypeLike = np.float32,
     ) -> None:  # fmt: skip
         given = dict(locals())
-        refuse_group(group)
         settings = Settings(**{each.name: given[each.name] for each in fields(Settings)})
         values = _checked_initial(initial, settings)
         self._state = _State(settings, _name("name", name), checked_dtype(dtype), values)
+        self._state.group = _group("group", group)
         self.record_history(history)
         if num_features is not None:
             self._allocate(_channel_shape(num_features, settings.channel_axis))
@@ -652,10 +664,11 @@ class BatchNorm:
             setattr(self._state, name, value)
         return self
 
-    def _mode(self, training: Any, stats: Any, update: Any) -> tuple[bool, bool, bool]:
-        """What modes and arguments come to: normalise by the batch, update, keep what backward needs.
+    def _mode(self, training: Any, stats: Any, update: Any) -> tuple[bool, bool, bool, Group | None]:
+        """What modes and arguments come to: normalise by the batch, update, keep what backward needs; group.
 
-        Inside using() nothing is kept: the forward before it stays the one to go back through.
+        Inside using() nothing is kept: the forward before it stays the one to go back through. Nor is the
+        batch shared with other processes.
         """
         state = self._state
         mode = state.training if training is None else flag("training", training)
@@ -667,8 +680,8 @@ class BatchNorm:
                 if getattr(state, context):
                     raise ValueError(f"update is True {why}")
         if state.using is not None:
-            return state.using[0] == "batch", False, False
-        return by_batch, updating, mode
+            return state.using[0] == "batch", False, False, None
+        return by_batch, updating, mode, state.group
 
     # ---- forward and backward ------------------------------------------------------------------------------
 
@@ -741,12 +754,13 @@ class BatchNorm:
             Running statistics are used that nothing has ever updated.
         """
         state, by_batch, settings, running = self._state, True, self._state.settings, self._state.running
-        initial, saved, done, measured, renorm = state.initial, None, None, None, None
+        initial, saved, done, measured, renorm, waiting = state.initial, None, None, None, None, None
         decay: Any = 1.0
         try:
+            by_batch, updating, keeping, group = self._mode(training, stats, update)
+            waiting = group if by_batch or updating else None
             if not isinstance(x, np.ndarray):
                 x = as_array("x", x, False)
-            by_batch, updating, keeping = self._mode(training, stats, update)
             if initial is not None or settings.data_format is not None or not (by_batch or running.trusted):
                 self._prepare(x, not by_batch)
             if state.using is not None or state.history is not None:
@@ -764,6 +778,7 @@ class BatchNorm:
                 parts = settings.virtual_batch_size if by_batch or updating else None
                 if settings.renorm is not None and state.using is None and (by_batch or updating):
                     renorm = running.renorm(settings, by_batch, updating)
+                waiting = None
                 y, saved = _functions.batch_norm_train(
                     x, scale, shift, mean=None if by_batch else mean, var=None if by_batch else var,
                     running_mean=mean if updating else None, running_var=var if updating else None,
@@ -771,7 +786,7 @@ class BatchNorm:
                     channel_axis=settings.channel_axis, activation=settings.activation, slope=settings.slope,
                     residual=residual, mask=mask, lengths=lengths, lengths_axis=lengths_axis, weights=weights,
                     renorm=renorm, virtual_batch_size=parts, keep=keep, running_ddof=settings.running_ddof,
-                    on_nonfinite=settings.on_nonfinite, out=out,
+                    on_nonfinite=settings.on_nonfinite, group=group, out=out,
                 )  # fmt: skip
             else:
                 y = _functions.batch_norm(
@@ -781,10 +796,9 @@ class BatchNorm:
                 )  # fmt: skip
         except BaseException as error:
             self._unlearn(initial)
-            self._explain(error, x, not by_batch or settings.renorm is not None)
+            self._explain(error, x, not by_batch or settings.renorm is not None, waiting)
             raise
-        # Nothing below can fail.
-        state.forwards += 1
+        state.forwards += 1  # nothing below can fail
         if state.using is None:
             state.saved = _RETURNED if return_saved else _EVAL if saved is None or not keeping else saved
         if done is not None:
@@ -793,7 +807,7 @@ class BatchNorm:
             return y
         saved._owner, saved._serial = state.token, state.forwards
         if updating:
-            values = x.size // mean.size if mask is None and lengths is None and weights is None else None
+            values = x.size // mean.size if mask is lengths is weights is None is group else None
             running.count(saved, values, decay, 1.0 if weights is None else settings.running_ddof)
             if state.history is not None and saved.updated:
                 of_batch = measured or (saved.mean, saved.var)
@@ -844,6 +858,7 @@ class BatchNorm:
         state = self._state
         needs: Any = None
         used: Any = state.saved if saved is None else saved
+        waiting = state.group if isinstance(used, str) else getattr(used, "group", None)
         try:
             if isinstance(used, str):
                 raise RuntimeError(used)
@@ -861,6 +876,7 @@ class BatchNorm:
             if "parameters" in state.frozen:  # of gamma and beta only those of the call
                 given = used.gamma is not None and not self.scale, used.beta is not None and not self.center
                 needs = [*compress(("dx", "dgamma", "dbeta", "dresidual"), (True, *given, used.has_residual))]
+            waiting = None
             gradients = batch_norm_backward(
                 dy, used, needs=needs, all_reduce=all_reduce, out=out, out_residual=out_residual
             )
@@ -868,7 +884,7 @@ class BatchNorm:
             if adding:
                 dgamma, dbeta = _sum("dgamma", state.dgamma, dgamma), _sum("dbeta", state.dbeta, dbeta)
         except Exception as error:
-            self._explain(error)
+            self._explain(error, waiting=waiting)
             raise
         state.dgamma, state.dbeta, state.dresidual = dgamma, dbeta, gradients.dresidual
         state.graded = state.forwards
@@ -922,12 +938,18 @@ class BatchNorm:
             _hints.warn(str(found), ColdStatisticsWarning)
         running.trusted = True
 
-    def _explain(self, error: BaseException, x: Any = None, reads_running: bool = False) -> None:
-        """Let the error of a failed call say the layer's name, and what the layer knows better."""
+    def _explain(
+        self, error: BaseException, x: Any = None, reads_running: bool = False, waiting: Group | None = None
+    ) -> None:
+        """Let the error of a failed call say the layer's name, and what the layer knows better.
+
+        `waiting`: processes that are at an exchange to which this one will not come.
+        """
         if isinstance(error, TypeError | ValueError | RuntimeError):
             better = isinstance(error, ValueError) and x is not None and self._better(x, reads_running)
             who = f"{self.name}: " if self.name else ""
             error.args = (who + (better or str(error)).removeprefix(who),)
+        tell(waiting, error)
 
     def _better(self, x: Any, reads_running: bool) -> str | None:
         """What is wrong with the channels of `x` or with the running statistics, if that is it."""
@@ -1202,12 +1224,21 @@ class BatchNorm:
         state, kept = self._state, [*getattr(self, "__dict__", {}).values()]  # of a subclass
         kept += [state.gamma, state.beta] * ("params" in shared) + [state.running] * ("stats" in shared)
         kept += [state.dgamma, state.dbeta, state.dresidual, state.history]  # which the new layer has not
-        other = copy.deepcopy(self, {id(each): each for each in kept})
+        bare = type(self).__new__(type(self))
+        bare._state = replace(state, group=None)
+        getattr(bare, "__dict__", {}).update(getattr(self, "__dict__", {}))
+        other = copy.deepcopy(bare, {id(each): each for each in kept})
         history = None if state.history is None else History(state.history.limit)
-        return other._change(dgamma=None, dbeta=None, dresidual=None, history=history)
+        return other._change(dgamma=None, dbeta=None, dresidual=None, history=history, group=state.group)
 
     def __getstate__(self) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """For pickle and copy: all but the saved forward, so a copy needs a forward before its backward."""
+        if self.group is not None:
+            who = f"{self.name}: " if self.name else ""
+            got = f"{who}group is {kind(self.group)}, which belongs to this process, so that the layer is"
+            raise TypeError(
+                f"{got} neither pickled nor copied; set bn.group = None before, or use bn.clone()"
+            )
         bare = replace(self._state, saved=_NONE_YET, graded=0, token=object(), using=None, paused=False)
         return getattr(self, "__dict__", None), {"_state": bare}  # a subclass has a __dict__
 
@@ -1329,7 +1360,7 @@ class BatchNorm:
         return findings.diagnose_layer(self, x, **positions)
 
     @_core.entrance
-    def recalibrate(self, batches: Iterable[Array] | Moments, *, group: None = None) -> Self:
+    def recalibrate(self, batches: Iterable[Array] | Moments, *, group: Group | None = None) -> Self:
         """Replace the running statistics by those of the data; return the layer.
 
         Parameters
@@ -1337,8 +1368,9 @@ class BatchNorm:
         batches : iterable of ndarray, or Moments
             Inputs of this layer, of any sizes; or what has accumulated them, with masks, in other processes.
             For a layer inside a network use :func:`batchnorm.recalibrate` or ``recalibrating()``.
-        group : None
-            Statistics over processes: pass a merged :class:`Moments`.
+        group : Group, optional
+            Other processes that do the same with other batches, or none: the statistics are those of all,
+            the same bits on every process and however the batches are shared out.
 
         Returns
         -------

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import _core, _hints
 from ._arrays import as_array, is_masked
+from .distributed import reduced, telling
 from .functional import batch_norm
 from .settings import Settings, UnsaidAxis, flag, integer, kind, real
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
@@ -75,8 +76,9 @@ def moments(
     nodata : float, or one per channel, optional
         Values equal to it do not count. It is rounded to x's dtype before it is compared. NaN matches NaN;
         one of several, it says of integers that this channel has none.
-    group : None
-        Statistics over processes: see :meth:`Moments.to_array`.
+    group : Group, optional
+        Other processes that hold parts of the batch, as in :func:`batch_norm_train`: the moments are those of
+        the whole batch, the same on all. To merge what each has seen by itself, :meth:`Moments.allreduce`.
     num_threads : int, optional
         As in :func:`batch_norm`.
 
@@ -122,20 +124,21 @@ def moments(
     >>> batchnorm.moments(bands, channel_axis=0, nodata=-9999).mean.tolist()
     [2.0, 6.0]
     """
-    if group is not None:
-        refuse_group(group)
     if type(x) is np.ndarray and keepdims is False and nodata is None and data_format is None:
         pair = _core.moments(
             x, channel_axis=channel_axis, ddof=ddof, mask=mask, lengths=lengths, lengths_axis=lengths_axis,
-            weights=weights, num_threads=num_threads,
+            weights=weights, group=group, num_threads=num_threads,
         )  # fmt: skip
         return _filled(MeanVar, pair)
-    keep = flag("keepdims", keepdims)
-    where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
-    where |= {} if data_format is None else {"data_format": data_format}
-    positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
-    x, positions = _counting(x, where, _nodata(nodata), positions)
-    pair = _core.moments(x, **where, **positions, ddof=ddof, weights=weights, num_threads=num_threads)
+    with telling(group):
+        keep = flag("keepdims", keepdims)
+        where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
+        where |= {} if data_format is None else {"data_format": data_format}
+        positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
+        x, positions = _counting(x, where, _nodata(nodata), positions)
+    pair = _core.moments(
+        x, **where, **positions, ddof=ddof, weights=weights, group=group, num_threads=num_threads
+    )
     others = reduced_axes(x.ndim, Settings(**where).channel_axis) if keep else ()
     return MeanVar(*(np.expand_dims(values, others) for values in pair))
 
@@ -295,6 +298,52 @@ class Moments:
             raise ValueError("accumulators is empty, expected at least one Moments")
         return total
 
+    def allreduce(self, group: Group) -> Moments:
+        """A new accumulator of everything that all processes of a group have seen.
+
+        Parameters
+        ----------
+        group : Group
+            Every process of it must call this. An mpi4py communicator reduces by an operation of its own, in
+            as many steps as the logarithm of the number of processes; from another group each process
+            receives the sums of all.
+
+        Returns
+        -------
+        Moments
+            The same on every process, with this one's axis and ``nodata``.
+
+        Raises
+        ------
+        TypeError
+            ``group`` is none.
+        ValueError
+            The processes have seen different channels, or values whose squares exceed a float64.
+        RuntimeError
+            A process of the group has failed.
+
+        Examples
+        --------
+        >>> import numpy as np, batchnorm
+        >>> from batchnorm.distributed import LocalGroup
+        >>> x = np.arange(48, dtype=np.float32).reshape(8, 2, 3)
+        >>> def total(rank):
+        ...     mine = batchnorm.Moments().update(x[rank.rank :: 3])
+        ...     return mine.allreduce(rank)
+        >>> LocalGroup(3).run(total)[0].mean.tolist()
+        [22.0, 25.0]
+        """
+        total = self.copy()
+        shapes = [tuple(map(int, each)) for each in _core.gather(group, np.array(self._shape, np.float64))]
+        known = {shape for shape in shapes if shape}
+        if len(known) > 1:
+            raise ValueError(f"processes have seen channels of shapes {shapes}, expected the same on all")
+        if known:
+            (total._shape,) = known
+            mine = np.zeros(3 * _PARTS * math.prod(total._shape)) if self._sums is None else self._sums
+            total._sums = reduced(group, mine, _core.merged_moment_sums)
+        return total
+
     def copy(self) -> Moments:
         """An accumulator of the same state that goes its own way.
 
@@ -412,11 +461,12 @@ class Moments:
             lengths; count, sum x and sum x^2, each as three times C values that add up to it. ``data_format``
             is kept as its axis; ``nodata`` is not in it.
 
+        See Also
+        --------
+        allreduce : Merge what several processes have seen.
+
         Examples
         --------
-        Of batches on several processes, with mpi4py:
-        ``Moments.merged(map(Moments.from_array, comm.allgather(mine.to_array())))``.
-
         >>> import numpy as np, batchnorm
         >>> mine = batchnorm.Moments().update(np.ones((8, 64, 4, 4), np.float32))
         >>> mine.to_array().shape
@@ -435,7 +485,7 @@ class Moments:
         Parameters
         ----------
         array : array of float64, 1 dimension
-            Copied.
+            In any order of bytes. Copied.
 
         Returns
         -------
@@ -446,13 +496,14 @@ class Moments:
         TypeError, ValueError
             No such array: its kind, dtype, version or length is wrong, or no accumulator has such values.
         """
-        if not isinstance(array, np.ndarray) or array.dtype != np.float64:
+        if not isinstance(array, np.ndarray) or array.dtype.newbyteorder("=") != np.float64:
             raise TypeError(f"array is {getattr(array, 'dtype', kind(array))}, expected an array of float64")
+        array = array.astype(np.float64)  # of another machine's order of bytes, too
         try:
             version, channels, k = map(int, array[:3])
             with np.errstate(invalid="ignore"):  # a number that no int can be is none of an accumulator's
                 axes, shape = array[3 : 3 + 2 * k].astype(int).reshape(2, k).tolist()
-            sums = array[3 + 2 * k :].copy()
+            sums = array[3 + 2 * k :]
             count, _, squares = sums.reshape(3, _PARTS, channels)
             good = version == _VERSION and min(shape) >= 0 and channels == math.prod(shape)
             good = good and bool(np.isfinite(count).all()) and count.any() == (channels > 0)
@@ -548,10 +599,9 @@ def array_of(value: Any) -> Any:
 
 
 def refuse_group(group: object) -> None:
-    """Statistics are shared by exchanging accumulators, which no function does yet by itself."""
+    """Data sets are gone through by each process by itself; what they have seen is merged then."""
     if group is not None:
-        how = "Moments.merged(map(Moments.from_array, group.allgather(mine.to_array())))"
-        remedy = f"take a Moments on each process and merge them: {how}"
+        remedy = "merge what each process has seen: dataset_moments(batches).moments.allreduce(group)"
         raise ValueError(f"group is {kind(group)}, expected None; {remedy}")
 
 

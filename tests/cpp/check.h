@@ -2,6 +2,7 @@
 // default tuning and no poll; main puts them back.
 #pragma once
 
+#include <atomic>
 #include <batchnorm/batchnorm.hpp>
 #include <cstdint>
 #include <cstdio>
@@ -15,9 +16,9 @@ using namespace batchnorm;
 using std::int64_t;
 using std::size_t;
 
-inline int64_t passed = 0, failed = 0;
-inline std::string context;  // what is being tested, for the message of a failed check
-inline bool quick = false;   // --quick: a sample of what takes long
+inline std::atomic<int64_t> passed = 0, failed = 0;  // by several threads
+inline std::string context;                          // what is being tested, for the message of a failed check
+inline bool quick = false;                           // --quick: a sample of what takes long
 
 inline bool check(bool ok, const std::string& what, const char* file, int line) {
     ++(ok ? passed : failed);

@@ -113,7 +113,7 @@ public:
         const Shape v = layout.rows ? Shape{s.count(), s.channels, 1} : s;
         const int64_t short_n = layout.channels_last ? v.channels : v.inner, middle_n = layout.channels_last ? v.inner : v.channels;
         const int64_t middle = short_n * layout.every + layout.gap, outer = middle_n * middle + layout.gap, sign = layout.reversed ? -1 : 1;
-        memory_.assign((static_cast<size_t>(v.outer * outer) * size_ + 7) / 8, std::bit_cast<double>(kUntouched));
+        memory_.assign((static_cast<size_t>(v.outer * outer) * size_ + 7) / 8 + (v.outer == 0), std::bit_cast<double>(kUntouched));
         const int64_t first = layout.reversed ? (v.outer - 1) * outer + (middle_n - 1) * middle : 0;
         view_.data = bytes() + static_cast<size_t>(first) * size_;
         view_.dtype = dtype;

@@ -327,11 +327,21 @@ TEST(errors_of_numbers) {
         BAD_VALUE(second, message, a.execution.num_threads = n);
     }
     struct : Group {
-        int size() const override { return 1; }
-        void allgather(std::span<const double>, std::span<double>) override {}
+        std::vector<Vector> allgather(std::span<const double>) override { return {}; }
     } nobody;
-    BAD_VALUE(train, "group is given, expected none: statistics over several processes are not served yet", a.execution.group = &nobody);
-    BAD_VALUE(backward, "group is given", a.execution.group = &nobody);
+    BAD_VALUE(train, "group has gathered nothing, expected an array from each rank", a.execution.group = &nobody);
+    BAD_VALUE(inference, "group is given to batch_norm, which takes no statistics, expected none; drop it", a.execution.group = &nobody);
+    BAD_VALUE(backward, "group is given, expected none, as in the forward", a.execution.group = &nobody);
+    BAD_VALUE(backward, "all_reduce is true without a group, expected false", a.all_reduce = true);
+    BAD_VALUE(train, "sample_outer is 0, expected a number >= 1 that divides the outer size 4",
+              (a.execution.group = &nobody, a.execution.sample_outer = 0));
+    BAD_VALUE(train, "sample_outer is 3, expected a number >= 1 that divides", (a.execution.group = &nobody, a.execution.sample_outer = 3));
+    BAD_VALUE(train, "part_outer is given with a group, expected none: a part has statistics of its own",
+              (a.execution.group = &nobody, a.part_outer = 2));
+    BAD_VALUE(samples, "sample_outer is 2, expected 1, the rows of outer that a row of gamma and beta is for",
+              (a.execution.group = &nobody, a.execution.sample_outer = 2));
+    BAD_VALUE(samples, "keep is y with a group and a gamma or beta of each sample, expected x",
+              (a.execution.group = &nobody, a.keep = Keep::y, a.saved = &e.saved, a.residual = {}));
     const auto keep_y = [](Example& e, Forward& a) { a.keep = Keep::y, a.saved = &e.saved, a.residual = {}; };
     BAD_VALUE(train, "keep is y with a residual, behind which y does not tell x, expected x", (keep_y(e, a), a.residual = runs(e.z)));
     BAD_VALUE(train, "keep is y with an activation behind which y does not tell x, expected x, or leaky_relu, or no activation",

@@ -424,7 +424,7 @@ BAD_DATA_SETS = [
     ([], {"moments": Moments(), "channel_axis": 1}, TypeError, "has its own; drop channel_axis"),
     ([], {"moments": Moments(), "nodata": 0}, TypeError, "has its own; drop nodata"),
     ([], {"progress": 1}, TypeError, r"progress is 1 \(int\), expected True or False"),
-    ([], {"group": object()}, ValueError, "group is .*Moments.merged"),
+    ([], {"group": object()}, ValueError, "group is .*moments.allreduce"),
     (np.ones((2, 3)), {"num_threads": 0}, ValueError, "num_threads is 0"),
     ([], {"scale": 1 / 255}, TypeError, "max_value=255"),
     ([], {"chunksize": 7}, TypeError, r"dataset_moments\(\) has no argument 'chunksize'"),

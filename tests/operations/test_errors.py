@@ -731,7 +731,7 @@ words = ("saved holds no residual", "an output of backward was the residual itse
 case(SECOND, "residual overwritten by backward", used_up("out_residual", activation="silu"), R, *words)
 case(BACKWARD, "all_reduce", {"all_reduce": True}, V, "all_reduce is True", "no group")
 case(BACKWARD, "all_reduce int", {"all_reduce": 1}, T, "all_reduce is 1 (int)", "True or False")
-case(TRAIN, "group", {"group": object()}, T, "group is of type object", "Moments")
+case(TRAIN, "group", {"group": object()}, T, "group is of type object", "mpi4py", "torch_group")
 case(SECOND, "x beside a kept one", {"x": x0.astype(f32)}, V, "x is given", "saved")
 case(SECOND, "residual without one", {"residual": x0.astype(f32)}, V, "residual is given", "saved")
 for value in (("dx", "dz"), ["dX"], {"gamma"}):

@@ -229,19 +229,34 @@ struct Running {
     OnNonfinite on_nonfinite = OnNonfinite::propagate;
 };
 
-// Other processes that hold parts of the same batch. Not served yet: Execution::group must be null.
+// Ranks (processes, as a rule) that hold parts of one batch, each some of its samples: any number of them, also none. With a group the
+// statistics, running statistics, dx and, on demand, dgamma and dbeta are those of the whole batch: the same bits for any number of ranks
+// and any distribution of the samples. Every rank makes the same call, with the same options; the call then exchanges sums, on the thread
+// that made it. A rank whose call fails before its last exchange makes the others throw RankFailed, and nothing is changed anywhere.
 class BATCHNORM_API Group {
 public:
     virtual ~Group();
-    virtual int size() const = 0;
-    virtual void allgather(std::span<const double> mine, std::span<double> all) = 0;  // all: size() times mine, in rank order
+    // The values of every rank, in the order of ranks. Lengths differ only where a rank has failed, or calls something else. What it throws
+    // ends the call.
+    virtual std::vector<std::vector<double> > allgather(std::span<const double> mine) = 0;
 };
+// Another rank has failed, with this message.
+struct BATCHNORM_API RankFailed : std::runtime_error {
+    int rank;
+    RankFailed(int r, const std::string& message) : std::runtime_error(message), rank(r) {}
+};
+// For a rank that cannot come to make its call: that of the others throws RankFailed.
+BATCHNORM_API void fail(Group& group, std::string_view message);
+// For what the calls here do not do, such as merging sums of moments: the values of every rank, which may be of any length, in the order of
+// ranks; throws RankFailed if one has failed.
+BATCHNORM_API std::vector<std::vector<double> > gather(Group& group, std::span<const double> mine);
 
 struct Execution {
     int num_threads = 0;       // for this call; 0: num_threads()
     bool disjoint = false;     // the caller vouches that outputs overlap nothing they may not
     bool check_values = true;  // whether NaN, Inf and negative variances in per-channel arguments are refused
     Group* group = nullptr;
+    std::int64_t sample_outer = 1;  // with a group: rows of x's outer that are one sample; of NHWC, as rows, H*W
 };
 
 // What backward needs of x. With y it recovers x from the output, (y - offset) / slope per channel, and x itself is stored of channels
@@ -325,8 +340,9 @@ struct Backward {
     const Saved* saved = nullptr;
     ConstTensor residual{};  // the forward's, if saved->reads_residual()
     Tensor dx{}, dresidual{};
-    Rows dgamma{}, dbeta{};  // with as many rows as the forward's gamma and beta had, or none if those were absent
-    Execution execution{};
+    Rows dgamma{}, dbeta{};   // with as many rows as the forward's gamma and beta had, or none if those were absent
+    bool all_reduce = false;  // with a group: dgamma and dbeta are the group's, not this rank's. Rows of samples are whole as they are
+    Execution execution{};    // of a forward with a group: with the same
 };
 BATCHNORM_API void batch_norm_backward(const Backward& call);
 
@@ -350,9 +366,10 @@ struct DoubleBackward {
 BATCHNORM_API void batch_norm_double_backward(const DoubleBackward& call);
 
 // Mean and variance (sum of squared deviations / (n - ddof)) per channel, in double. n <= ddof gives NaN, and is an error if no channel
-// has more, unless all have none. Of integer x without weights both are the correctly rounded ones.
+// has more, unless all have none. Of integer x without weights both are the correctly rounded ones. With a group they are the whole
+// batch's.
 BATCHNORM_API void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof = 0, int num_threads = 0,
-                           const Positions& positions = {});
+                           const Positions& positions = {}, Group* group = nullptr, std::int64_t sample_outer = 1);
 
 // Moments of more data than one call sees. moment_sums makes of a batch, for each channel, its count, sum x and sum x^2, in
 // moment_sums_size(C) doubles; merge_moment_sums adds `others` to `sums`, in any order and grouping; moments_from_sums makes of the result

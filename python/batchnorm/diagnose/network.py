@@ -11,7 +11,7 @@ import numpy as np
 from .. import _core
 from ..moments import Moments, reduced_axes
 from ..settings import kind
-from ..typing import Array, Examined, LayerLike
+from ..typing import Array, Examined, Group, LayerLike
 
 __all__ = ["freeze", "no_update"]
 
@@ -161,6 +161,13 @@ class Collector:
             self.samples += x.shape[others[0]]
 
         return add
+
+    def allreduce(self, group: Group | None) -> Collector:
+        """What has passed through the layer in all processes of a group."""
+        if group is not None:
+            self.moments = self.moments.allreduce(group)
+            self.batches = int(np.sum(_core.gather(group, np.array([float(self.batches)]))))
+        return self
 
 
 def check_channels(

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import _core
-from ..moments import Moments, refuse_group
+from ..distributed import telling
+from ..moments import Moments
 from ..settings import flag
-from ..typing import Array, Examined, LayerLike, Mask, StatsName, Vector
+from ..typing import Array, Examined, Group, LayerLike, Mask, StatsName, Vector
 from .network import Collector, Layers, check_channels, iterable, named, run, watching
 
 __all__ = ["recalibrate"]
@@ -32,17 +33,17 @@ class New(NamedTuple):
     known: Mask
 
 
-def collected(layer: LayerLike, data: Iterable[Array] | Moments, group: object = None) -> Collector:
-    """What a layer's own ``recalibrate`` is given: batches or a Moments."""
-    refuse_group(group)
+def collected(layer: LayerLike, data: Iterable[Array] | Moments, group: Group | None = None) -> Collector:
+    """What a layer's own ``recalibrate`` is given: batches or a Moments, of all processes of a group."""
     collector = Collector(layer)
-    if isinstance(data, Moments):
-        collector.moments.merge(data)
-        collector.batches = 1
-    else:
-        for x in iterable(data, "arrays, such as [x], or a Moments"):
-            collector(x)()
-    return collector
+    with telling(group):
+        if isinstance(data, Moments):
+            collector.moments.merge(data)
+            collector.batches = 1
+        else:
+            for x in iterable(data, "arrays, such as [x], or a Moments"):
+                collector(x)()
+    return collector.allreduce(group)
 
 
 def population(layer: Examined, collector: Collector, name: str | None = None) -> New:
@@ -72,12 +73,13 @@ def population(layer: Examined, collector: Collector, name: str | None = None) -
 
 
 @contextlib.contextmanager
-def recalibrating(layers: Layers) -> Iterator[None]:
+def recalibrating(layers: Layers, group: Group | None = None) -> Iterator[None]:
     """Inside, calls of the layers collect; at the end all of them are updated, or, on an error, none."""
-    layers = named(layers)
-    with watching(layers) as collectors:
-        yield
-    new = [population(layer, collectors[name], name) for name, layer in layers.items()]
+    with telling(group):
+        layers = named(layers)
+        with watching(layers) as collectors:
+            yield
+    new = [population(each, collectors[name].allreduce(group), name) for name, each in layers.items()]
     for layer, statistics in zip(layers.values(), new, strict=True):
         layer.running.replace(*statistics)
 
@@ -85,7 +87,7 @@ def recalibrating(layers: Layers) -> Iterator[None]:
 @_core.entrance
 def recalibrate(
     layers: Layers, forward: Callable[[Any], Any], batches: Iterable[Any], *, one_by_one: bool = False,
-    group: None = None,
+    group: Group | None = None,
 ) -> None:  # fmt: skip
     """Replace the running statistics of a network's layers by those of the data.
 
@@ -102,8 +104,10 @@ def recalibrate(
         False: one pass. Every layer normalises with each batch's own statistics meanwhile, as in training.
         True: a pass per layer, in which the layers before it already use their new statistics. Each one gets
         exactly the statistics that it will meet in eval mode.
-    group : None
-        Statistics over processes: give each layer's ``recalibrate`` a merged :class:`Moments`.
+    group : Group, optional
+        Other processes that run the same network on other batches: the statistics are those of all batches,
+        the same bits on every process and however the batches are shared out. Every process calls this, with
+        any number of batches. The layers' own groups play no part.
 
     Raises
     ------
@@ -128,28 +132,29 @@ def recalibrate(
     >>> second.running.num_values.tolist(), second.running_mean.shape
     ([32.0, 32.0, 32.0], (3,))
     """
-    chosen = named(layers)
-    refuse_group(group)
-    if not flag("one_by_one", one_by_one):
-        with recalibrating(chosen):
+    with telling(group):
+        chosen = named(layers)
+        by_one = flag("one_by_one", one_by_one)
+        if by_one and isinstance(batches, Iterator):
+            why = "only once, expected a list or the like, as one_by_one takes a pass for each layer"
+            raise TypeError(f"batches is an iterator, which can be gone through {why}")
+    if not by_one:
+        with recalibrating(chosen, group):
             run(forward, batches)
         return
-    if isinstance(batches, Iterator):
-        why = "gone through only once, expected a list or the like, as one_by_one takes a pass for each layer"
-        raise TypeError(f"batches is an iterator, which can be {why}")
     before = {name: layer.snapshot() for name, layer in chosen.items()}
     done: set[int] = set()  # of statistics, which layers may share
     try:
         for name, layer in chosen.items():
             if id(layer.running) not in done:
                 collector = Collector(layer)
-                with contextlib.ExitStack() as stack:
+                with telling(group), contextlib.ExitStack() as stack:
                     for own, each in chosen.items():
                         stats: StatsName = "running" if id(each.running) in done else "batch"
                         observe = collector if each.running is layer.running else None
                         stack.enter_context(each.using(stats, observe, own))
                     run(forward, batches)
-                layer.running.replace(*population(layer, collector, name))
+                layer.running.replace(*population(layer, collector.allreduce(group), name))
                 done.add(id(layer.running))
     except BaseException:
         for name, layer in chosen.items():

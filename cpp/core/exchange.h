@@ -1,0 +1,65 @@
+// What the ranks of a group tell each other in one call: whether they are well and make the same call, then exact sums. Used by the
+// drivers; knows no tensor.
+//
+// An array that is sent starts with a status, 0, followed by what all ranks must have in common, by what a rank may have of its own, and
+// the sums. A rank that has failed sends a status of 1; all then send a text, its message.
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+#include "types.h"
+
+namespace batchnorm {
+
+class Exchange {
+public:
+    enum Kind { training, measuring, gradients, gradients_of_lost };
+    // What all ranks must have in common.
+    struct Same {
+        Kind kind;
+        Dtype dtype;
+        int64_t channels;
+        double option;
+    };
+    // One rank's contribution. scale: by which its sums are multiplied, a power of two; infinite if it has none. weighted: whether its
+    // values count as often as weights say.
+    struct Part {
+        double scale;
+        bool weighted;
+        std::vector<double> sums;
+    };
+
+    // expected: whether the call comes to an exchange at all.
+    Exchange(Group& group, bool expected) : group_(group), expected_(expected) {}
+
+    // Every rank's part, in the order of ranks. Throws if a rank has failed or is in another call. Then no other exchange is expected,
+    // until expect() says so.
+    std::vector<Part> gather(const Same& same, double scale, bool weighted, std::span<const double> sums);
+    void expect() { expected_ = true; }
+    // This rank fails: those that wait for it learn why.
+    void fail(const char* message) noexcept;
+
+private:
+    Group& group_;
+    bool expected_;
+    int round_ = 0;
+};
+
+// Runs f(exchange), null without a group; the others learn of what it throws.
+template <class F>
+void together(Group* group, bool exchanges, const F& f) {
+    if (group == nullptr) return f(static_cast<Exchange*>(nullptr));
+    Exchange exchange(*group, exchanges);
+    try {
+        f(&exchange);
+    } catch (const std::exception& e) {
+        exchange.fail(e.what());
+        std::rethrow_exception(std::current_exception());
+    } catch (...) {
+        exchange.fail("an exception of another kind");
+        std::rethrow_exception(std::current_exception());
+    }
+}
+
+}  // namespace batchnorm
