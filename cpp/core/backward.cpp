@@ -27,8 +27,6 @@ struct Work {
     // Whether so few values count that x_hat is 0 and no gradient reaches x.
     bool single(int64_t part, int64_t c) const { return s.batch && s.values[part * channels() + c] < 2; }
     bool sums() const { return dgamma != nullptr || (b.dx && s.batch); }
-    // Of a batch that ranks of a group hold.
-    bool by_sample() const { return call.sample_outer != 0; }
     bool rows() const { return s.gamma.rows != 0 || s.beta.rows != 0; }
     int64_t channels() const { return call.geometry.channels; }
     int64_t group(int64_t part, int64_t q) const { return part * call.groups(0) + q; }
@@ -72,8 +70,9 @@ Tensor left_gradient(const Work& w, const Act& act, const Plan& plan) {
     return to && smooth && exact && w.counting.every() && dense && to.data != w.b.kept.data ? to : Tensor();
 }
 
-// One part, some channels: a pass of reduce.h.
-template <class C>
+// One part, some channels: a pass of reduce.h. `together`: of a batch that ranks of a group hold; a type of its own, so that the compiler
+// inlines what a call of one process runs as if there were no other.
+template <class C, bool together = false>
 class Gradients {
 public:
     Gradients(Workspace& ws, const Plan& plan, const Work& w, int64_t part, int64_t c0, int64_t c1)
@@ -87,7 +86,7 @@ public:
                         w.s.keep == Keep::y)),
           bits_(BitLayout(w.call.geometry, w.call.parts).mask(w.s.bits, part)),
           // With a group outputs are written once nothing can fail any more.
-          left_(w.sums() && !w.by_sample() ? left_gradient(w, act_, plan) : Tensor()),
+          left_(w.sums() && !together ? left_gradient(w, act_, plan) : Tensor()),
           stream_(plan.stream),
           shift_(ws, groups_, plan, c0, c1),
           affine_(ws, groups_, plan, c0, c1, lead_of(w.b.dx, begin_)),
@@ -142,9 +141,9 @@ public:
         return [this, c0, c1, same = std::move(same)](int64_t sample, const double* a, const double* b, const ExactSums& to, int64_t row) {
             by_columns(c0, c1, [&](int64_t c, int64_t n) {
                 const Cells cells{groups_ == 1 ? 0 : sample, c, n, false};
-                const Column<double> first(a + (c - c0), n), second(b + (c - c0), n);
-                if (same.empty()) return take_rows(cells, first, second, to, row);
-                const Sums s = sums_of(same[index((c - c0) / kColumn)], cells, first, second);
+                Sums s{{a + (c - c0), n}, {b + (c - c0), n}};
+                if (same.empty()) return take_rows(cells, s, to, row);
+                about_mean(same[index((c - c0) / kColumn)], cells, s);
                 to.add(row, c, n, s.g.value);
                 to.add(row + 1, c, n, s.g_xc.value);
             });
@@ -179,8 +178,13 @@ private:
     struct Sums {
         Column<double> g, g_xc;
     };
-    Sums sums_of(const Numbers& k, const Cells& cells, const Column<double>& first, const Column<double>& second) const {
-        Sums s{first, second};
+    Sums sums_of(const Numbers& k, const Cells& cells) const {
+        Sums s{sums_.first(cells), sums_.second(cells)};
+        about_mean(k, cells, s);
+        return s;
+    }
+    // What was taken about a shift, and of the kept tensor, is then about the mean and of x.
+    void about_mean(const Numbers& k, const Cells& cells, Sums& s) const {
         for_entries(cells.n, [&](int64_t i) {
             const double about = coeffs::gradient_shift(k.center[i], k.u_inv_std[i], is_double_);
             s.g_xc[i] = coeffs::about_mean(s.g[i], s.g_xc[i], k.center[i], about);
@@ -193,7 +197,6 @@ private:
             s.g_xc[i] = 0;
             if (w_.s.values[part_ * w_.channels() + cells.channel_of(i)] == 0) s.g[i] = 0;
         }
-        return s;
     }
     // `all`: sums of channels from c on, of all groups, each times its gamma r (`summed`); of one alone, without.
     void put(const Cells& cells, const Numbers& k, const Sums& all, int64_t c, bool summed) {
@@ -207,9 +210,9 @@ private:
                                   return coeffs::gradient<C>(slopes, g[i], g_xc[i], n_of[i] * scale);
                               }});
     }
-    void take_rows(const Cells& cells, const Column<double>& first, const Column<double>& second, const ExactSums& to, int64_t row) {
+    void take_rows(const Cells& cells, Sums& s, const ExactSums& to, int64_t row) {
         const Numbers k(w_, part_, cells);
-        Sums s = sums_of(k, cells, first, second);
+        about_mean(k, cells, s);
         if (w_.dgamma != nullptr) {
             put_parameters(cells, k, s);
             const int64_t at = w_.group(part_, cells.group) * w_.channels() + cells.channel;
@@ -228,7 +231,7 @@ private:
         for_entries(n, [&](int64_t i) { all.g[i] = all.g_xc[i] = 0; });
         for_cells(groups_, down_, c, n, [&](const Cells& cells) {
             const Numbers k(w_, part_, cells);
-            const Sums s = sums_of(k, cells, sums_.first(cells), sums_.second(cells));
+            const Sums s = sums_of(k, cells);
             put_parameters(cells, k, s);
             if (groups_ == 1) return put(cells, k, s, c, false);
             for_entries(cells.n, [&](int64_t i) {
@@ -353,7 +356,7 @@ void run_together(const Work& w, Exchange& exchange, Exchange::Kind kind, const 
     const PartPlans plans(g, {g.outer, g.outer, 1}, traffic, some ? w.call.sample_outer : 0);
     const Plan& plan = plans.of(0);
     Workspace ws;
-    Gradients<C> pass(ws, plan, w, 0, 0, channels);
+    Gradients<C, true> pass(ws, plan, w, 0, 0, channels);
     for_channels(plan, [&](int64_t c0, int64_t c1) { pass.prepare(c0, c1); });
     const bool own_rows = w.rows() && parameters;  // of parameters per sample, sums for those that are not
     const ExactSums mine(ws, own_rows ? 4 : 2, channels), all(ws, mine.rows(), channels);
@@ -514,7 +517,7 @@ inline namespace v0_2 {
 void batch_norm_backward(const Backward& b) {
     const FloatMode mode;
     const parallel::Limit limit(b.execution.num_threads);
-    together(b.execution.group, exchanges(b), [&](Exchange* exchange) {
+    together(b.execution.group, b.execution.group != nullptr && exchanges(b), [&](Exchange* exchange) {
         const Saved::Impl& s = check::backward(b);
         const kernels::KernelTable& table = check::active_level();
         s.lost.empty() ? backward(b, s, table, {}, exchange) : backward_from_y(b, s, table, exchange);

@@ -17,7 +17,7 @@ inline Column<double> inv_std_of(const Column<double>& var, int64_t n, double ep
 }
 
 // Elements of an output from row `begin` of outer on that come before its first block on a cache line.
-inline int64_t lead_of(const ConstTensor& out, int64_t begin) {
+__attribute__((always_inline)) inline int64_t lead_of(const ConstTensor& out, int64_t begin) {
     if (!out) return 0;
     const auto size = static_cast<std::uintptr_t>(element_size(out.dtype)), line = std::min<std::uintptr_t>(64, kernels::kLanes * size);
     const auto at = reinterpret_cast<std::uintptr_t>(to_operand(out, begin).data);

@@ -138,7 +138,8 @@ void by_columns(int64_t c0, int64_t c1, const F& f) {
 template <class T>
 class Row {
 public:
-    Row(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1, int64_t lead = 0)
+    // Inlined wherever a pass makes a dozen of them: small calls would feel it.
+    __attribute__((always_inline)) Row(Workspace& ws, const Plan& plan, int64_t c0, int64_t c1, int64_t lead = 0)
         : c0_(c0), channels_(c1 - c0), fold_(plan.fold), by_vectors_(plan.direction == kernels::nsc) {
         constexpr int64_t kLine = 64 / sizeof(T);
         const int64_t width = channels_ * fold_, padded = (width + 2 * kernels::kLanes - 1) / kernels::kLanes * kernels::kLanes;

@@ -462,7 +462,7 @@ void batch_norm(const Forward& f) {
 void batch_norm_train(const Forward& f) {
     const FloatMode mode;
     const parallel::Limit limit(f.execution.num_threads);
-    together(f.execution.group, exchanges(f), [&](Exchange* exchange) {
+    together(f.execution.group, f.execution.group != nullptr && exchanges(f), [&](Exchange* exchange) {
         Call call = check::training(f);
         forward(f, call, exchange);
     });

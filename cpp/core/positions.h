@@ -89,16 +89,18 @@ public:
 
     bool same() const { return !per_channel_; }  // in all channels
     // The sum of the weights, exactly.
-    BatchSum exact_weight(int64_t p, int64_t c) const { return exact_.empty() ? BatchSum{{weight(p, c), 0, 0}} : exact_[place(p, c)]; }
+    BatchSum exact_weight(int64_t p, int64_t c) const {
+        return weights_.empty() ? BatchSum{{weight(p, c), 0, 0}} : weights_[place(p, c)].exact;
+    }
     // One part's, of each channel, from elsewhere.
-    Counts(const Parts& parts, std::vector<int64_t> positions, std::vector<double> weights)
-        : channels_(static_cast<int64_t>(positions.size())),
-          parts_(parts),
-          per_channel_(true),
-          positions_(std::move(positions)),
-          weights_(std::move(weights)) {}
+    Counts(const Parts& parts, std::vector<int64_t> positions, const std::vector<double>& weights)
+        : channels_(static_cast<int64_t>(positions.size())), parts_(parts), per_channel_(true), positions_(std::move(positions)) {
+        for (const double weight : weights) weights_.push_back({weight, {}});
+    }
     int64_t positions(int64_t p, int64_t c) const { return plain() ? parts_.size(p) * inner_ : positions_[place(p, c)]; }
-    double weight(int64_t p, int64_t c) const { return weights_.empty() ? static_cast<double>(positions(p, c)) : weights_[place(p, c)]; }
+    double weight(int64_t p, int64_t c) const {
+        return weights_.empty() ? static_cast<double>(positions(p, c)) : weights_[place(p, c)].total;
+    }
     Column<double> weights(int64_t p, int64_t c, int64_t n) const {
         Column<double> w;
         if (per_channel_) {
@@ -129,7 +131,7 @@ public:
         per_channel_ = static_cast<bool>(p.element_mask);
         const std::size_t n = index(parts_.count * (per_channel_ ? channels_ : 1));
         positions_.assign(n, 0);
-        if (!p.weights.empty()) weights_.assign(n, 0);
+        if (!p.weights.empty()) weights_.assign(n, {});
         if (!per_channel_ && p.weights.empty() && parts_.count == 1) {  // by far the most frequent: a mask alone
             for (const std::uint8_t kept : p.mask) positions_[0] += kept != 0;
             positions_[0] *= g.count() / static_cast<int64_t>(p.mask.size());
@@ -139,7 +141,6 @@ public:
             count_elements(g, PerElement(p.element_mask));
             return -1;
         }
-        exact_.assign(weights_.size(), {});
         const PerPosition mask(p.mask, g.count());
         const PerPosition weights(p.weights, g.count());
         const PerElement elements(p.element_mask);
@@ -152,7 +153,7 @@ public:
             const double w = weights[position];
             if (!(w >= 0) || std::isinf(w)) bad = position / weights.each();
             positions_[to] += w > 0 ? times : 0;
-            exact_[to].add(w * static_cast<double>(times));
+            weights_[to].exact.add(w * static_cast<double>(times));
         };
         for (int64_t part = 0; part < parts_.count; ++part) {
             const int64_t begin = parts_.begin(part) * inner_, end = begin + parts_.size(part) * inner_;
@@ -168,7 +169,7 @@ public:
                 }
             }
         }
-        for (std::size_t i = 0; i < exact_.size(); ++i) weights_[i] = exact_[i].total();
+        for (Weight& weight : weights_) weight.total = weight.exact.total();
         return bad;
     }
 
@@ -218,8 +219,11 @@ private:
     Parts parts_{};
     bool per_channel_ = false;
     std::vector<int64_t> positions_;
-    std::vector<double> weights_;
-    std::vector<BatchSum> exact_;
+    struct Weight {
+        double total;
+        BatchSum exact;
+    };
+    std::vector<Weight> weights_;
 };
 
 // The elements of a mask as bits, in the layout of the kernels.

@@ -282,7 +282,7 @@ private:
             for (int64_t i = 0; i < n; ++i) positions[index(c + i)] = static_cast<int64_t>(many[i]);
             counts.totals(1, c, n).put(weights.data() + c, n);
         });
-        call_.counts = Counts(call_.parts, std::move(positions), std::move(weights));
+        call_.counts = Counts(call_.parts, std::move(positions), weights);
         counted();
     }
     void add(const std::vector<Exchange::Part>& parts, const Statistics& pass, ChannelSums& to) const {

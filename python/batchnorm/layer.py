@@ -785,8 +785,8 @@ class BatchNorm:
                     decay=decay, seen=running.seen if decay is None else None, eps=settings.eps,
                     channel_axis=settings.channel_axis, activation=settings.activation, slope=settings.slope,
                     residual=residual, mask=mask, lengths=lengths, lengths_axis=lengths_axis, weights=weights,
-                    renorm=renorm, virtual_batch_size=parts, keep=keep, running_ddof=settings.running_ddof,
-                    on_nonfinite=settings.on_nonfinite, group=group, out=out,
+                    renorm=renorm, virtual_batch_size=parts, keep=keep, group=group,
+                    on_nonfinite=settings.on_nonfinite, running_ddof=settings.running_ddof, out=out,
                 )  # fmt: skip
             else:
                 y = _functions.batch_norm(
@@ -858,7 +858,7 @@ class BatchNorm:
         state = self._state
         needs: Any = None
         used: Any = state.saved if saved is None else saved
-        waiting = state.group if isinstance(used, str) else getattr(used, "group", None)
+        waiting = state.group
         try:
             if isinstance(used, str):
                 raise RuntimeError(used)
