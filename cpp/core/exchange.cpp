@@ -60,13 +60,14 @@ std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale,
     All all = group_.allgather(mine);
     hear(group_, all);
     if (all.empty()) check::no_ranks();
+    const auto word = [](const std::vector<double>& of_rank, std::size_t i) { return i < of_rank.size() ? of_rank[i] : -1; };
     for (std::size_t rank = 0; rank < all.size(); ++rank) {
-        const std::size_t size = std::min(all[rank].size(), all[0].size());
         for (std::size_t i = kind; i <= option; ++i) {
-            if (i >= size || all[rank][i] != all[0][i]) check::ranks_differ(static_cast<int>(rank), kWhat[i]);
+            if (word(all[rank], i) != word(all[0], i)) check::ranks_differ(static_cast<int>(rank), kWhat[i]);
         }
-        if (all[rank].size() != all[0].size() || size != mine.size()) check::ranks_differ(static_cast<int>(rank), kWhat[option]);
+        if (all[rank].size() != all[0].size()) check::ranks_differ(static_cast<int>(rank), kWhat[option]);
     }
+    if (all[0].size() != mine.size()) check::ranks_differ(0, kWhat[option]);
     std::vector<Part> parts;
     for (std::vector<double>& of_rank : all) {
         Part part{of_rank[scale], of_rank[weighted] != 0, std::move(of_rank)};

@@ -138,11 +138,11 @@ def recalibrate(
         if by_one and isinstance(batches, Iterator):
             why = "only once, expected a list or the like, as one_by_one takes a pass for each layer"
             raise TypeError(f"batches is an iterator, which can be gone through {why}")
+        before = {name: layer.snapshot() for name, layer in chosen.items()} if by_one else {}
     if not by_one:
         with recalibrating(chosen, group):
             run(forward, batches)
         return
-    before = {name: layer.snapshot() for name, layer in chosen.items()}
     done: set[int] = set()  # of statistics, which layers may share
     try:
         for name, layer in chosen.items():
