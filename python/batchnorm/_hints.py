@@ -71,7 +71,8 @@ _SAID = (
     ("device", "", "there is only the CPU: drop it"), ("name", "", "only a BatchNorm has a name"),
     ("fused", "", "drop it: there is one implementation"), ("shift", "", "drop it: no digit needs it"),
     ("num_threads n_jobs threads workers", "", "set_num_threads() says it for all calls"),
-    ("process_group comm synchronized axis_name", "", "merge the statistics of processes with Moments"),
+    ("process_group", "group", "pass group=batchnorm.distributed.torch_group({0})"),
+    ("comm communicator synchronized axis_name", "group", "pass group=, an mpi4py communicator for example"),
     ("param_regularizers gamma_regularizer beta_regularizer", "", "weight_decay_groups() splits parameters"),
 )  # fmt: skip
 # Who has what a function does not have.

@@ -270,6 +270,11 @@ def test_activations():
     assert "bfloat16 NHWC" in done.stdout and done.stdout.count(" / ") >= 24, done.stdout
 
 
+def test_group():
+    done = program("group.py", "--tiny", "--rounds", "2")
+    assert done.returncode == 0 and done.stdout.count("float64") == 2, done.stderr
+
+
 def test_features():
     done = program("features.py", "--set", "tiny", "--rounds", "3")
     assert done.returncode == 0, done.stderr

@@ -296,7 +296,7 @@ def test_the_mode_and_the_name_may_be_assigned():
         ("weight", 1, r"pass initial={'gamma': \.\.\.}"), ("bias", 1, r"pass initial={'beta': \.\.\.}"),
         ("mean", 1, r"pass initial={'running_mean'"), ("moving_mean", 1, r"pass initial={'running_mean'"),
         ("running_var", 1, r"pass initial={'running_var'"), ("use_bias", True, "it is called center"),
-        ("fused", True, "drop it"), ("process_group", 1, "merge the statistics of processes with Moments"),
+        ("fused", True, "drop it"), ("process_group", 1, "pass group=batchnorm.distributed.torch_group"),
         ("where", 1, r"BatchNorm.__call__\(\) takes it: it is called mask there"),
         ("residual", 1, r"BatchNorm.__call__\(\) takes it$"), ("samples", 1, "it has num_features, name"),
     ],
