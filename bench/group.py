@@ -1,7 +1,7 @@
 """The price of group=: sums by samples and exact, on one process; and an exchange, over those of MPI.
 
     python bench/group.py                              # the price on one process, against the plain call
-    mpirun -n 3 python bench/group.py --mpi            # microseconds of a call on hardly any data, and of an exchange
+    mpirun -n 3 python bench/group.py --mpi            # microseconds of a call on hardly any data
 
 Contestants run in turn; a ratio is the median over rounds. One thread. Bytes are what each rank sends.
 """

@@ -366,7 +366,7 @@ void run_together(const Work& w, Exchange& exchange, Exchange::Kind kind, const 
         const double option = (all_dx ? 1 : 0) + (reduces ? 2 : 0);
         const auto parts = exchange.gather({kind, g.dtype, channels, option}, 1, false, mine.data().first(index(sent * 3 * channels)));
         for (int64_t row = 0; row < sent; ++row) {
-            for (const Exchange::Part& part : parts) all.merge(row, part.sums.data() + row * 3 * channels);
+            for (const Exchange::Part& part : parts) all.merge(row, part.sums() + row * 3 * channels);
         }
     }
     const ExactSums& of_parameters = reduces ? all : mine;

@@ -480,8 +480,9 @@ void enough_values(const Forward& f, const Call& call) {
         if (positions >= 2) heaviest = std::max(heaviest, weight);
     });
     if (most == 1) {
-        fail({"x", std::string("has one value per channel") + (f.positions ? " that counts" : "") +
-                       (f.execution.group != nullptr ? " in all ranks" : "") + ", from which no variance can be had",
+        fail({"x",
+              std::string("has one value per channel") + (f.positions ? " that counts" : "") +
+                  (f.execution.group != nullptr ? " in all ranks" : "") + ", from which no variance can be had",
               "at least 2",
               "use a larger batch, normalise with running statistics (batch_norm, or the layer's eval mode), or normalise another axis"});
     }

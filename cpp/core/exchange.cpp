@@ -10,6 +10,7 @@ namespace {
 
 // Words of an array before the sums.
 enum Word { status, kind, round_number, dtype, channels, option, scale, weighted, words };
+static_assert(words == Exchange::kWords);
 constexpr const char* kWhat[] = {
     "", "another call", "another round of it", "another dtype of x", "another number of channels", "other options"};
 
@@ -70,9 +71,9 @@ std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale,
     if (all[0].size() != mine.size()) check::ranks_differ(0, kWhat[option]);
     std::vector<Part> parts;
     for (std::vector<double>& of_rank : all) {
-        Part part{of_rank[scale], of_rank[weighted] != 0, std::move(of_rank)};
-        part.sums.erase(part.sums.begin(), part.sums.begin() + words);
-        parts.push_back(std::move(part));
+        const double of_scale = of_rank[scale];
+        const bool has = of_rank[weighted] != 0;
+        parts.push_back({of_scale, has, std::move(of_rank)});
     }
     return parts;
 }

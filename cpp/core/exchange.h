@@ -15,6 +15,7 @@ namespace batchnorm {
 class Exchange {
 public:
     enum Kind { training, measuring, gradients, gradients_of_lost };
+    static constexpr std::size_t kWords = 8;  // of an array, before its sums
     // What all ranks must have in common.
     struct Same {
         Kind kind;
@@ -27,7 +28,8 @@ public:
     struct Part {
         double scale;
         bool weighted;
-        std::vector<double> sums;
+        std::vector<double> array;
+        const double* sums() const { return array.data() + kWords; }
     };
 
     // expected: whether the call comes to an exchange at all.

@@ -275,7 +275,7 @@ private:
         std::vector<int64_t> positions(index(channels_));
         std::vector<double> weights(index(channels_));
         for (const Exchange::Part& part : parts) {
-            for (int64_t row = 0; row < 2; ++row) counts.merge(row, part.sums.data() + (2 + row) * 3 * channels_);
+            for (int64_t row = 0; row < 2; ++row) counts.merge(row, part.sums() + (2 + row) * 3 * channels_);
         }
         by_columns(0, channels_, [&](int64_t c, int64_t n) {
             const Column<double> many = counts.totals(0, c, n);
@@ -290,7 +290,7 @@ private:
         const ExactSums sums(ws, 2, channels_);
         for (const Exchange::Part& part : parts) {
             for (int64_t row = 0; row < 2; ++row) {
-                sums.merge(row, part.sums.data() + row * 3 * channels_, part.scale == kNothing ? 1 : counting_.scale() / part.scale);
+                sums.merge(row, part.sums() + row * 3 * channels_, part.scale == kNothing ? 1 : counting_.scale() / part.scale);
             }
         }
         by_columns(0, channels_, [&](int64_t c, int64_t n) {

@@ -39,6 +39,7 @@ GALLERY: dict[str, list[str]] = {
     "padded_sequences": ["--seeds", "3"],
     "image_preprocessing": [],
     "dataset_statistics": [],
+    "lenet_processes": [],
 }
 
 

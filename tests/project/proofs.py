@@ -115,6 +115,14 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "operations/test_saved.py::test_statistics_have_rows_if_parts_were_asked_for",
     ),
     "Scale and shift per sample, gamma and beta of shape (N, C)": (_COMBINED,),
+    "One batch over several processes: the same bits for any cut; failures are all's": (
+        "group/test_group.py::test_any_cut_and_order_give_the_same_bits",
+        "group/test_group.py::test_a_rank_that_fails_fails_all",
+        "group/test_processes.py::test_mpi",
+    ),
+    "The whole batch's gradients of gamma and beta, exactly": (
+        "group/test_group.py::test_any_cut_and_order_give_the_same_bits",
+    ),
     "Every combination of these that mathematics allows": (
         "operations/test_combinations.py::test_everything_combines",
         "operations/test_combinations.py::test_pairs_have_the_same_bits_everywhere",
@@ -136,6 +144,10 @@ PROOFS: dict[str, tuple[str, ...]] = {
     "Accumulated moments: merged in any order with the same bits, plain arrays as state": (
         "data/test_accumulator.py::test_order_and_grouping_do_not_matter",
         "data/test_accumulator.py::test_state_through_a_file",
+    ),
+    "Accumulators of several processes merged, with MPI in a tree": (
+        "group/test_group.py::test_allreduce_of_accumulators",
+        "group/test_processes.py::test_mpi",
     ),
     "No-data values and masked arrays in statistics": (
         "data/test_counting.py::test_nodata",
@@ -253,6 +265,10 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "layer/test_recalibrate.py::test_the_statistics_are_those_of_one_giant_batch",
         "layer/test_recalibrate.py::test_a_moments_is_as_good_as_its_batches",
         "layer/test_recalibrate.py::test_one_by_one_gives_the_statistics_that_eval_meets",
+    ),
+    "Training and recalibration over several processes": (
+        "group/test_group.py::test_a_layer_trains_to_the_same_bits",
+        "group/test_group.py::test_recalibrate_a_network",
     ),
     "State in, new state out, nothing mutated": (
         "layer/test_copies.py::test_a_chain_of_states_is_what_a_layer_goes_through",

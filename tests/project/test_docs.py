@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FunctionType
 
 import batchnorm
+import batchnorm.distributed
 import batchnorm.formats
 import batchnorm.typing
 import pytest
@@ -95,7 +96,10 @@ def test_docstring(name: str) -> None:
     assert count >= 2 or name in WITHOUT_EXAMPLE, f"{name} has no example"
 
 
-@pytest.mark.parametrize("module", [batchnorm, batchnorm.typing, batchnorm.formats], ids=lambda m: m.__name__)
+MODULES = [batchnorm, batchnorm.typing, batchnorm.formats, batchnorm.distributed]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_docstring_of_a_module(module: object) -> None:
     text = inspect.getdoc(module) or ""
     assert run([doctest.DocTestParser().get_doctest(text, {}, "module", None, None)]) >= 2

@@ -337,7 +337,7 @@ def test_the_package_stays_small() -> None:
         of_files = path.parts[0] == "io" and path.name not in states
         return "formats" if of_files or path.name == "formats.py" else path.parts[0]
 
-    rooms = {"formats": 1569, "torch": 1039, "keras": 294, "distributed.py": 135, "": 3737}
+    rooms = {"formats": 1569, "torch": 1039, "keras": 294, "distributed.py": 135, "": 3738}
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     for name, ceiling in rooms.items():
         own = {}
@@ -354,7 +354,7 @@ def test_the_package_stays_small() -> None:
 def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
     total = sum(count.values())
-    assert total <= 11397, f"{total} lines of C++ without comments"
+    assert total <= 11409, f"{total} lines of C++ without comments"
 
 
 @needs_source
