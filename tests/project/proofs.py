@@ -115,7 +115,7 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "operations/test_saved.py::test_statistics_have_rows_if_parts_were_asked_for",
     ),
     "Scale and shift per sample, gamma and beta of shape (N, C)": (_COMBINED,),
-    "One batch over several processes: the same bits for any cut; failures are all's": (
+    "One batch over several processes: the same bits for any cut, failures for all": (
         "group/test_group.py::test_any_cut_and_order_give_the_same_bits",
         "group/test_group.py::test_a_rank_that_fails_fails_all",
         "group/test_processes.py::test_mpi",
