@@ -589,6 +589,19 @@ def test_synchronised_statistics_are_those_of_the_whole_batch(dtype):
         np.testing.assert_allclose(values[0], want.numpy(), rtol=float(tolerance))
 
 
+def test_synchronised_bits_do_not_depend_on_the_cut():
+    one, two = (
+        on_ranks(3, _step, (0, 7, 7, 24), torch.float32),
+        on_ranks(2, _step, (0, 20, 24), torch.float32),
+    )
+    for name in ("y", "dx"):
+        assert torch.equal(
+            torch.cat([part[name] for part in one]), torch.cat([part[name] for part in two])
+        ), name
+    for name in ("running_mean", "running_var"):
+        assert all(torch.equal(part[name], one[0][name]) for part in (*one, *two)), name
+
+
 def test_ddp_and_faults_of_one_process():
     parts = on_ranks(2, _more)
     torch.manual_seed(0)
