@@ -16,7 +16,7 @@ Call saving(const Forward& f, const ConstChannels& inv_std);
 const Saved::Impl& backward(const Backward& b);
 const Saved::Impl& double_backward(const DoubleBackward& b);
 Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t ddof, int num_threads,
-             const Positions& positions);
+             const Positions& positions, bool device = false);
 Call moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions);
 // Numbers of channels.
 int64_t merged_sums(std::span<double> sums, std::span<const double> others);

@@ -180,21 +180,6 @@ PartPlans::PartPlans(const Geometry& g, const Parts& parts, const Traffic& traff
     cut_into_sets(most_, most, traffic, set_rows);
 }
 
-kernels::Where Plan::block_of_channels(int64_t block) const {
-    const int64_t first = block * channel_block;
-    return {{0, outer, first, std::min(first + channel_block, channels), 0, inner}, row_split, fold, ahead};
-}
-
-kernels::Where Plan::tile(int64_t set, int64_t index, int64_t block) const {
-    kernels::Where w = block_of_channels(block);
-    const int64_t o = index / tiles_inner * tile_outer, i = index % tiles_inner * tile_inner;
-    w.box.outer_begin = set * set_outer + o;
-    w.box.outer_end = set * set_outer + std::min(o + tile_outer, set_outer);
-    w.box.inner_begin = i;
-    w.box.inner_end = std::min(i + tile_inner, inner);
-    return w;
-}
-
 int64_t Plan::map_items() const { return ceil_div(outer, map_outer) * ceil_div(channels, map_channels) * ceil_div(inner, map_inner); }
 
 kernels::Where Plan::map_item(int64_t index) const {

@@ -80,6 +80,9 @@ void in_pieces(const Geometry& g, int64_t n, int64_t unit, const F& f) {
     (void)parallel::for_each((n + rows - 1) / rows, {.worth_it = worth_it, .interruptible = false}, piece);
 }
 
+// Weights are added in stretches of so many terms, then the stretches: on a GPU each is a thread's.
+inline constexpr int64_t kCountTerms = 512;
+
 // How many values count, and the sum of their weights, of each part and channel.
 class Counts {
 public:
@@ -130,11 +133,12 @@ public:
             return -1;
         }
         std::vector<coeffs::Sum> sums(weights_.size(), {0, 0});  // as exact as the sums of x that they divide
+        std::vector<coeffs::Sum> stretch(sums.size() / index(parts_.count));
         const PerPosition mask(p.mask, g.count());
         const PerPosition weights(p.weights, g.count());
         const PerElement elements(p.element_mask);
         int64_t bad = -1;
-        const auto add = [&](std::size_t to, int64_t position, int64_t times) {
+        const auto add = [&](std::size_t to, std::size_t of_stretch, int64_t position, int64_t times) {
             if (p.weights.empty()) {
                 positions_[to] += times;
                 return;
@@ -142,19 +146,27 @@ public:
             const double w = weights[position];
             if (!(w >= 0) || std::isinf(w)) bad = position / weights.each();
             positions_[to] += w > 0 ? times : 0;
-            sums[to].add(w * static_cast<double>(times));
+            stretch[of_stretch].add(w * static_cast<double>(times));
         };
         for (int64_t part = 0; part < parts_.count; ++part) {
             const int64_t begin = parts_.begin(part) * inner_, end = begin + parts_.size(part) * inner_;
             const bool alone = p.mask.empty() && !per_channel_ && begin % weights.each() == 0 && end % weights.each() == 0;
             const int64_t step = alone ? weights.each() : 1;
-            for (int64_t position = begin; position < end; position += step) {
-                if (!per_channel_) {
-                    if (p.mask.empty() || mask[position] != 0) add(index(part), position, step);
-                    continue;
+            for (int64_t first = begin; first < end; first += kCountTerms * step) {
+                std::fill(stretch.begin(), stretch.end(), coeffs::Sum{0, 0});
+                for (int64_t position = first; position < std::min(first + kCountTerms * step, end); position += step) {
+                    if (!per_channel_) {
+                        if (p.mask.empty() || mask[position] != 0) add(index(part), 0, position, step);
+                        continue;
+                    }
+                    for (int64_t c = 0; c < channels_; ++c) {
+                        if (elements.at(position / inner_, c, position % inner_) != 0) add(index(part * channels_ + c), index(c), position, 1);
+                    }
                 }
-                for (int64_t c = 0; c < channels_; ++c) {
-                    if (elements.at(position / inner_, c, position % inner_) != 0) add(index(part * channels_ + c), position, 1);
+                for (std::size_t c = 0; c < stretch.size(); ++c) {
+                    coeffs::Sum& sum = sums[index(part) * stretch.size() + c];
+                    sum.add(stretch[c].value);
+                    sum.error += stretch[c].error;
                 }
             }
         }

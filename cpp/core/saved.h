@@ -150,4 +150,8 @@ private:
     std::size_t used_ = 0;
 };
 
+// Places in `cut` for what a forward makes; with `keep` also for what backward needs besides. And what is known of it without its data.
+void lay_out(Cutter& cut, const Forward& f, const Call& call, bool keep, Saved::Impl& s);
+void describe(const Forward& f, const Call& call, Saved::Impl& s);
+
 }  // namespace batchnorm

@@ -242,6 +242,7 @@ struct Execution {
     bool disjoint = false;     // the caller vouches that outputs overlap nothing they may not
     bool check_values = true;  // whether NaN, Inf and negative variances in per-channel arguments are refused
     Group* group = nullptr;
+    bool device = false;  // of cuda.hpp's calls: arrays are a GPU's, so that values are neither looked at nor counted
 };
 
 // What backward needs of x. With y it recovers x from the output, (y - offset) / slope per channel, and x itself is stored of channels
