@@ -1,5 +1,6 @@
 // Backward on a GPU, as core/backward.cpp.
 #include "driver.h"
+#include "small.h"
 
 namespace batchnorm::cuda {
 namespace {
@@ -19,8 +20,9 @@ struct BackwardMemory {
                       &numbers.k_0}) {
             *p = cut.take<C>(cells);
         }
-        dgamma = parameters ? cut.take<double>(cells) : nullptr;
-        dbeta = parameters ? cut.take<double>(cells) : nullptr;
+        const bool rows = parameters && shape.cells() > 1;
+        dgamma = rows ? cut.take<double>(cells) : nullptr;
+        dbeta = rows ? cut.take<double>(cells) : nullptr;
     }
 };
 
@@ -53,38 +55,37 @@ void backward(const Backward& b, const Saved::Impl& s, const Stream& stream) {
     const Kept kept{shape,  s.batch, is_double<T>, s.mean,       s.inv_std,   s.count,       s.values,
                     s.r,    s.d,     s.gamma.data, s.beta.data,  s.gamma.rows, s.beta.rows};
     const Act act = act_back(s.activation, s.slope, call.geometry.dtype, s.bits != nullptr, static_cast<bool>(b.residual), false);
+    const bool small = is_small(shape, tiling, s.bits != nullptr), rows = parameters && shape.cells() > 1;
+    const FinishGradients<C> finish{memory.sums.merge(shape, tiling), sums,  kept, counted, memory.numbers, PerChannel(b.dgamma),
+                                    PerChannel(b.dbeta),              memory.dgamma, memory.dbeta};
+    const Array<const T> dy(b.dy), x(b.kept), z(b.residual);
+    const Array<T> dx(b.dx), dz(b.dresidual);
+    const bool vectors = has_vectors(dy, shape) && has_vectors(x, shape) && has_vectors(z, shape) && has_vectors(dx, shape) &&
+                         has_vectors(dz, shape);
     with_gate(act.gate, [&]<Gate gate>() {
-        const Array<const T> dy(b.dy), x(b.kept), z(b.residual);
-        if (sums) {
-            const GradSumsOp<T, gate> op{dy, x, z, kept, counted, s.bits, act.curve};
-            sum_tiles(launch, op, shape, tiling, memory.sums.tiles);
-        }
-        start(launch, FinishGradients<C>{memory.sums.merge(shape, tiling), sums, kept, counted, memory.numbers, memory.dgamma,
-                                         memory.dbeta});
-        if (parameters) {
-            start(launch, PutRows{memory.dgamma, shape.cells(), shape.channels, PerChannel(b.dgamma), b.dgamma.rows});
-            start(launch, PutRows{memory.dbeta, shape.cells(), shape.channels, PerChannel(b.dbeta), b.dbeta.rows});
-        }
-        if (!b.dx && !b.dresidual) return;
-        const Array<T> dx(b.dx), dz(b.dresidual);
-        const bool vectors = has_vectors(dy, shape) && has_vectors(x, shape) && has_vectors(z, shape) && has_vectors(dx, shape) &&
-                             has_vectors(dz, shape);
-        const GradApplyOp<T, gate> op{dy,
-                                      x,
-                                      z,
-                                      dx,
-                                      dz,
-                                      shape,
-                                      counted,
-                                      memory.numbers,
-                                      s.bits,
-                                      !s.batch,
-                                      s.batch && counted.weights != nullptr,
-                                      counted.weights != nullptr,
-                                      act.curve,
-                                      vectors};
-        start(launch, ForElements<GradApplyOp<T, gate>>(op, shape));
+        const GradSumsOp<T, gate> op{dy, x, z, kept, counted, s.bits, act.curve};
+        const GradApplyOp<T, gate> apply{dy,
+                                         x,
+                                         z,
+                                         dx,
+                                         dz,
+                                         shape,
+                                         counted,
+                                         memory.numbers,
+                                         s.bits,
+                                         !s.batch,
+                                         s.batch && counted.weights != nullptr,
+                                         counted.weights != nullptr,
+                                         act.curve,
+                                         vectors};
+        if (small) return start(launch, SmallBackward<T, gate>{op, finish, apply, channels_of_block(shape)});
+        if (sums) sum_tiles(launch, op, shape, tiling, memory.sums.tiles);
+        start(launch, finish);
+        if (dx || dz) start(launch, ForElements<GradApplyOp<T, gate>>(apply, shape));
     });
+    if (!rows) return;
+    start(launch, PutRows{memory.dgamma, shape.cells(), shape.channels, PerChannel(b.dgamma), b.dgamma.rows});
+    start(launch, PutRows{memory.dbeta, shape.cells(), shape.channels, PerChannel(b.dbeta), b.dbeta.rows});
 }
 
 }  // namespace

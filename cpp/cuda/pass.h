@@ -34,6 +34,8 @@ struct Unit {
         }
         place = s.runs() ? Place{outer, of_row, at} : Place{outer, at, of_row};
     }
+    // A single element.
+    BATCHNORM_HOST_DEVICE Unit(const Shape& s, const Place& p) : first(s.number(p.outer, p.channel, p.inner)), n(1), place(p) {}
     // Calls f(k, place) for each of them.
     template <class F>
     BATCHNORM_HOST_DEVICE void each(const Shape& s, const F& f) const {
@@ -52,7 +54,7 @@ struct Unit {
         }
     }
     // Whether all are of one run.
-    BATCHNORM_HOST_DEVICE bool in_one_run(const Shape& s) const { return s.runs() && place.inner + kUnit <= s.inner; }
+    BATCHNORM_HOST_DEVICE bool in_one_run(const Shape& s) const { return s.runs() && n == kUnit && place.inner + kUnit <= s.inner; }
 };
 
 // 16 bytes at a time, in arrays that follow one another and are aligned to that.
