@@ -30,30 +30,25 @@ struct Share {
         begin = block % columns * width;
         end = begin + width < s.channels ? begin + width : s.channels;
     }
-    BATCHNORM_HOST_DEVICE Range range(const Tiling& tiling) const {
-        return {tiling.before(part), Tiling::of_plan(tiling.plan(part)), begin, end - begin};
-    }
     static int64_t blocks(const Shape& s, int64_t width) { return s.parts.count * blocks_for(s.channels, width); }
 };
 
 template <class Op>
-struct SmallSums {
-    SumRuns<Op> runs;
-    SumRows<Op> rows;
-    union Shared {
-        typename SumRuns<Op>::Shared runs;
-        typename SumRows<Op>::Shared rows;
-    };
-
-    SmallSums(const Op& op, const Shape& shape, const Tiling& tiling, const TileSums& out) : runs{op, shape, tiling, out}, rows{op, shape, tiling, out} {}
-    BATCHNORM_KERNEL_BODY void sum(const ThreadBlock& block, Shared& shared, const Range& range) const {
-        if (runs.shape.runs()) {
-            runs.sum(block, shared.runs, range, 0, 1);
-        } else {
-            rows.sum(block, shared.rows, range, 0, 1);
-        }
-    }
+union SharedSums {
+    typename SumRuns<Op>::Shared runs;
+    typename SumRows<Op>::Shared rows;
 };
+template <class Op>
+BATCHNORM_KERNEL_BODY void sum_share(const ThreadBlock& block, SharedSums<Op>& shared, const Op& op, const Merge& merge,
+                                     const Share& share) {
+    const Range range{merge.tiling.before(share.part), Tiling::of_plan(merge.tiling.plan(share.part)), share.begin,
+                      share.end - share.begin};
+    if (merge.shape.runs()) {
+        SumRuns<Op>{op, merge.shape, merge.tiling, merge.tiles}.sum(block, shared.runs, range, 0, 1);
+    } else {
+        SumRows<Op>{op, merge.shape, merge.tiling, merge.tiles}.sum(block, shared.rows, range, 0, 1);
+    }
+}
 
 // The elements of a share, one by one: neighbours go to neighbouring threads.
 template <class Op>
@@ -67,7 +62,7 @@ BATCHNORM_KERNEL_BODY void pass_over(const ThreadBlock& block, const Shape& s, c
         for (auto e = static_cast<std::uint32_t>(thread); e < n; e += static_cast<std::uint32_t>(threads)) {
             const Place place = s.runs() ? Place{first + e / inner / width, share.begin + e / inner % width, e % inner}
                                          : Place{first + e / width / inner, share.begin + e % width, e / width % inner};
-            op(Unit(s, place), numbers, found);
+            op(typename Op::Elements(s, place), numbers, found);
         }
     });
 }
@@ -75,8 +70,7 @@ BATCHNORM_KERNEL_BODY void pass_over(const ThreadBlock& block, const Shape& s, c
 template <class T, Gate gate>
 struct SmallForward {
     static constexpr int kThreads = 256;
-    using Sums = SmallSums<MomentsOp<T>>;
-    using Shared = typename Sums::Shared;
+    using Shared = SharedSums<MomentsOp<T>>;
     bool measures;  // else statistics are given
     FindShift<T> find_shift;
     MomentsOp<T> moments;
@@ -96,9 +90,7 @@ struct SmallForward {
             }
             for (int round = 0; round < (is_double<T> ? kRounds : 2); ++round) {
                 if (round > 0 && !wanted(share, round)) continue;
-                const Merge& merge = finish.merge;
-                const Sums sums(in_round(moments, finish.to, round), shape, merge.tiling, merge.tiles);
-                sums.sum(block, shared, share.range(merge.tiling));
+                sum_share(block, shared, in_round(moments, finish.to, round), finish.merge, share);
                 finish.finish(block, round, share.part, share.begin, share.end);
             }
         } else {
@@ -121,8 +113,7 @@ private:
 template <class T, Gate gate>
 struct SmallBackward {
     static constexpr int kThreads = 256;
-    using Sums = SmallSums<GradSumsOp<T, gate>>;
-    using Shared = typename Sums::Shared;
+    using Shared = SharedSums<GradSumsOp<T, gate>>;
     GradSumsOp<T, gate> sums;
     FinishGradients<Compute<T>> finish;
     GradApplyOp<T, gate> apply;
@@ -132,7 +123,7 @@ struct SmallBackward {
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared& shared) const {
         const Shape& shape = apply.shape;
         const Share share(shape, width, block.index());
-        if (finish.summed) Sums(sums, shape, finish.merge.tiling, finish.merge.tiles).sum(block, shared, share.range(finish.merge.tiling));
+        if (finish.summed) sum_share(block, shared, sums, finish.merge, share);
         finish.finish(block, share.part, share.begin, share.end);
         if (apply.dx || apply.dz) pass_over(block, shape, share, kThreads, apply);
     }

@@ -1,27 +1,65 @@
 // What a GPU makes of a call has the CPU's bits. Built twice: as a rehearsal, where the kernels run on the CPU, and by nvcc for a GPU; there
-// all memory of this program is managed, so that both sides reach it.
+// all memory of this program is such that both reach it.
 #include "batchnorm/cuda.hpp"
 #include "problem.h"
 
 #ifdef BATCHNORM_ON_GPU
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cstdlib>
+#include <mutex>
 #include <new>
 
+// All memory of this program: a block that CPU and GPU reach at one address, cut into powers of 2, those given back kept in lists.
 namespace {
-void* managed(std::size_t bytes) {
-    void* p = nullptr;
-    if (cudaMallocManaged(&p, bytes == 0 ? 1 : bytes) != cudaSuccess) throw std::bad_alloc();
-    return p;
+class Arena {
+public:
+    void* take(std::size_t bytes) {
+        const std::scoped_lock lock(mutex_);
+        const auto list = static_cast<std::size_t>(std::bit_width(std::max<std::size_t>(bytes, 1) - 1));
+        if (free_[list] == nullptr) {
+            if (next_ == nullptr && cudaHostAlloc(reinterpret_cast<void**>(&next_), kBytes, cudaHostAllocMapped) != cudaSuccess) std::abort();
+            const std::size_t size = kHead + std::max(kHead, std::size_t{1} << list);
+            if (used_ + size > kBytes) throw std::bad_alloc();
+            free_[list] = next_ + used_;
+            used_ += size;
+            std::memset(free_[list], 0, kHead);
+        }
+        std::byte* const p = free_[list];
+        std::memcpy(&free_[list], p, sizeof p);
+        std::memcpy(p, &list, sizeof list);
+        return p + kHead;
+    }
+    void give_back(void* data) {
+        if (data == nullptr) return;
+        const std::scoped_lock lock(mutex_);
+        std::byte* const p = static_cast<std::byte*>(data) - kHead;
+        std::size_t list;
+        std::memcpy(&list, p, sizeof list);
+        std::memcpy(p, &free_[list], sizeof p);
+        free_[list] = p;
+    }
+
+private:
+    static constexpr std::size_t kBytes = std::size_t{1} << 30, kHead = 256;
+    std::mutex mutex_;
+    std::array<std::byte*, 64> free_{};
+    std::byte* next_ = nullptr;
+    std::size_t used_ = 0;
+};
+Arena& arena() {
+    alignas(Arena) static std::byte memory[sizeof(Arena)];
+    static Arena* const a = new (memory) Arena;
+    return *a;
 }
 }  // namespace
-void* operator new(std::size_t bytes) { return managed(bytes); }
-void* operator new(std::size_t bytes, std::align_val_t) { return managed(bytes); }
-void operator delete(void* p) noexcept { (void)cudaFree(p); }
-void operator delete(void* p, std::size_t) noexcept { (void)cudaFree(p); }
-void operator delete(void* p, std::align_val_t) noexcept { (void)cudaFree(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { (void)cudaFree(p); }
+void* operator new(std::size_t bytes) { return arena().take(bytes); }
+void* operator new(std::size_t bytes, std::align_val_t) { return arena().take(bytes); }
+void operator delete(void* p) noexcept { arena().give_back(p); }
+void operator delete(void* p, std::size_t) noexcept { arena().give_back(p); }
+void operator delete(void* p, std::align_val_t) noexcept { arena().give_back(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { arena().give_back(p); }
 #endif
 
 namespace test {
