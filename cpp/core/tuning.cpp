@@ -12,7 +12,7 @@ namespace {
 
 using std::int64_t;
 
-constexpr const char* kText[kNames] = {"l2_bytes",  "cached_bytes", "stream_run_bytes", "group_bytes",
+constexpr const char* kText[kNames] = {"l2_bytes",  "cached_bytes", "stream_run_bytes",  "group_bytes",
                                        "map_bytes", "fetch_bytes",  "parallel_elements", "gpu_block_values"};
 
 using Numbers = std::array<int64_t, kNames>;

@@ -52,16 +52,23 @@ void backward(const Backward& b, const Saved::Impl& s, const Stream& stream) {
     BackwardMemory<C> memory = place(cut);
     Counted counted = memory.counting.run(launch, s.element_bits);
     counted.values = s.values;
-    const Kept kept{shape,  s.batch, is_double<T>, s.mean,       s.inv_std,   s.count,       s.values,
-                    s.r,    s.d,     s.gamma.data, s.beta.data,  s.gamma.rows, s.beta.rows};
+    const Kept kept{shape, s.batch, is_double<T>, s.mean,      s.inv_std,    s.count,    s.values,
+                    s.r,   s.d,     s.gamma.data, s.beta.data, s.gamma.rows, s.beta.rows};
     const Act act = act_back(s.activation, s.slope, call.geometry.dtype, s.bits != nullptr, static_cast<bool>(b.residual), false);
     const bool small = is_small(shape, tiling, s.bits != nullptr), rows = parameters && shape.cells() > 1;
-    const FinishGradients<C> finish{memory.sums.merge(shape, tiling), sums,  kept, counted, memory.numbers, PerChannel(b.dgamma),
-                                    PerChannel(b.dbeta),              memory.dgamma, memory.dbeta};
+    const FinishGradients<C> finish{memory.sums.merge(shape, tiling),
+                                    sums,
+                                    kept,
+                                    counted,
+                                    memory.numbers,
+                                    PerChannel(b.dgamma),
+                                    PerChannel(b.dbeta),
+                                    memory.dgamma,
+                                    memory.dbeta};
     const Array<const T> dy(b.dy), x(b.kept), z(b.residual);
     const Array<T> dx(b.dx), dz(b.dresidual);
-    const bool vectors = has_vectors(dy, shape) && has_vectors(x, shape) && has_vectors(z, shape) && has_vectors(dx, shape) &&
-                         has_vectors(dz, shape);
+    const bool vectors =
+        has_vectors(dy, shape) && has_vectors(x, shape) && has_vectors(z, shape) && has_vectors(dx, shape) && has_vectors(dz, shape);
     with_gate(act.gate, [&]<Gate gate>() {
         const GradSumsOp<T, gate> op{dy, x, z, kept, counted, s.bits, act.curve};
         const GradApplyOp<T, gate> apply{dy,

@@ -20,10 +20,6 @@ CallOf on_device(const CallOf& call) {
     return c;
 }
 
-[[noreturn]] inline void not_served(const char* argument, const std::string& got, const std::string& instead) {
-    throw Error(Error::value, argument, std::string(argument) + " " + got + ", which is not served on a GPU, expected " + instead);
-}
-
 template <class Kernel>
 void start(const Launcher& launch, const Kernel& kernel) {
     launch(kernel, kernel.blocks());
@@ -92,7 +88,9 @@ struct SumsMemory {
 // Rounds after the first are rare: few blocks look whether anybody asks for one.
 template <class Op>
 void sum_tiles(const Launcher& launch, const Op& op, const Shape& shape, const Tiling& tiling, const TileSums& out, bool rare = false) {
-    const auto start = [&](const auto& kernel) { launch(kernel, rare ? std::min<int64_t>(kernel.blocks(), kManyBlocks / 4) : kernel.blocks()); };
+    const auto start = [&](const auto& kernel) {
+        launch(kernel, rare ? std::min<int64_t>(kernel.blocks(), kManyBlocks / 4) : kernel.blocks());
+    };
     if (shape.runs()) {
         start(SumRuns<Op>{op, shape, tiling, out});
     } else {
@@ -112,7 +110,7 @@ void with_storage(Dtype dtype, const F& f) {
         case Dtype::bfloat16:
             return f.template operator()<Bfloat16>();
         default:
-            not_served("x", "has an integer storage type", "a floating one");
+            check::not_served("x", "has an integer storage type", "a floating one");
     }
 }
 

@@ -78,7 +78,7 @@ struct ForwardMemory {
     StatisticsMemory statistics;
     AffineNumbers<C> affine{};
     double *mean = nullptr, *var = nullptr;  // of running statistics, where others are given
-    std::uint8_t* spoils = nullptr;  // whether running statistics would not stay finite
+    std::uint8_t* spoils = nullptr;          // whether running statistics would not stay finite
 
     void lay_out(Cutter& cut, const Shape& shape, const Tiling* tiling, bool counts, bool apart) {
         const int64_t n = shape.parts.count * shape.channels, cells = shape.cells() * shape.channels;
@@ -94,10 +94,10 @@ struct ForwardMemory {
 void copy_arguments(const Launcher& launch, const Forward& f, const Shape& shape, const Saved::Impl& s) {
     start(launch, CopyRows{PerChannel(f.gamma), s.gamma.data, std::max<int64_t>(s.gamma.rows, 1), shape.channels});
     start(launch, CopyRows{PerChannel(f.beta), s.beta.data, std::max<int64_t>(s.beta.rows, 1), shape.channels});
-    start(launch, CopyValues<std::uint8_t>{f.positions.mask.data(), const_cast<std::uint8_t*>(s.mask.data()),
-                                           static_cast<int64_t>(s.mask.size())});
-    start(launch, CopyValues<double>{f.positions.weights.data(), const_cast<double*>(s.weights.data()),
-                                     static_cast<int64_t>(s.weights.size())});
+    start(launch,
+          CopyValues<std::uint8_t>{f.positions.mask.data(), const_cast<std::uint8_t*>(s.mask.data()), static_cast<int64_t>(s.mask.size())});
+    start(launch,
+          CopyValues<double>{f.positions.weights.data(), const_cast<double*>(s.weights.data()), static_cast<int64_t>(s.weights.size())});
 }
 
 template <class T, Gate gate>
@@ -167,7 +167,7 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
     const auto kept = [&](double* v) { return keeps ? v : nullptr; };
     // Of several parts the step takes all, and what may be skipped is looked at as a whole first.
     const bool step_apart = learns && (shape.parts.count > 1 || options.skip);
-    const Settle<C> settle{shape,           counted, options, found,         saves ? s.mean : nullptr, s.var, s.inv_std, kept(s.count),
+    const Settle<C> settle{shape,          counted, options, found,         saves ? s.mean : nullptr, s.var, s.inv_std, kept(s.count),
                            kept(s.values), s.r,     s.d,     memory.affine, learns && !step_apart};
     const Act act = act_of(f.activation, f.slope, f.x.dtype, s.bits != nullptr);
     const Array<const T> x(f.x), z(f.residual);
@@ -201,10 +201,11 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
 }
 
 Forward served(const Forward& f) {
-    if (is_integer(f.x.dtype)) not_served("x", "has an integer storage type", "a floating one; convert it first");
-    if (f.saved != nullptr && f.keep == Keep::y) not_served("keep", "is y", "x: which channels' x must be kept, the CPU would wait for");
+    if (is_integer(f.x.dtype)) check::not_served("x", "has an integer storage type", "a floating one; convert it first");
+    if (f.saved != nullptr && f.keep == Keep::y)
+        check::not_served("keep", "is y", "x: which channels' x must be kept, the CPU would wait for");
     if (f.running.on_nonfinite == OnNonfinite::raise) {
-        not_served("on_nonfinite", "is 'raise'", "'propagate' or 'skip': the CPU would wait for what the GPU finds");
+        check::not_served("on_nonfinite", "is 'raise'", "'propagate' or 'skip': the CPU would wait for what the GPU finds");
     }
     return on_device(f);
 }
@@ -241,12 +242,13 @@ void batch_norm_train(const Forward& call, const Stream& stream) {
 
 void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, const Stream& stream,
              const Positions& positions) {
-    if (is_integer(x.dtype)) not_served("x", "has an integer storage type", "a floating one; convert it first");
+    if (is_integer(x.dtype)) check::not_served("x", "has an integer storage type", "a floating one; convert it first");
     const Call call = check::moments(x, mean, var, ddof, 0, positions, true);
     Launcher launch(stream, "moments");
     const Shape shape(call);
     if (call.geometry.count() == 0) {
-        for (double* v : {mean.data(), var.data()}) start(launch, Fill<double>{v, shape.channels, std::numeric_limits<double>::quiet_NaN()});
+        for (double* v : {mean.data(), var.data()})
+            start(launch, Fill<double>{v, shape.channels, std::numeric_limits<double>::quiet_NaN()});
         return;
     }
     const Tiling tiling(PartPlans(call.geometry, call.parts, {.reads = 1, .writes = 0, .sums = true}), 1);

@@ -8,7 +8,8 @@
 
 namespace batchnorm::cuda {
 
-// ---- sums of tiles -------------------------------------------------------------------------------------------------------------------------
+// ---- sums of tiles
+// -------------------------------------------------------------------------------------------------------------------------
 
 // Adds the tiles of each set of a part in the plan's order: by groups of kTileGroup, then the groups.
 struct Merge {
@@ -80,7 +81,8 @@ private:
     }
 };
 
-// ---- statistics ------------------------------------------------------------------------------------------------------------------------------
+// ---- statistics
+// ------------------------------------------------------------------------------------------------------------------------------
 
 // Where each part's statistics stand, parts * channels.
 struct Statistics {
@@ -132,7 +134,8 @@ struct FinishStatistics {
             const int64_t set = merge.sets_before(part) * shape.channels + channel;
             const double sum = merge.first[set].total(), sum_sq = merge.second[set].total();
             const double count = counted.n(shape, part, channel) * counted.scaled();
-            const int next = of_round < 2 ? from_sums(of_round, at, sum, sum_sq, count) : from_scaled_sums(of_round, at, sum, sum_sq, count);
+            const int next =
+                of_round < 2 ? from_sums(of_round, at, sum, sum_sq, count) : from_scaled_sums(of_round, at, sum, sum_sq, count);
             if (next == 0) return then(part, channel);
             to.again[next * n + at] = 1;
             to.any[next] = 1;
@@ -205,7 +208,8 @@ struct FindShift {
     }
 };
 
-// ---- forward ---------------------------------------------------------------------------------------------------------------------------------
+// ---- forward
+// ---------------------------------------------------------------------------------------------------------------------------------
 
 // Numbers of y = (x - center) * scale + offset, cells * channels each.
 template <class C>
@@ -216,13 +220,13 @@ struct AffineNumbers {
 // What the caller's options make of statistics.
 struct Options {
     PerChannel gamma, beta;
-    PerChannel mean, var;                        // given ones
+    PerChannel mean, var;  // given ones
     PerChannel running_mean, running_var, decays, seen;
     double decay;
     int ddof;
     bool skip;  // what is not finite
     bool renorm;
-    PerChannel reference_mean, reference_std;    // absent: the running pair
+    PerChannel reference_mean, reference_std;  // absent: the running pair
     double rmin, rmax, dmax, renorm_decay;
     double eps;
 };
@@ -391,7 +395,8 @@ struct CopyValues {
     }
 };
 
-// ---- backward --------------------------------------------------------------------------------------------------------------------------------
+// ---- backward
+// --------------------------------------------------------------------------------------------------------------------------------
 
 // What a forward left, as a cell and a channel see it.
 struct Kept {
@@ -444,7 +449,7 @@ struct GradSumsOp {
     };
     template <bool shifted, bool some>
     struct Sums {
-        static constexpr int kAhead = some ? 2 : gate == kernels::curve ? 4 : 8;
+        static constexpr int kAhead = some ? 2 : gate == kernels::curve || is_double<T> ? 8 : 16;
         const GradSumsOp& op;
         double shift;
         coeffs::Affine<Compute<T>> k;
@@ -509,7 +514,7 @@ struct FinishGradients {
     Kept kept;
     Counted counted;
     GradientNumbers<C> to;
-    PerChannel dgamma, dbeta;         // the caller's, if there is one cell
+    PerChannel dgamma, dbeta;          // the caller's, if there is one cell
     double *dgamma_rows, *dbeta_rows;  // else rows to be added up: cells * channels; null: not wanted
 
     int64_t blocks() const { return kept.shape.parts.count * merge.columns(); }

@@ -169,8 +169,8 @@ struct ApplyOp {
     Shape shape;
     Counted counted;
     AffineNumbers<C> affine_of;
-    std::uint8_t* bits;       // out: where a piecewise linear activation is on; may be null
-    bool clears;              // channels without values get 0
+    std::uint8_t* bits;  // out: where a piecewise linear activation is on; may be null
+    bool clears;         // channels without values get 0
     Curve curve;
     bool vectors;
 
@@ -253,8 +253,8 @@ struct GradApplyOp {
         for (int j = 0; j < kUnit; ++j) {
             if (j >= unit.n) break;
             const C v = value_of(in[j]);
-            const C g = through_gate<gate>(value_of(gradient_in[j]), v, value_of(add[j]), k.center, k.scale, k.offset, j, bits, unit.first + j,
-                                           curve);
+            const C g = through_gate<gate>(value_of(gradient_in[j]), v, value_of(add[j]), k.center, k.scale, k.offset, j, bits,
+                                           unit.first + j, curve);
             put(&of_z[j], g);
             put(&out[j], fixed ? g * k.k_dy.at(j) : gradient(g, v, k, j, Weight{weighted ? &k : nullptr, weighted ? weight[j] : C{1}}, 0));
         }

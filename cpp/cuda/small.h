@@ -17,7 +17,8 @@ inline int64_t channels_of_block(const Shape& s) { return s.runs() ? 1 : std::mi
 inline bool is_small(const Shape& s, const Tiling& tiling, bool bits) {
     constexpr int64_t kMostElements = int64_t{1} << 22;
     const bool apart = s.runs() || tiling.last.fold == 1;
-    return apart && !bits && s.group_outer == 0 && s.parts.rows * s.inner <= tune::get(tune::gpu_block_values) && s.elements() <= kMostElements;
+    return apart && !bits && s.group_outer == 0 && s.parts.rows * s.inner <= tune::get(tune::gpu_block_values) &&
+           s.elements() <= kMostElements;
 }
 
 // What one block does.

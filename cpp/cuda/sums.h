@@ -10,11 +10,10 @@
 //     bool compacts()                              whether rows that do not count are as if they were not there (else they add 0)
 #pragma once
 
+#include "kernels/one_lane.h"
 #include "launch.h"
 #include "shape.h"
-
-#define BATCHNORM_ISA one_lane
-#define BATCHNORM_VECTOR_BYTES 0
+// Behind it.
 #include "kernels/elements.h"
 
 namespace batchnorm::cuda {
@@ -203,7 +202,8 @@ struct SumRuns {
     }
 };
 
-// Direction nsc. A lane is a channel of every fold-th row; where rows are folded, a block has all lanes of some tiles, which are then added.
+// Direction nsc. A lane is a channel of every fold-th row; where rows are folded, a block has all lanes of some tiles, which are then
+// added.
 template <class Op>
 struct SumRows {
     static constexpr int kThreads = 256;
@@ -277,7 +277,7 @@ struct MomentsOp {
     // `weighted`: each value times its weight, and scaled; `shifted`: about a shift that is not 0.
     template <bool shifted, bool weighted, bool some>
     struct Sums {
-        static constexpr int kAhead = some ? 4 : 16;
+        static constexpr int kAhead = some ? 4 : is_double<T> ? 16 : 32;
         const MomentsOp& op;
         double about, scale;
         Moments<shifted> m{0, 0};

@@ -1,5 +1,5 @@
-// What a GPU makes of a call has the CPU's bits. Built twice: as a rehearsal, where the kernels run on the CPU, and by nvcc for a GPU; there
-// all memory of this program is such that both reach it.
+// What a GPU makes of a call has the CPU's bits. Built twice: as a rehearsal, where the kernels run on the CPU, and by nvcc for a GPU;
+// there all memory of this program is such that both reach it.
 #include "batchnorm/cuda.hpp"
 #include "problem.h"
 
@@ -19,7 +19,8 @@ public:
         const std::scoped_lock lock(mutex_);
         const auto list = static_cast<std::size_t>(std::bit_width(std::max<std::size_t>(bytes, 1) - 1));
         if (free_[list] == nullptr) {
-            if (next_ == nullptr && cudaHostAlloc(reinterpret_cast<void**>(&next_), kBytes, cudaHostAllocMapped) != cudaSuccess) std::abort();
+            if (next_ == nullptr && cudaHostAlloc(reinterpret_cast<void**>(&next_), kBytes, cudaHostAllocMapped) != cudaSuccess)
+                std::abort();
             const std::size_t size = kHead + std::max(kHead, std::size_t{1} << list);
             if (used_ + size > kBytes) throw std::bad_alloc();
             free_[list] = next_ + used_;
@@ -134,8 +135,17 @@ void compare_data(Dtype dtype, const Shape& shape, const Layout& layout, const V
         (gpu ? backward : batch_norm_backward)(b);
         gpu ? cuda::moments(x, mean, var, 1, {}) : moments(x, mean, var, 1);
         wait();
-        results[gpu] = {vector(saved.mean()), vector(saved.var()), vector(saved.inv_std()), y.finish(), dx.finish(), dgamma, dbeta,
-                        running_mean,         running_var,         mean,                    var};
+        results[gpu] = {vector(saved.mean()),
+                        vector(saved.var()),
+                        vector(saved.inv_std()),
+                        y.finish(),
+                        dx.finish(),
+                        dgamma,
+                        dbeta,
+                        running_mean,
+                        running_var,
+                        mean,
+                        var};
     }
     for (size_t i = 0; i < results[0].size(); ++i) {
         const bool equal = same_but_nan(results[0][i], results[1][i]);
