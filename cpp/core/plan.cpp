@@ -15,9 +15,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A tile's sums run over at most this many values of a channel (ncs): 1024 per lane, so that rounding in double stays near 1e-15
-// relative, while the work per tile hides what a call costs. Half as many where runs are short: a GPU has a thread for each lane of each
+// relative, while the work per tile hides what a call costs. A quarter where runs are short: a GPU has a thread for each lane of each
 // tile, and layers with short runs have few of them (D38).
-constexpr int64_t kTileValues = 16384, kTileValuesOfShortRuns = 8192, kShortRun = 1024;
+constexpr int64_t kTileValues = 16384, kTileValuesOfShortRuns = 4096, kShortRun = 1024;
 
 // Tensors smaller than this are not cut into tiles for the sake of threads.
 constexpr int64_t kCutElements = 16384;

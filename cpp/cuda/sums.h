@@ -10,15 +10,14 @@
 //     bool compacts()                              whether rows that do not count are as if they were not there (else they add 0)
 #pragma once
 
-#include "kernels/one_lane.h"
+#include "calls.h"
 #include "launch.h"
 #include "shape.h"
-// Behind it.
+// Behind one_lane.h, which calls.h includes.
 #include "kernels/elements.h"
 
 namespace batchnorm::cuda {
 
-using namespace one_lane;  // NOLINT: the one level that GPU code has
 using kernels::kLanes;
 
 // The tiles of a call: those of its parts one after another, of a part those of its sets.

@@ -23,7 +23,6 @@
 #endif
 
 namespace batchnorm::BATCHNORM_ISA {
-namespace {
 
 using VF = float;
 using VD = double;
@@ -126,5 +125,4 @@ BATCHNORM_INLINE void put(Float16* p, float v) {
 #endif
 }
 
-}  // namespace
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -1,9 +1,10 @@
-// Backward on a GPU, as core/backward.cpp.
+// Backward on a GPU, of one storage type, as core/backward.cpp.
+#pragma once
+
 #include "driver.h"
 #include "small.h"
 
 namespace batchnorm::cuda {
-namespace {
 
 template <class C>
 struct BackwardMemory {
@@ -94,17 +95,5 @@ void backward(const Backward& b, const Saved::Impl& s, const Stream& stream) {
     start(launch, PutRows{memory.dgamma, shape.cells(), shape.channels, PerChannel(b.dgamma), b.dgamma.rows});
     start(launch, PutRows{memory.dbeta, shape.cells(), shape.channels, PerChannel(b.dbeta), b.dbeta.rows});
 }
-
-}  // namespace
-
-inline namespace v0_2 {
-
-void batch_norm_backward(const Backward& call, const Stream& stream) {
-    const Backward b = on_device(call);
-    const Saved::Impl& s = check::backward(b);
-    with_storage(b.kept.dtype, [&]<class T>() { backward<T>(b, s, stream); });
-}
-
-}  // namespace v0_2
 
 }  // namespace batchnorm::cuda

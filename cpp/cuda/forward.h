@@ -1,9 +1,11 @@
-// Forward and moments on a GPU: the CPU's order of sums, numbers and pass (core/forward.cpp), as kernels one behind the other on a stream.
+// Forward and moments on a GPU, of one storage type: the CPU's order of sums, numbers and pass (core/forward.cpp), as kernels one behind
+// the other on a stream.
+#pragma once
+
 #include "driver.h"
 #include "small.h"
 
 namespace batchnorm::cuda {
-namespace {
 
 template <class T>
 struct Fill {
@@ -49,7 +51,7 @@ void find_statistics(const Launcher& launch, const ConstTensor& x, const Shape& 
     }
 }
 
-Options options_of(const Forward& f) {
+inline Options options_of(const Forward& f) {
     return {PerChannel(f.gamma, 1),
             PerChannel(f.beta, 0),
             PerChannel(f.mean),
@@ -91,7 +93,7 @@ struct ForwardMemory {
     }
 };
 
-void copy_arguments(const Launcher& launch, const Forward& f, const Shape& shape, const Saved::Impl& s) {
+inline void copy_arguments(const Launcher& launch, const Forward& f, const Shape& shape, const Saved::Impl& s) {
     start(launch, CopyRows{PerChannel(f.gamma), s.gamma.data, std::max<int64_t>(s.gamma.rows, 1), shape.channels});
     start(launch, CopyRows{PerChannel(f.beta), s.beta.data, std::max<int64_t>(s.beta.rows, 1), shape.channels});
     start(launch,
@@ -200,16 +202,6 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
     s.full = saves;
 }
 
-Forward served(const Forward& f) {
-    if (is_integer(f.x.dtype)) check::not_served("x", "has an integer storage type", "a floating one; convert it first");
-    if (f.saved != nullptr && f.keep == Keep::y)
-        check::not_served("keep", "is y", "x: which channels' x must be kept, the CPU would wait for");
-    if (f.running.on_nonfinite == OnNonfinite::raise) {
-        check::not_served("on_nonfinite", "is 'raise'", "'propagate' or 'skip': the CPU would wait for what the GPU finds");
-    }
-    return on_device(f);
-}
-
 // The variance with ddof, of what was found.
 struct PutVariance {
     Shape shape;
@@ -224,26 +216,9 @@ struct PutVariance {
     }
 };
 
-}  // namespace
-
-inline namespace v0_2 {
-
-void batch_norm(const Forward& call, const Stream& stream) {
-    const Forward f = served(call);
-    const Call checked = check::inference(f);
-    with_storage(f.x.dtype, [&]<class T>() { forward<T>(f, checked, stream, "batch_norm"); });
-}
-
-void batch_norm_train(const Forward& call, const Stream& stream) {
-    const Forward f = served(call);
-    const Call checked = check::training(f);
-    with_storage(f.x.dtype, [&]<class T>() { forward<T>(f, checked, stream, "batch_norm_train"); });
-}
-
-void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, const Stream& stream,
+template <class T>
+void moments(const ConstTensor& x, const Call& call, std::span<double> mean, std::span<double> var, int64_t ddof, const Stream& stream,
              const Positions& positions) {
-    if (is_integer(x.dtype)) check::not_served("x", "has an integer storage type", "a floating one; convert it first");
-    const Call call = check::moments(x, mean, var, ddof, 0, positions, true);
     Launcher launch(stream, "moments");
     const Shape shape(call);
     if (call.geometry.count() == 0) {
@@ -270,9 +245,7 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
     const Counted counted = counting.run(launch, bits);
     memory.of.mean = mean.data();
     const PutVariance put{shape, counted, memory.of.var, var.data(), static_cast<double>(ddof)};
-    with_storage(x.dtype, [&]<class T>() { find_statistics<T>(launch, x, shape, counted, tiling, memory, 0, put); });
+    find_statistics<T>(launch, x, shape, counted, tiling, memory, 0, put);
 }
-
-}  // namespace v0_2
 
 }  // namespace batchnorm::cuda
