@@ -267,7 +267,7 @@ void of_group(const Forward& f, Call& call) {
 // ---- what counts -----------------------------------------------------------------------------------------------------------------------
 
 // Sizes and parts, and how much of each counts. A mask leaves the values at the others alone, weights included.
-Call counted(const Geometry& g, const Positions& p, int64_t part_outer = 0) {
+Call counted(const Geometry& g, const Positions& p, int64_t part_outer = 0, bool device = false) {
     Call call;
     call.geometry = g;
     call.parts = {g.outer, g.outer, 1};
@@ -297,7 +297,7 @@ Call counted(const Geometry& g, const Positions& p, int64_t part_outer = 0) {
         }
         tensor(p.element_mask, "element_mask");
     }
-    if (g.count() == 0) return call;
+    if (g.count() == 0 || device) return call;
     if (const int64_t bad = call.counts.count(g, p); bad >= 0) {
         fail({"weights", "holds " + number(p.weights[index(bad)]) + " at position " + std::to_string(bad), "finite values >= 0"});
     }
@@ -399,7 +399,7 @@ void forward_overlaps(const Forward& f) {
 // ---- forward
 // -----------------------------------------------------------------------------------------------------------------------------
 
-void running_arrays(const Running& r, int64_t n) {
+void running_arrays(const Running& r, int64_t n, bool device) {
     if (static_cast<bool>(r.mean) != static_cast<bool>(r.var)) {
         fail({r.mean ? "running_var" : "running_mean", "is missing", "running_mean and running_var or neither"});
     }
@@ -416,10 +416,10 @@ void running_arrays(const Running& r, int64_t n) {
     ddof(r.ddof, "running_ddof");
     if (r.decays && r.seen) fail({"decay", "is given with seen", "one of them", "drop one"});
     if (r.seen) {
-        channels(r.seen, "seen", n, Values::non_negative);
+        channels(r.seen, "seen", n, device ? Values::any : Values::non_negative);
     } else if (r.decays) {
         channels(r.decays, "decay", n);
-        for (int64_t c = 0; c < n; ++c) decay(at(r.decays, c), "decay", " at channel " + std::to_string(c));
+        for (int64_t c = 0; c < n && !device; ++c) decay(at(r.decays, c), "decay", " at channel " + std::to_string(c));
     } else {
         decay(r.decay);
     }
@@ -427,6 +427,7 @@ void running_arrays(const Running& r, int64_t n) {
 
 void renorm(const Forward& f, int64_t n) {
     const Renorm& r = f.renorm;
+    const auto of = [&](Values values) { return f.execution.device ? Values::any : values; };
     if (!r.enabled) {
         if (r.decay >= 0) fail({"renorm.decay", "is given without renormalisation", "renorm.enabled"});
         return;
@@ -435,14 +436,14 @@ void renorm(const Forward& f, int64_t n) {
         fail({r.mean ? "renorm std" : "renorm mean", "is missing", "mean and std of the reference or neither"});
     }
     if (r.mean) {
-        channels(r.mean, "renorm mean", n, Values::finite);
-        channels(r.std, "renorm std", n, Values::positive);
+        channels(r.mean, "renorm mean", n, of(Values::finite));
+        channels(r.std, "renorm std", n, of(Values::positive));
     } else if (!f.running.mean) {
         fail({"renorm", "is given without a reference", "running statistics, or mean and std of a reference", ""});
     } else {
-        channels(f.running.mean, "running_mean", n, Values::finite);
-        channels(f.running.var, "running_var", n, Values::non_negative);
-        divisor(f.running.var, "running_var", f.eps);
+        channels(f.running.mean, "running_mean", n, of(Values::finite));
+        channels(f.running.var, "running_var", n, of(Values::non_negative));
+        if (!f.execution.device) divisor(f.running.var, "running_var", f.eps);
     }
     if (!(r.rmin >= 0 && r.rmin <= 1)) fail({"rmin", "is " + number(r.rmin), "a number in [0, 1]"});
     if (!(r.rmax >= 1)) fail({"rmax", "is " + number(r.rmax), "a number >= 1"});
@@ -510,7 +511,7 @@ void image(const Forward& f, const Geometry& g) {
 // What both kinds of forward ask for.
 Call forward(const Forward& f, Storage storage) {
     const Geometry g = geometry(f.x, storage);
-    Call call = counted(g, f.positions, f.part_outer);
+    Call call = counted(g, f.positions, f.part_outer, f.execution.device);
     if (static_cast<bool>(f.mean) != static_cast<bool>(f.var)) {
         fail({f.mean ? "var" : "mean", "is missing", "mean and var or neither"});
     }
@@ -558,7 +559,7 @@ Call inference(const Forward& f) {
 
 Call training(const Forward& f) {
     Call call = forward(f, Storage::floating);
-    running_arrays(f.running, call.geometry.channels);
+    running_arrays(f.running, call.geometry.channels, f.execution.device);
     renorm(f, call.geometry.channels);
     keep(f);
     of_group(f, call);
@@ -588,9 +589,13 @@ Call saving(const Forward& f, const ConstChannels& inv_std) {
 
 namespace {
 
-const Saved::Impl& held(const Saved* saved) {
+const Saved::Impl& held(const Saved* saved, bool device) {
     if (saved == nullptr || saved->empty()) {
         throw Misuse("saved is empty, expected what a forward pass left; call batch_norm_train with it first");
+    }
+    if (saved->get()->device != device) {
+        throw Misuse(device ? "saved is of a forward on the CPU, expected one on a GPU"
+                            : "saved is of a forward on a GPU, expected one on the CPU");
     }
     return *saved->get();
 }
@@ -616,7 +621,7 @@ void forward_residual(const Saved::Impl& s, const Geometry& g, const ConstTensor
 }  // namespace
 
 const Saved::Impl& backward(const Backward& b) {
-    const Saved::Impl& s = held(b.saved);
+    const Saved::Impl& s = held(b.saved, b.execution.device);
     const Geometry g = s.call(b.kept).geometry;
     same_shape(b.kept, s.keep == Keep::x ? "x" : "y", g, "the forward's");
     same_shape(b.dy, "dy", g);
@@ -653,7 +658,7 @@ const Saved::Impl& backward(const Backward& b) {
 }
 
 const Saved::Impl& double_backward(const DoubleBackward& b) {
-    const Saved::Impl& s = held(b.saved);
+    const Saved::Impl& s = held(b.saved, b.execution.device);
     if (s.sample_outer != 0) {
         fail({"saved", "is of a forward with a group", "one of a single process: the double backward is not served for a group"});
     }
@@ -699,9 +704,9 @@ const Saved::Impl& double_backward(const DoubleBackward& b) {
 // -----------------------------------------------------------------------------------------------------------------------------------
 
 Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t delta, int num_threads,
-             const Positions& positions, Group* group, int64_t sample_outer) {
+             const Positions& positions, Group* group, int64_t sample_outer, bool device) {
     const Geometry g = geometry(x, Storage::any);
-    Call call = counted(g, positions);
+    Call call = counted(g, positions, 0, device);
     call_threads(num_threads);
     if (group != nullptr) samples(sample_outer, call);
     const Channels mean_out(mean), var_out(var);
@@ -781,7 +786,7 @@ void running_step(const UpdateRunningArgs& a) {
     required(static_cast<bool>(a.var), "var");
     required(static_cast<bool>(a.count), "count");
     const int64_t n = a.running.mean.size;
-    running_arrays(a.running, n);
+    running_arrays(a.running, n, false);
     channels(a.mean, "mean", n);
     channels(a.var, "var", n);
     channels(a.count, "count", n, Values::non_negative);
@@ -866,6 +871,10 @@ void not_finite(int64_t channel) {
 void squares_overflow(const char* name, int64_t channel) {
     fail({name, "holds values at channel " + std::to_string(channel) + " whose squares add up to more than 1.8e308",
           "magnitudes up to 1e150", "add up x * 2.0**-512, then mean * 2.0**512 and std * 2.0**512 are those of x"});
+}
+
+void not_served(const char* argument, const std::string& got, const std::string& instead) {
+    fail({argument, got + ", which is not served on a GPU", instead});
 }
 
 void interrupted() { throw Interrupted("interrupted"); }

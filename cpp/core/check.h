@@ -16,7 +16,7 @@ Call saving(const Forward& f, const ConstChannels& inv_std);
 const Saved::Impl& backward(const Backward& b);
 const Saved::Impl& double_backward(const DoubleBackward& b);
 Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t ddof, int num_threads, const Positions& positions,
-             Group* group, int64_t sample_outer);
+             Group* group, int64_t sample_outer, bool device = false);
 // Of a call whose counts are there: with a group only once they are exchanged.
 void enough_values(const Forward& f, const Call& call);
 void enough_for(int64_t ddof, const Call& call, const Positions& positions);
@@ -41,5 +41,7 @@ const kernels::KernelTable& active_level();
 [[noreturn]] void rank_failed(int rank, const std::string& message);
 [[noreturn]] void ranks_differ(int rank, const char* in);  // from rank 0
 [[noreturn]] void no_ranks();
+// By a GPU, on which `instead` is.
+[[noreturn]] void not_served(const char* argument, const std::string& got, const std::string& instead);
 
 }  // namespace batchnorm::check

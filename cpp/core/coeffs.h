@@ -9,20 +9,22 @@
 #include <cstdint>
 #include <limits>
 
+#include "kernels/host_device.h"
+
 namespace batchnorm::coeffs {
 
 // A sum that carries its rounding error along (Knuth's TwoSum), so that the number of tiles does not matter.
 struct Sum {
     double value, error;
 
-    void add(double x) {
+    BATCHNORM_HOST_DEVICE void add(double x) {
         const double s = value + x, b = s - value;
         error += (value - (s - b)) + (x - b);
         value = s;
     }
     // Once the sum is not finite its error is NaN and says nothing.
-    double kept_error() const { return std::isfinite(value) ? error : 0; }
-    double total() const { return value + kept_error(); }
+    BATCHNORM_HOST_DEVICE double kept_error() const { return std::isfinite(value) ? error : 0; }
+    BATCHNORM_HOST_DEVICE double total() const { return value + kept_error(); }
 };
 
 // Statistics of n values from the sums of (x - shift) and (x - shift)^2.
@@ -34,7 +36,7 @@ struct Moments {
 
 // With d = mean - shift, the variance is the mean square less d^2, and the rounding of the squares' sum is amplified by
 // 1 + d^2/var; `most_amplification` says how much is still fine. Where it is more, one more pass about the mean mends it.
-inline Moments from_sums(double sum, double sum_sq, double shift, double n, double most_amplification) {
+BATCHNORM_HOST_DEVICE inline Moments from_sums(double sum, double sum_sq, double shift, double n, double most_amplification) {
     const double d = sum / n;
     const double mean = shift + d;
     const double sq = sum * d;  // n d^2
@@ -80,17 +82,19 @@ struct Scale {
 };
 inline constexpr Scale kFar{0x1p-510, 0x1p-1020}, kNear{0x1p500, 0x1p1000};
 inline constexpr double kNearest = 0x1p-960;  // a variance below it has lost digits
-inline Moments from_scaled_sums(double sum, double sum_sq, double shift, double n, const Scale& scale) {
+BATCHNORM_HOST_DEVICE inline Moments from_scaled_sums(double sum, double sum_sq, double shift, double n, const Scale& scale) {
     const double d = sum / n, m2 = sum_sq - sum * d;
     return {shift + d / scale.s, (m2 < 0 ? 0 : m2) / n, true, 0};
 }
 
 // 0 where the variance is 0 and nothing is added to it: x_hat of a constant is 0, whatever eps is.
-inline double inv_std(double var, double eps) {
+BATCHNORM_HOST_DEVICE inline double inv_std(double var, double eps) {
     const double root = std::sqrt(var + eps);
     return root == 0 ? 0 : 1 / root;
 }
-inline double inv_std(double scaled_var, double eps, const Scale& scale) { return inv_std(scaled_var, eps * scale.square) * scale.s; }
+BATCHNORM_HOST_DEVICE inline double inv_std(double scaled_var, double eps, const Scale& scale) {
+    return inv_std(scaled_var, eps * scale.square) * scale.s;
+}
 
 // Numbers of the kernels' y = (x - center) * scale + offset. In C = float the mean does not fit: its rest, times the slope, goes into
 // the offset, which keeps y's error at a few half-ulps whatever |mean| / std is.
@@ -99,7 +103,7 @@ struct Affine {
     C center, scale, offset;
 };
 template <class C>
-Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
+BATCHNORM_HOST_DEVICE Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
     const C center = static_cast<C>(mean);
     // Not the rest of an infinite mean, which would be NaN for the wrong reason; x - center is NaN or infinite by itself.
     const double rest = std::isfinite(mean) ? mean - static_cast<double>(center) : 0;
@@ -113,7 +117,8 @@ Affine<C> affine(double mean, double inv_std, double gamma, double beta) {
 struct Renorm {
     double r, d;
 };
-inline Renorm renorm(double mean, double inv_std, double reference_mean, double reference_std, double rmin, double rmax, double dmax) {
+BATCHNORM_HOST_DEVICE inline Renorm renorm(double mean, double inv_std, double reference_mean, double reference_std, double rmin,
+                                           double rmax, double dmax) {
     return {inv_std == 0 ? rmin : std::clamp(1 / (inv_std * reference_std), rmin, rmax),
             std::clamp((mean - reference_mean) / reference_std, -dmax, dmax)};
 }
@@ -121,17 +126,17 @@ inline Renorm renorm(double mean, double inv_std, double reference_mean, double 
 // The value about which x is taken in the sum of dy * x: the mean of double data, whose digits are all needed. Of float data the products
 // are exact in double and 0 does, as the sum about the mean follows from it, with an error of |mean| / std roundings; where that ratio is
 // large the float nearest to the mean, which a constant channel equals. (The sum of a constant below that ratio is a few roundings of 0.)
-inline double gradient_shift(double mean, double inv_std, bool is_double) {
+BATCHNORM_HOST_DEVICE inline double gradient_shift(double mean, double inv_std, bool is_double) {
     if (is_double) return mean;
     return std::abs(mean * inv_std) > 128 ? static_cast<double>(static_cast<float>(mean)) : 0;
 }
-inline double about_mean(double sum_dy, double sum_dy_x, double mean, double shift) {
+BATCHNORM_HOST_DEVICE inline double about_mean(double sum_dy, double sum_dy_x, double mean, double shift) {
     const double rest = mean - shift, moved = sum_dy_x - rest * sum_dy;
     return rest == 0 ? sum_dy_x : moved;
 }
 
 // |v| rounded down to a power of two; 1 unless v is normal.
-inline double power_of_2(double v) {
+BATCHNORM_HOST_DEVICE inline double power_of_2(double v) {
     const double size = std::abs(v);
     const double rounded = std::bit_cast<double>(std::bit_cast<std::uint64_t>(size) & 0x7ff0000000000000);
     return size >= std::numeric_limits<double>::min() && size <= std::numeric_limits<double>::max() ? rounded : 1;
@@ -150,7 +155,7 @@ struct Slopes {
     double slope, through, inv_std, center, u_inv_std;
 };
 template <class C>
-Gradient<C> gradient(const Slopes& s, double sum_dy, double sum_dy_xc, double n) {
+BATCHNORM_HOST_DEVICE Gradient<C> gradient(const Slopes& s, double sum_dy, double sum_dy_xc, double n) {
     const double scale = power_of_2(s.u_inv_std);
     const double k_x = -s.through * ((s.u_inv_std / scale) * (s.inv_std * (sum_dy_xc / n)));
     const double rest = s.center - static_cast<double>(static_cast<C>(s.center));
@@ -159,11 +164,11 @@ Gradient<C> gradient(const Slopes& s, double sum_dy, double sum_dy_xc, double n)
 }
 
 // decay is the weight of the old value. At 0 the old value is gone and at 1 the new one, even if they are NaN.
-inline double running(double old, double batch, double decay) {
+BATCHNORM_HOST_DEVICE inline double running(double old, double batch, double decay) {
     return decay == 0 ? batch : decay == 1 ? old : decay * old + (1 - decay) * batch;
 }
 
 // Variance with n - ddof in the denominator, from the population variance.
-inline double with_ddof(double var, double n, double ddof) { return ddof == 0 ? var : var * (n / (n - ddof)); }
+BATCHNORM_HOST_DEVICE inline double with_ddof(double var, double n, double ddof) { return ddof == 0 ? var : var * (n / (n - ddof)); }
 
 }  // namespace batchnorm::coeffs

@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "kernels/host_device.h"
+
 namespace batchnorm {
 
 template <int K>
@@ -13,7 +15,7 @@ struct Expansion {
     // TwoSum (Knuth, The Art of Computer Programming, vol. 2, 4.2.2) from part to part: each takes what the one before had to round away
     // (SumK of Ogita, Rump and Oishi, SIAM J. Sci. Comput. 26, 2005). Exact until the last part rounds, 2^(-53 K) of the largest value the
     // sum has had. Once the first part is not finite it is the sum, and the others stay what they were.
-    void add(double x) {
+    BATCHNORM_HOST_DEVICE void add(double x) {
         for (int i = 0; i + 1 < K; ++i) {
             const double s = part[i] + x, b = s - part[i];
             const double error = (part[i] - (s - b)) + (x - b);
@@ -23,7 +25,7 @@ struct Expansion {
         part[K - 1] += x;
     }
     template <int L>
-    void add(const Expansion<L>& other) {
+    BATCHNORM_HOST_DEVICE void add(const Expansion<L>& other) {
         for (int i = 0; i < L; ++i) add(other.part[i]);
     }
     // a * b, exactly unless it leaves the range of doubles: Dekker's product (Numerische Mathematik 18, 1971) of Veltkamp's halves.
@@ -48,7 +50,7 @@ struct Expansion {
     }
     // The sum as one double: a function of the sum, not of how the parts share it, unless it lies within 2^(-53 K) of the middle between
     // two doubles.
-    double total() const {
+    BATCHNORM_HOST_DEVICE double total() const {
         Expansion e = *this;
         if (!std::isfinite(e.part[0])) return e.part[0];
         for (int pass = 0; pass + 1 < K; ++pass) {

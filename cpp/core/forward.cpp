@@ -16,28 +16,7 @@
 #include "statistics.h"
 
 namespace batchnorm {
-namespace {
 
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-// A call on its way: its arguments, what check made of them, and where its numbers go.
-struct Work {
-    const Forward& f;
-    const Call& call;
-    const kernels::KernelTable& table;
-    const Counting& counting;
-    Saved::Impl& s;
-    int64_t channels() const { return call.geometry.channels; }
-    // What n channels from c on are normalised by.
-    Column<double> mean(int64_t part, int64_t c, int64_t n) const {
-        return f.mean ? Column<double>(f.mean, c, n) : Column<double>(s.mean + part * channels() + c, n);
-    }
-    Column<double> inv_std(int64_t part, int64_t c, int64_t n) const {
-        return f.var ? inv_std_of(Column<double>(f.var, c, n), n, f.eps) : Column<double>(s.inv_std + part * channels() + c, n);
-    }
-};
-
-// Places in `cut` for what a forward makes; with `keep` also for what backward needs besides.
 void lay_out(Cutter& cut, const Forward& f, const Call& call, bool keep, Saved::Impl& s) {
     const Geometry& g = call.geometry;
     // Inference looks at nothing but the arguments.
@@ -64,6 +43,43 @@ void lay_out(Cutter& cut, const Forward& f, const Call& call, bool keep, Saved::
     s.weights = {cut.take<double>(static_cast<int64_t>(s.weights.size())), s.weights.size()};
 }
 
+void describe(const Forward& f, const Call& call, Saved::Impl& s) {
+    s.geometry = call.geometry;
+    s.parts = call.parts;
+    s.group_outer = call.group_outer;
+    s.sample_outer = call.sample_outer;
+    s.scale = 0;
+    s.batch = !f.mean;
+    s.keep = f.keep;
+    s.slope = f.slope;
+    s.activation = f.activation;
+    s.has_residual = static_cast<bool>(f.residual);
+    s.updated = false;
+    s.device = f.execution.device;
+    s.lost = {};
+}
+
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// A call on its way: its arguments, what check made of them, and where its numbers go.
+struct Work {
+    const Forward& f;
+    const Call& call;
+    const kernels::KernelTable& table;
+    const Counting& counting;
+    Saved::Impl& s;
+    int64_t channels() const { return call.geometry.channels; }
+    // What n channels from c on are normalised by.
+    Column<double> mean(int64_t part, int64_t c, int64_t n) const {
+        return f.mean ? Column<double>(f.mean, c, n) : Column<double>(s.mean + part * channels() + c, n);
+    }
+    Column<double> inv_std(int64_t part, int64_t c, int64_t n) const {
+        return f.var ? inv_std_of(Column<double>(f.var, c, n), n, f.eps) : Column<double>(s.inv_std + part * channels() + c, n);
+    }
+};
+
 // Copies of the arguments that backward will ask for.
 void copy_arguments(const Forward& f, const Call& call, Saved::Impl& s) {
     const auto copy = [&](const ConstRows& from, const SavedRows& to) {
@@ -88,18 +104,7 @@ Saved::Impl& open(const Forward& f, const Call& call, Workspace& ws, Saved::Impl
     lay_out(cut, f, call, f.saved != nullptr, s);
     if (f.saved != nullptr) copy_arguments(f, call, s);
     if (s.element_bits != nullptr) elements_to_bits(call.geometry, call.parts, f.positions.element_mask, s.element_bits);
-    s.geometry = call.geometry;
-    s.parts = call.parts;
-    s.group_outer = call.group_outer;
-    s.sample_outer = call.sample_outer;
-    s.scale = 0;
-    s.batch = !f.mean;
-    s.keep = f.keep;
-    s.slope = f.slope;
-    s.activation = f.activation;
-    s.has_residual = static_cast<bool>(f.residual);
-    s.updated = false;
-    s.lost = {};
+    describe(f, call, s);
     return s;
 }
 

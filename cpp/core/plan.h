@@ -3,6 +3,8 @@
 // tiles, follows from the shape alone.
 #pragma once
 
+#include <algorithm>
+
 #include "types.h"
 
 namespace batchnorm {
@@ -44,13 +46,25 @@ struct Plan {
     bool stream = false;     // the output will not stay in any cache
     std::int64_t ahead = 0;  // bytes by which kernels fetch what they read next
 
-    std::int64_t tiles() const { return tiles_outer * tiles_inner; }
-    std::int64_t tile_groups() const { return (tiles() + kTileGroup - 1) / kTileGroup; }
-    std::int64_t blocks() const { return (channels + channel_block - 1) / channel_block; }
+    BATCHNORM_HOST_DEVICE std::int64_t tiles() const { return tiles_outer * tiles_inner; }
+    BATCHNORM_HOST_DEVICE std::int64_t tile_groups() const { return (tiles() + kTileGroup - 1) / kTileGroup; }
+    BATCHNORM_HOST_DEVICE std::int64_t blocks() const { return (channels + channel_block - 1) / channel_block; }
     std::int64_t width() const { return channels * fold; }  // values of a folded row
 
-    kernels::Where tile(std::int64_t set, std::int64_t index, std::int64_t block) const;
-    kernels::Where block_of_channels(std::int64_t block) const;  // all values of one block's channels
+    // All values of one block's channels.
+    BATCHNORM_HOST_DEVICE kernels::Where block_of_channels(std::int64_t block) const {
+        const std::int64_t first = block * channel_block;
+        return {{0, outer, first, std::min(first + channel_block, channels), 0, inner}, row_split, fold, ahead};
+    }
+    BATCHNORM_HOST_DEVICE kernels::Where tile(std::int64_t set, std::int64_t index, std::int64_t block) const {
+        kernels::Where w = block_of_channels(block);
+        const std::int64_t o = index / tiles_inner * tile_outer, i = index % tiles_inner * tile_inner;
+        w.box.outer_begin = set * set_outer + o;
+        w.box.outer_end = set * set_outer + std::min(o + tile_outer, set_outer);
+        w.box.inner_begin = i;
+        w.box.inner_end = std::min(i + tile_inner, inner);
+        return w;
+    }
     std::int64_t map_items() const;
     kernels::Where map_item(std::int64_t index) const;
 };

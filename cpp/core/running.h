@@ -9,6 +9,30 @@
 
 namespace batchnorm {
 
+// A channel's values in all parts that have enough of them.
+struct RunningBatch {
+    double n = 0, mean = 0, var = 0, unbiased = 0;  // var with 0, unbiased with ddof taken from each part's n
+};
+// mean and var: parts * channels, var the population's. n(part) is the sum of the weights of n_values(part) values.
+template <class N, class Values>
+BATCHNORM_HOST_DEVICE RunningBatch running_batch(int64_t parts, int64_t channels, int64_t c, double ddof, const double* mean,
+                                                 const double* var, const N& n, const Values& n_values) {
+    RunningBatch b, sums;
+    int64_t counted = 0;
+    for (int64_t p = 0; p < parts; ++p) {
+        const double of_part = n(p);
+        if (n_values(p) < 2 || of_part <= ddof) continue;
+        const int64_t at = p * channels + c;
+        const RunningBatch part{of_part, mean[at], var[at], coeffs::with_ddof(var[at], of_part, ddof)};
+        if (++counted == 1) b = part;
+        sums.mean += part.n * part.mean;
+        sums.var += part.n * part.var;
+        sums.unbiased += part.n * part.unbiased;
+        if (counted > 1) b.n += part.n;
+    }
+    return counted < 2 ? b : RunningBatch{b.n, sums.mean / b.n, sums.var / b.n, sums.unbiased / b.n};
+}
+
 class RunningStep {
 public:
     // mean and var: parts * channels, var the population's.
@@ -59,29 +83,12 @@ private:
         });
         return true;
     }
-    // A channel's values in all parts that have enough of them.
-    struct Batch {
-        double n = 0, mean = 0, var = 0, unbiased = 0;  // var with 0, unbiased with ddof taken from each part's n
-    };
-    Batch batch(int64_t c) const {
-        Batch b;
-        int64_t parts = 0;
-        double mean = 0, var = 0, unbiased = 0;
-        const double ddof = f_.running.ddof;
-        for (int64_t p = 0; p < call_.parts.count; ++p) {
-            const double n = call_.counts.weight(p, c);
-            if (call_.counts.positions(p, c) < 2 || n <= ddof) continue;
-            const int64_t at = p * call_.geometry.channels + c;
-            const Batch part{n, mean_[at], var_[at], coeffs::with_ddof(var_[at], n, ddof)};
-            if (++parts == 1) b = part;
-            mean += n * part.mean;
-            var += n * part.var;
-            unbiased += n * part.unbiased;
-            if (parts > 1) b.n += n;
-        }
-        return parts < 2 ? b : Batch{b.n, mean / b.n, var / b.n, unbiased / b.n};
+    RunningBatch batch(int64_t c) const {
+        return running_batch(
+            call_.parts.count, call_.geometry.channels, c, f_.running.ddof, mean_, var_,
+            [&](int64_t p) { return call_.counts.weight(p, c); }, [&](int64_t p) { return call_.counts.positions(p, c); });
     }
-    double decay(const Batch& b, int64_t c) const {
+    double decay(const RunningBatch& b, int64_t c) const {
         const Running& r = f_.running;
         if (r.seen) return at(r.seen, c) / (at(r.seen, c) + b.n);
         return r.decays ? at(r.decays, c) : r.decay;
@@ -90,7 +97,7 @@ private:
     template <class F>
     void each(const F& f) const {
         for (int64_t c = 0; c < call_.geometry.channels; ++c) {
-            const Batch b = batch(c);
+            const RunningBatch b = batch(c);
             if (b.n == 0) continue;
             if (f_.running.mean) {
                 const double decay = this->decay(b, c);

@@ -58,6 +58,7 @@ struct Saved::Impl {
     Activation activation = Activation::none;
     bool has_residual = false;
     bool updated = false;
+    bool device = false;  // what the pointers below point to is a GPU's
 
     // parts * channels each; r and d are null without renormalisation. values: how many count, whatever their weights.
     double *mean = nullptr, *var = nullptr, *inv_std = nullptr, *count = nullptr, *values = nullptr, *r = nullptr, *d = nullptr;
@@ -152,5 +153,9 @@ private:
     std::byte* base_;
     std::size_t used_ = 0;
 };
+
+// Places in `cut` for what a forward makes; with `keep` also for what backward needs besides. And what is known of it without its data.
+void lay_out(Cutter& cut, const Forward& f, const Call& call, bool keep, Saved::Impl& s);
+void describe(const Forward& f, const Call& call, Saved::Impl& s);
 
 }  // namespace batchnorm

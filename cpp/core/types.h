@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "batchnorm/batchnorm.hpp"
+#include "kernels/host_device.h"
 #include "kernels/kernels.h"
 
 namespace batchnorm {
@@ -43,8 +44,8 @@ struct Geometry {
 struct Parts {
     int64_t outer = 0, rows = 0, count = 1;
 
-    int64_t begin(int64_t p) const { return p * rows; }
-    int64_t size(int64_t p) const { return p + 1 == count ? outer - begin(p) : rows; }
+    BATCHNORM_HOST_DEVICE int64_t begin(int64_t p) const { return p * rows; }
+    BATCHNORM_HOST_DEVICE int64_t size(int64_t p) const { return p + 1 == count ? outer - begin(p) : rows; }
 };
 
 // One bit per element as the kernels address it, part by part. Threads share no byte: runs (ncs), rows (nsc) and parts start at whole

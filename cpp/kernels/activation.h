@@ -220,7 +220,7 @@ BATCHNORM_INLINE Pair<V> unbent(Pair<V> y, double slope) {
 // y = act(v). Out of line, as are those below: a call per block costs little, and copies in every loop would add half to the library's
 // size.
 template <class V>
-__attribute__((noinline)) V curved(V v, const Curve& c) {
+BATCHNORM_OUT_OF_LINE V curved(V v, const Curve& c) {
     switch (c.kind) {
         case CurveKind::relu:
             return relu(v);
@@ -240,13 +240,13 @@ __attribute__((noinline)) V curved(V v, const Curve& c) {
 
 // The bits that tell backward enough of v, for the piecewise linear ones.
 template <class V>
-__attribute__((noinline)) uint32_t curve_bits(V v, const Curve& c) {
+BATCHNORM_OUT_OF_LINE uint32_t curve_bits(V v, const Curve& c) {
     return positive_bits(c.kind == CurveKind::relu6 ? below_6(v, v) : v);
 }
 
 // dy act'(v).
 template <class V>
-__attribute__((noinline)) V curved_gradient(V dy, V v, const Curve& c) {
+BATCHNORM_OUT_OF_LINE V curved_gradient(V dy, V v, const Curve& c) {
     switch (c.kind) {
         case CurveKind::relu:
             return where_positive(v, dy);

@@ -2,20 +2,12 @@
 // the value, or another activation, in one pass.
 #pragma once
 
-#include "activation.h"
 #include "walk.h"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
 
 using kernels::ApplyArgs;
-using kernels::Gate;
-
-// The one expression that makes y of x. The backward kernels use it to tell where the activation was on: same bits, same answer.
-template <class V>
-BATCHNORM_INLINE V affine(V x, V center, V scale, V offset) {
-    return (x - center) * scale + offset;
-}
 
 template <class T>
 struct ApplyPointers {
@@ -38,22 +30,17 @@ BATCHNORM_INLINE void apply_run(const ApplyPointers<T>& p, int64_t n, int64_t pe
         v = affine(v, center.at(k), scale.at(k), offset.at(k));
         return add_z ? v + z : v;
     };
-    const auto gated = [&](Block<T> v) {
-        if constexpr (gate == kernels::curve) return curved(v, curve);
-        return gate == kernels::open ? v : relu(v);
-    };
-    const auto bits = [&](Block<T> v) { return gate == kernels::curve ? curve_bits(v, curve) : positive_bits(v); };
     const auto whole = [&](int64_t e, int64_t k) {
         prefetch_ahead(p.x + e, p.ahead);
         if (add_z) prefetch_ahead(p.z + e, p.ahead);
         const Block<T> v = value(load(p.x + e), add_z ? load(p.z + e) : Block<T>{}, k);
-        if (put_bits) mask.put(bits(v));
-        return where_kept(keep.at(e), gated(v));
+        if (put_bits) mask.put(gate_bits<gate>(v, curve));
+        return where_kept(keep.at(e), gated<gate>(v, curve));
     };
     const auto part = [&](int64_t e, int64_t k, int64_t m) {
         const Block<T> v = value(load_part(p.x + e, m), add_z ? load_part(p.z + e, m) : Block<T>{}, k);
-        if (put_bits) mask.put(bits(v), m);
-        store_part(p.y + e, m, where_kept(keep.at(e), gated(v)));
+        if (put_bits) mask.put(gate_bits<gate>(v, curve), m);
+        store_part(p.y + e, m, where_kept(keep.at(e), gated<gate>(v, curve)));
     };
     const bool stream = with_stream && (!asks<gate> || p.stream);
     const int64_t head = stream || n >= kWorthAligning ? elements_to_alignment(p.y) : 0;

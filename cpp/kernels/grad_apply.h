@@ -9,11 +9,6 @@ namespace {
 
 using kernels::GradApplyArgs;
 
-template <class PerChannel>
-struct GradCoefficients {
-    PerChannel center, scale, offset, k_dy, x_scale, k_x, k_0;
-};
-
 template <class T>
 struct GradPointers {
     const T *dy, *x;
@@ -32,17 +27,10 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
     const bool add_z = asks<gate> && p.z != nullptr, put_z = with_dz && (!asks<gate> || p.dz != nullptr);
     const bool just_scale = asks<gate> ? p.fixed : fixed;
     const auto through = [&](Block<T> g, Block<T> v, Block<T> z, int64_t e, int64_t k) {
-        return through_gate<gate>(g, v, z, c.center, c.scale, c.offset, k, p.mask, p.first_bit + e, curve);
+        return through_gate<gate>(g, v, z, c.center, c.scale, c.offset, k, MaskBits{p.mask, p.first_bit + e}, curve);
     };
     const auto value = [&](Block<T> g, Block<T> v, int64_t e, int64_t k) {
-        if (just_scale) return g * c.k_dy.at(k);
-        Block<T> x_term = ((v - c.center.at(k)) * c.x_scale.at(k)) * c.k_x.at(k), rest = c.k_0.at(k);
-        if (weight.data != nullptr) {
-            const Block<T> w = weight.at(e);
-            x_term = x_term * w;
-            rest = rest * w;
-        }
-        return (g * c.k_dy.at(k) + x_term) + rest;
+        return just_scale ? g * c.k_dy.at(k) : gradient(g, v, c, k, weight, e);
     };
     constexpr bool read_x = gate == kernels::relu || gate == kernels::curve || !fixed;
     const bool stream = with_stream && (!asks<gate> || p.stream);

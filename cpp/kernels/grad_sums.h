@@ -10,56 +10,6 @@ namespace {
 
 using kernels::GradSumsArgs;
 
-// As in moments.h: without a shift the products of float data are exact and can be fused with the sum.
-template <bool shifted>
-struct GradSums {
-    F64 dy, dy_x;
-    BATCHNORM_INLINE void add(F64 g, F64 x, F64 shift) {
-        dy = dy + g;
-        if constexpr (shifted) {
-            dy_x = dy_x + g * (x - shift);
-        } else {
-            dy_x = add_product(dy_x, g, x);
-        }
-    }
-    // The first n lanes alone; of g and x the others are 0.
-    BATCHNORM_INLINE void add_first(F64 g, F64 x, F64 shift, int64_t n) {
-        if constexpr (shifted) {
-            dy = dy + g;
-            dy_x = dy_x + g * keep_first(x - shift, n);
-        } else {
-            add(g, x, shift);
-        }
-    }
-};
-
-// The normalisation's input, of what may be its output behind leaky_relu.
-template <Gate gate, class V>
-BATCHNORM_INLINE V input(V x, const Curve& curve) {
-    if constexpr (asks<gate>) {
-        if (curve.of_y) return unbent(x, curve.slope);
-    }
-    return x;
-}
-
-// dy as it reaches the normalisation. center, scale and offset are read only with gates relu and curve, the mask's bit number `bit` and
-// those behind it only with gate masked or, if there is a mask, curve; z (zeros: none) only with gate curve.
-template <Gate gate, class V, class PerChannel>
-BATCHNORM_INLINE V through_gate(V dy, V x, V z, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t k,
-                                const uint8_t* mask, int64_t bit, const Curve& curve) {
-    if constexpr (gate == kernels::relu) {
-        return where_positive(affine(x, center.at(k), scale.at(k), offset.at(k)), dy);
-    } else if constexpr (gate == kernels::masked) {
-        return where_bits(mask_bits(mask, bit), dy);
-    } else if constexpr (gate == kernels::curve) {
-        if (mask != nullptr) return by_bit(mask_bits(mask, bit), dy, dy * slope_of<V>(curve));
-        if (curve.of_y) return by_sign(x, dy, dy * slope_of<V>(curve));
-        return curved_gradient(dy, affine(x, center.at(k), scale.at(k), offset.at(k)) + z, curve);
-    } else {
-        return dy;
-    }
-}
-
 // Whether g may be left in a tensor: exactly, so that who reads it there sees what was summed.
 template <Gate gate, class T>
 inline constexpr bool may_leave = asks<gate> && sizeof(T) == sizeof(Compute<T>);
@@ -95,8 +45,8 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
                     const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c0 + c) * a.mask.channel_stride + b.inner_begin;
                     const auto gated = [&](Block<T> g, Block<T> v, Block<T> residual, int64_t e) {
-                        return where_kept(keep.at(e),
-                                          through_gate<gate>(g, v, residual, center, scale, offset, 0, a.mask.bits, bit + e, a.curve));
+                        return where_kept(keep.at(e), through_gate<gate>(g, v, residual, center, scale, offset, 0,
+                                                                         MaskBits{a.mask.bits, bit + e}, a.curve));
                     };
                     for_run(
                         run,
@@ -155,8 +105,8 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
             if constexpr (gate != kernels::open) {
                 const Block<T> v = input<gate>(load_at(x[j] + e), a.curve);
                 const Block<T> residual = add_z ? load_at(z[j] + e) : Block<T>{};
-                const Block<T> g =
-                    through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e, a.mask.bits, bit[j] + e, a.curve);
+                const Block<T> g = through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e,
+                                                      MaskBits{a.mask.bits, bit[j] + e}, a.curve);
                 if (may_leave<gate, T> && left != nullptr) store_at(left + e, g);
                 sums.add(to_double(g), to_double(v), shift);
             } else {

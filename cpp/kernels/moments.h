@@ -13,50 +13,6 @@ namespace {
 
 using kernels::MomentsArgs;
 
-template <bool shifted>
-struct Moments {
-    F64 sum, sum_sq;
-    BATCHNORM_INLINE void add(F64 x, F64 shift) {
-        if constexpr (shifted) {
-            const F64 d = x - shift;
-            sum = sum + d;
-            sum_sq = sum_sq + d * d;
-        } else {
-            sum = sum + x;
-            sum_sq = add_product(sum_sq, x, x);
-        }
-    }
-    // The first n lanes alone; of x the others are 0.
-    BATCHNORM_INLINE void add_first(F64 x, F64 shift, int64_t n) {
-        if constexpr (shifted) {
-            const F64 d = keep_first(x - shift, n);
-            sum = sum + d;
-            sum_sq = sum_sq + d * d;
-        } else {
-            add(x, shift);
-        }
-    }
-    // The lanes whose bit is set alone, whatever the others hold.
-    BATCHNORM_INLINE void add_kept(F64 x, F64 shift, uint32_t bits) {
-        if constexpr (shifted) {
-            const F64 d = where_bits(bits, x - shift);
-            sum = sum + d;
-            sum_sq = sum_sq + d * d;
-        } else {
-            add(where_bits(bits, x), shift);
-        }
-    }
-    // Each lane w times; where that is 0 whatever the lane holds.
-    BATCHNORM_INLINE void add_weighted(F64 x, F64 shift, F64 w, F64 scale) {
-        const F64 d = where_positive(w, (x - shift) * scale), w_d = w * d;
-        sum = sum + w_d;
-        sum_sq = sum_sq + w_d * d;
-    }
-    BATCHNORM_INLINE void add_weighted_first(F64 x, F64 shift, F64 w, F64 scale, int64_t n) {
-        add_weighted(x, shift, keep_first(w, n), scale);
-    }
-};
-
 // What a sum takes: every value, the kept ones, or each times its weight.
 enum Count : int { every, kept, weighted };
 

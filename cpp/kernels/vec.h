@@ -16,7 +16,12 @@
 
 #include "kernels.h"
 
+#ifndef BATCHNORM_ONE_LANE  // else one_lane.h, which came before, is in this file's place
+
 #define BATCHNORM_INLINE inline __attribute__((always_inline))
+#define BATCHNORM_OUT_OF_LINE __attribute__((noinline))
+
+#include "scalar.h"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
@@ -113,7 +118,11 @@ struct Ops {
         return v;
     }
     static BATCHNORM_INLINE void store(scalar* p, V v) { memcpy(p, &v, sizeof v); }
-    static BATCHNORM_INLINE V broadcast(scalar s) { return V{} + s; }
+    static BATCHNORM_INLINE V broadcast(scalar s) {  // V{} + s would lose the sign of -0
+        V v;
+        for (int i = 0; i < LanesOf<V>::value; ++i) v[i] = s;
+        return v;
+    }
 };
 template <class V>
 struct Ops<Pair<V>> {
@@ -291,42 +300,6 @@ BATCHNORM_INLINE VD where_bits(uint32_t bits, VD v) {
 #endif
 
 #if BATCHNORM_VECTOR_BYTES == 16
-// IEEE binary16 without an instruction for it; the same bits as vcvtph2ps and vcvtps2ph with round-to-nearest-even, quiet NaN
-// payloads included. Out of line: 16 copies in every loop would make most of the library's size.
-__attribute__((noinline)) float half_to_float(uint16_t h) {
-    const uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-    uint32_t bits;
-    if (magnitude >= 0x7c00u) {  // Inf, or NaN made quiet
-        bits = sign | 0x7f800000u | (magnitude & 0x3ffu) << 13 | (magnitude > 0x7c00u ? 0x400000u : 0u);
-    } else if (magnitude >= 0x400u) {
-        bits = sign | ((magnitude << 13) + (112u << 23));  // rebias the exponent from 15 to 127
-    } else {                                               // subnormal or zero: magnitude * 2^-24 is exact in float
-        const float value = (float)magnitude * 0x1p-24f;
-        memcpy(&bits, &value, 4);
-        bits |= sign;
-    }
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-__attribute__((noinline)) uint16_t float_to_half(float f) {
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000u);
-    const uint32_t magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
-    if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);  // 65520 and above round to Inf
-    if (magnitude < 0x38800000u) {                                    // below 2^-14: adding 2^-1 aligns the last place of float to 2^-24
-        float value;
-        memcpy(&value, &magnitude, 4);
-        value += 0.5f;
-        uint32_t sum;
-        memcpy(&sum, &value, 4);
-        return (uint16_t)(sign | (sum - 0x3f000000u));
-    }
-    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
-    return (uint16_t)(sign | (rounded - (112u << 23)) >> 13);
-}
 BATCHNORM_INLINE VF half_to_float(VH v) { return VF{half_to_float(v[0]), half_to_float(v[1]), half_to_float(v[2]), half_to_float(v[3])}; }
 BATCHNORM_INLINE VH float_to_half(VF v) { return VH{float_to_half(v[0]), float_to_half(v[1]), float_to_half(v[2]), float_to_half(v[3])}; }
 #endif
@@ -592,12 +565,11 @@ struct KeepFirst<Pair<V>> {
 };
 BATCHNORM_INLINE F64 keep_first(F64 v, int64_t n) { return KeepFirst<F64>::run(v, n); }
 
-// Sum of the 16 lanes, always by halves: (i, i+8), (i, i+4), (i, i+2), (i, i+1).
-BATCHNORM_INLINE double sum_lanes(const double* lanes) {
-    double a[kernels::kLanes / 2];
-    for (int i = 0; i < 8; ++i) a[i] = lanes[i] + lanes[i + 8];
-    for (int i = 0; i < 4; ++i) a[i] += a[i + 4];
-    return (a[0] + a[2]) + (a[1] + a[3]);
+// The 16 bits of a mask from number `first` on, in the lowest places; those above are anything.
+BATCHNORM_INLINE uint32_t mask_bits(const uint8_t* bits, int64_t first) {
+    uint32_t word;
+    memcpy(&word, bits + (first >> 3), sizeof word);
+    return word >> (first & 7);
 }
 
 // 16 bytes of integers, which every machine interleaves in one instruction.
@@ -715,3 +687,5 @@ BATCHNORM_INLINE void stream_fence() {
 
 }  // namespace
 }  // namespace batchnorm::BATCHNORM_ISA
+
+#endif

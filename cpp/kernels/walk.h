@@ -2,7 +2,7 @@
 // kernels; knows no operation.
 #pragma once
 
-#include "vec.h"
+#include "elements.h"
 
 namespace batchnorm::BATCHNORM_ISA {
 namespace {
@@ -104,21 +104,6 @@ struct Rows {
 template <class T>
 BATCHNORM_INLINE void clear(T* p, int64_t n) {
     memset((void*)p, 0, (size_t)n * sizeof(T));
-}
-
-// The 16 bits of a mask from number `first` on, in the lowest places; those above are anything.
-BATCHNORM_INLINE uint32_t mask_bits(const uint8_t* bits, int64_t first) {
-    uint32_t word;
-    memcpy(&word, bits + (first >> 3), sizeof word);
-    return word >> (first & 7);
-}
-
-// Which of 16 values count, a bit each.
-inline constexpr uint32_t kAllKept = 0xffff;
-// v where it counts, else 0.
-template <class V>
-BATCHNORM_INLINE V where_kept(uint32_t bits, V v) {
-    return bits == kAllKept ? v : where_bits(bits, v);
 }
 
 // Direction nsc: which rows count, a byte each, and which elements do, bits of a row that starts at bit r * stride. One of them, or none.
@@ -388,11 +373,6 @@ BATCHNORM_INLINE void with_gate(kernels::Gate gate, F f) {
             return f(GateIs<kernels::curve>{});
     }
 }
-
-// Gate curve, whose work per block is large, asks as it runs what the other gates have as constants: a variant for each answer would
-// cost more size than it saves time.
-template <kernels::Gate gate>
-inline constexpr bool asks = gate == kernels::curve;
 
 // A run-time flag as a constant: calls f(Flag<true>{}) or f(Flag<false>{}).
 template <bool b>

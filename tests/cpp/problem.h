@@ -187,10 +187,18 @@ inline void run_more(const Problem& p, const Data& d, const Layout& layout, Forw
     CHECK(same(dx.finish(), out.of("dx")) && same(dbeta.finish(), out.of("dbeta")));
 }
 
+// What carries a call out.
+struct Machine {
+    void (*train)(const Forward&);
+    void (*backward)(const Backward&);
+};
+inline constexpr Machine kCpu{batch_norm_train, batch_norm_backward};
+
 // Where outputs go: arrays of their own; y to x, dx to dy; or y to the residual, dx to x and the residual's gradient to dy.
 enum class Place { apart, first, second };
 
-inline Outcome run(const Problem& p, const Data& d, const Layout& layout, Place place = Place::apart, const Execution& execution = {}) {
+inline Outcome run(const Problem& p, const Data& d, const Layout& layout, Place place = Place::apart, const Execution& execution = {},
+                   const Machine& on = kCpu) {
     const Shape& s = p.shape;
     const Shape row{1, s.channels, 1}, rows{std::max<int64_t>(p.rows, 1), s.channels, 1};
     const bool apart = place == Place::apart, over_z = place == Place::second && p.residual;
@@ -229,7 +237,7 @@ inline Outcome run(const Problem& p, const Data& d, const Layout& layout, Place 
     f.keep = p.keep;
     f.saved = &saved;
     f.execution = execution;
-    batch_norm_train(f);
+    on.train(f);
     out["mean"] = vector(saved.mean()), out["var"] = vector(saved.var()), out["inv_std"] = vector(saved.inv_std());
     out["count"] = vector(saved.count()), out["r"] = vector(saved.r()), out["d"] = vector(saved.d());
     out["lost"] = Vector(saved.kept_channels().begin(), saved.kept_channels().end());
@@ -249,11 +257,11 @@ inline Outcome run(const Problem& p, const Data& d, const Layout& layout, Place 
     if (p.residual) b.dresidual = place == Place::second ? dy : dz;
     b.dgamma = dgamma.rows<Rows>(p.rows), b.dbeta = dbeta.rows<Rows>(p.rows);
     b.execution = execution, b.all_reduce = execution.group != nullptr;
-    batch_norm_backward(b);
+    on.backward(b);
     out["dx"] = apart ? dx.finish() : place == Place::first ? dy.finish() : kept.finish();
     if (p.residual) out["dz"] = place == Place::second ? dy.finish() : dz.finish();
     out["dgamma"] = dgamma.finish(), out["dbeta"] = dbeta.finish();
-    if (apart && s.elements() < 2000 && execution.group == nullptr) run_more(p, d, layout, f, b, out);
+    if (apart && s.elements() < 2000 && execution.group == nullptr && &on == &kCpu) run_more(p, d, layout, f, b, out);
     if (&kept != &y || place != Place::second) CHECK(same(y.finish(), out["y"]));
     return out;
 }
