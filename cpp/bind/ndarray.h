@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstdlib>
 #include <optional>
 #include <span>
@@ -92,7 +93,8 @@ inline int type_num(Dtype t) {
 
 inline bool is_native(PyObject* array) {
     const char order = py::detail::array_descriptor_proxy(py::detail::array_proxy(array)->descr)->byteorder;
-    return order == '=' || order == '|';
+    // NumPy says '=' of its own dtypes; others may name the order that it is.
+    return order == '=' || order == '|' || order == (std::endian::native == std::endian::little ? '<' : '>');
 }
 
 // What all ndarrays have; `dtype` and `direct` are left to the caller.

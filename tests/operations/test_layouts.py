@@ -539,3 +539,12 @@ def test_short_runs_past_the_caches(run, dtype, isa, set_tuning):
                 assert same_bits(np.ascontiguousarray(a), b)
                 a[...] = 0
             assert not room.view(np.uint8).any(), (offset, gap)
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "f2", "u2"])
+def test_a_byte_order_may_be_named_if_it_is_the_machines(dtype):
+    order = "<" if sys.byteorder == "little" else ">"
+    named = np.dtype(dtype).newbyteorder(order)
+    assert named.byteorder == order
+    x = (100 * rng(3).random((5, 3))).astype(dtype)
+    assert all_same_bits(batchnorm.moments(x.astype(named).view(named)), batchnorm.moments(x))
