@@ -118,11 +118,7 @@ struct Ops {
         return v;
     }
     static BATCHNORM_INLINE void store(scalar* p, V v) { memcpy(p, &v, sizeof v); }
-    static BATCHNORM_INLINE V broadcast(scalar s) {  // V{} + s would lose the sign of -0
-        V v;
-        for (int i = 0; i < LanesOf<V>::value; ++i) v[i] = s;
-        return v;
-    }
+    static BATCHNORM_INLINE V broadcast(scalar s) { return s - V{}; }  // V{} + s would lose the sign of -0
 };
 template <class V>
 struct Ops<Pair<V>> {
