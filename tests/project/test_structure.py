@@ -376,9 +376,9 @@ def test_the_package_stays_small() -> None:
 def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
     of_gpu = sum(lines for n, lines in count.items() if "cuda" in n)
-    assert of_gpu <= 2117, f"{of_gpu} lines of C++ for GPUs without comments"
+    assert of_gpu <= 2223, f"{of_gpu} lines of C++ for GPUs without comments"
     total = sum(count.values()) - of_gpu
-    assert total <= 11600, f"{total} lines of C++ without comments"
+    assert total <= 11585, f"{total} lines of C++ without comments"
 
 
 @needs_source
