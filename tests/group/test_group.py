@@ -248,6 +248,14 @@ def test_allreduce_of_accumulators():
     on_ranks([3], range(N), other)
 
 
+def test_a_flat_state_of_another_machine():
+    total = Moments().update(X)
+    there = Moments.from_array(total.to_array().astype(">f8"))
+    assert bits([there.mean, there.var]) == bits([total.mean, total.var])
+    with pytest.raises(TypeError, match="array is float32, expected an array of float64"):
+        Moments.from_array(total.to_array().astype(np.float32))
+
+
 # ---- the layer ---------------------------------------------------------------------------------------------
 
 
