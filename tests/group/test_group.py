@@ -16,6 +16,7 @@ from batchnorm import BatchNorm, Moments, batch_norm_backward, batch_norm_train,
 from batchnorm.distributed import Group, LocalGroup, torch_group
 
 from support.checks import running_on
+from support.processes import run
 
 pytestmark = pytest.mark.quick
 
@@ -246,6 +247,14 @@ def test_allreduce_of_accumulators():
             Moments().update(np.ones((4, 3 - rank.rank))).allreduce(rank)
 
     on_ranks([3], range(N), other)
+
+
+def test_a_flat_state_of_another_machine():
+    total = Moments().update(X)
+    there = Moments.from_array(total.to_array().astype(">f8"))
+    assert bits([there.mean, there.var]) == bits([total.mean, total.var])
+    with pytest.raises(TypeError, match="array is float32, expected an array of float64"):
+        Moments.from_array(total.to_array().astype(np.float32))
 
 
 # ---- the layer ---------------------------------------------------------------------------------------------
@@ -648,6 +657,17 @@ def test_local_groups():
         LocalGroup(2).run(leaves)
     before = threading.active_count()
     assert LocalGroup(4).run(lambda rank: rank.rank) == [0, 1, 2, 3] and threading.active_count() == before
+
+
+def test_torch_group_without_torch():
+    done = run("""
+        import sys
+        sys.modules["torch"] = None
+        import batchnorm.distributed
+        batchnorm.distributed.torch_group()
+    """)
+    expected = 'ImportError: torch_group needs PyTorch: pip install "batchnorm[torch]"'
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(expected)
 
 
 def test_torch_group_without_processes():

@@ -30,8 +30,9 @@ def alone() -> str:
 
 
 def check(lines: list[str], ranks: int, alone: str) -> None:
-    expected = [f"{alone} TypeError: {FAILURE}"]
-    expected += [f"{alone} RuntimeError: rank {ranks - 1} of the group failed: {FAILURE}"] * (ranks - 1)
+    line = f"{alone} {'overflows' if ranks > 1 else 'fits'}"
+    expected = [f"{line} TypeError: {FAILURE}"]
+    expected += [f"{line} RuntimeError: rank {ranks - 1} of the group failed: {FAILURE}"] * (ranks - 1)
     assert sorted(filter(None, lines)) == sorted(expected)
 
 
