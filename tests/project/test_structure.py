@@ -108,9 +108,11 @@ def test_the_public_header_needs_nothing_else() -> None:
 @needs_source
 def test_bindings_know_the_public_header_and_the_memory() -> None:
     # Memory for NumPy arrays, and the limits it keeps to, are no part of the C++ API: its callers own theirs.
+    # gpu.cpp has what a Saved holds of gamma and beta in the GPU's memory.
     known = {"include/batchnorm/batchnorm.hpp", "core/memory.h", "core/limits.h", *cpp_files("bind")}
+    of_gpu = {"include/batchnorm/cuda.hpp", "core/saved.h"}
     for name in cpp_files("bind"):
-        assert project(includes(name)) <= known, name
+        assert project(includes(name)) <= known | (of_gpu if name == "bind/gpu.cpp" else set()), name
     for name in cpp_files("core"):
         assert not [n for n in includes(name) if n.startswith("bind/")], name
 
@@ -193,7 +195,7 @@ ROWS = (
     ("functional",),
     ("settings",),
     ("running", "parameter", "runtime", "fold", "tune", "progress"),
-    ("moments", "dataset", "images"),
+    ("moments", "dataset", "images", "_gpu"),
     ("diagnose",),
     ("io",),
     ("layer",),
@@ -337,7 +339,7 @@ def test_the_package_stays_small() -> None:
         of_files = path.parts[0] == "io" and path.name not in states
         return "formats" if of_files or path.name == "formats.py" else path.parts[0]
 
-    rooms = {"formats": 1569, "torch": 1039, "keras": 294, "": 3693}
+    rooms = {"formats": 1569, "torch": 1050, "keras": 294, "_gpu.py": 337, "": 3733}
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     for name, ceiling in rooms.items():
         own = {}
@@ -354,7 +356,7 @@ def test_the_package_stays_small() -> None:
 def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
     total = sum(count.values())
-    assert total <= 10654, f"{total} lines of C++ without comments"
+    assert total <= 12827, f"{total} lines of C++ without comments"
 
 
 @needs_source
@@ -450,8 +452,9 @@ def test_files_of_the_wheel() -> None:
 
 
 def test_size_of_the_wheel() -> None:
-    # Most of it is the kernels. What is published comes without the C++ library.
-    published = [p for name, p in installed() if not name.startswith(("lib/", "include/"))]
+    # Most of it is the kernels. What is published comes without the C++
+    # library and without what serves GPUs.
+    published = [p for name, p in installed() if not name.startswith(("lib/", "include/", "_cuda."))]
     packed = sum(len(zlib.compress(p.read_bytes())) for p in published)
     assert packed < 2.5e6, f"the wheel takes {packed / 1e6:.1f} MB"
     assert sum(p.stat().st_size for p in published) < 7e6
