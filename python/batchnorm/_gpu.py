@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -46,7 +46,10 @@ for _name, _operation in _OPERATIONS.items():
 
 _WRITTEN = "out", "out_residual", "running_mean", "running_var"
 _DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64", "float16",
-           "float32", "float64")  # fmt: skip
+           "float32", "float64", "bfloat16")  # fmt: skip
+_numpy_dtypes: dict[Any, Any] = {}  # of PyTorch's, as they are met; and back
+_torch_dtypes: dict[Any, Any] = {}
+_PLAIN = str, int, float, tuple
 _version = attrgetter("_version")  # of a tensor: how often it was changed in place
 _LEGACY_STREAM = 1  # CUDA's name for the default stream
 
@@ -111,28 +114,30 @@ class Place:
 
     def taken_in(self, name: str, value: Any, first: str) -> Any:
         """An argument as the extension takes it: a shadow of an array, anything else as it is."""
-        if on_gpu(value):
-            return self._checked(name, value, first)
+        if value is None or isinstance(value, _PLAIN):
+            return value
+        if self.has(value):
+            refuse_gradient(name, value)
+            return self.shadow(name, value)
         if name == "renorm" and hasattr(value, "items"):
             return {key: self.taken_in(f"renorm {key}", v, first) for key, v in value.items()}
         if name == "saved":
             return self._checked_saved(value, first)
+        if on_gpu(value):
+            self._refuse(name, value, first)
         of_cpu = isinstance(value, np.ndarray) or hasattr(value, "__dlpack__") or hasattr(value, "__array__")
         if of_cpu and not isinstance(value, np.generic) and name not in ("lengths", "dtype"):
             got = f"{name} is {kind(value)} on the CPU and {first} is on {self}"
             raise TypeError(f"{got}, expected an array there; use {self.remedy(name, first)}")
         return value
 
-    def _checked(self, name: str, value: Any, first: str) -> Any:
+    def _refuse(self, name: str, value: Any, first: str) -> NoReturn:
+        """Raise for an array of another device or library."""
         got = f"{name} is {kind(value)}"
-        if not self.owns(value):
+        if (other := _place(name, value)).library != self.library:
             raise TypeError(f"{got} and {first} is {self.library}'s, expected arrays of one library")
-        refuse_gradient(name, value)
-        device = self.device_of(value)
-        if device != self.device:
-            got = f"{got} on cuda:{device} and {first} is on {self}"
-            raise ValueError(f"{got}, expected arrays on one device; use {self.remedy(name, first)}")
-        return self.shadow(name, value)
+        got = f"{got} on {other} and {first} is on {self}"
+        raise ValueError(f"{got}, expected arrays on one device; use {self.remedy(name, first)}")
 
     def _checked_saved(self, saved: Any, first: str) -> Any:
         if isinstance(saved, Saved):
@@ -157,12 +162,8 @@ class Place:
         """What makes an array one of this place."""
         raise NotImplementedError
 
-    def owns(self, value: Any) -> bool:
-        """Whether it is an array of the library."""
-        raise NotImplementedError
-
-    def device_of(self, value: Any) -> int:
-        """The index of its device."""
+    def has(self, value: Any) -> bool:
+        """Whether it is an array of the library on the device."""
         raise NotImplementedError
 
     def shadow(self, name: str, value: Any) -> Any:
@@ -208,19 +209,15 @@ class Torch(Place):
         """Torch's own way."""
         return f"torch.as_tensor({name}, device={first}.device)"
 
-    def owns(self, value: Any) -> bool:
-        """Whether it is a tensor."""
-        return isinstance(value, self.torch.Tensor)
-
-    def device_of(self, value: Any) -> int:
-        """The index of its device."""
-        return value.device.index or 0
+    def has(self, value: Any) -> bool:
+        """Whether it is a tensor on the device."""
+        return isinstance(value, self.torch.Tensor) and value.device == self.where
 
     def shadow(self, name: str, value: Any) -> Any:
         """The tensor's memory."""
         if value.layout is not self.torch.strided:
             raise TypeError(f"{name} is a tensor of layout {value.layout}, expected torch.strided")
-        return self._shadow(value, self._numpy_dtype(name, value))
+        return self._shadow(value, _numpy_dtypes.get(value.dtype) or self._numpy_dtype(name, value))
 
     def _shadow(self, tensor: Any, dtype: Any) -> Any:
         stride = tensor.stride()
@@ -228,15 +225,15 @@ class Torch(Place):
 
     def _numpy_dtype(self, name: str, tensor: Any) -> Any:
         word = str(tensor.dtype).removeprefix("torch.")
-        if word == "bfloat16":
-            return bfloat16()
         if word in _DTYPES:
-            return np.dtype(word)
+            dtype = bfloat16() if word == "bfloat16" else np.dtype(word)
+            _numpy_dtypes[tensor.dtype], _torch_dtypes[dtype] = dtype, tensor.dtype
+            return dtype
         expected = "float32, float64, float16 or bfloat16"
         raise TypeError(f"{name} has dtype {word}, expected {expected}; use {name}.float()")
 
     def _dtype(self, dtype: Any) -> Any:
-        return getattr(self.torch, dtype.name)
+        return _torch_dtypes.get(dtype) or getattr(self.torch, dtype.name)
 
     def empty(self, shape: Any, dtype: Any, strides: Any) -> Any:
         """A new array with these strides in bytes."""
@@ -310,13 +307,9 @@ class Cupy(Place):
         """CuPy's own way."""
         return f"cupy.asarray({name}), with {first}.device current"
 
-    def owns(self, value: Any) -> bool:
-        """Whether it is CuPy's."""
-        return isinstance(value, self.cupy.ndarray)
-
-    def device_of(self, value: Any) -> int:
-        """The index of its device."""
-        return int(value.device.id)
+    def has(self, value: Any) -> bool:
+        """Whether it is CuPy's and on the device."""
+        return isinstance(value, self.cupy.ndarray) and value.device.id == self.device
 
     def shadow(self, name: str, value: Any) -> Any:
         """The array's memory."""
@@ -378,6 +371,8 @@ class GpuArray:
         In bytes.
     """
 
+    uploaded: Any
+
     def __init__(self, block: Any, offset: int, shape: Any, dtype: Any, strides: Any, place: Other) -> None:
         self._block, self._offset, self._place = block, offset, place
         self._pointer = block.pointer + offset
@@ -409,10 +404,10 @@ class GpuArray:
 
 
 class _Seen:
-    """Another library's array, and what keeps its memory."""
+    """Another library's array, what keeps its memory, and the argument that it is."""
 
-    def __init__(self, array: Any, keeper: Any) -> None:
-        self.array, self.keeper = array, keeper
+    def __init__(self, array: Any, keeper: Any, name: str) -> None:
+        self.array, self.keeper, self.name = array, keeper, name
 
 
 class Other(Place):
@@ -436,9 +431,9 @@ class Other(Place):
         """Theirs is not known here."""
         return f"a copy of {name} made there"
 
-    def owns(self, value: Any) -> bool:
-        """Any that speaks a protocol."""
-        return True
+    def has(self, value: Any) -> bool:
+        """Whether it speaks a protocol and is on the device."""
+        return on_gpu(value) and self.device_of(value) == self.device
 
     def device_of(self, value: Any) -> int:
         """The index of its device."""
@@ -455,7 +450,7 @@ class Other(Place):
             keeper, pointer, shape, strides, (code, bits), _ = _cuda.read_capsule(capsule)
             word = {v: k for k, v in _CODES.items()}.get(code, "V")
             dtype = bfloat16() if code == _BFLOAT16 else np.dtype(f"{word}{bits // 8}")
-            seen = _Seen(value, keeper)
+            seen = _Seen(value, keeper, name)
             return _cuda.shadow(seen, pointer, shape, strides, dtype.itemsize, dtype, self._mutable)
         of = value.__cuda_array_interface__
         if of.get("stream") not in (None, self.stream):
@@ -463,7 +458,7 @@ class Other(Place):
         pointer, read_only = of["data"]
         dtype, shape = np.dtype(of["typestr"]), of["shape"]
         strides = of.get("strides") or _strides(shape, dtype)
-        return _cuda.shadow(_Seen(value, None), pointer, shape, strides, 1, dtype, not read_only)
+        return _cuda.shadow(_Seen(value, None, name), pointer, shape, strides, 1, dtype, not read_only)
 
     def result(self, array: Any) -> Any:
         """The caller's own, or a new one of its kind."""
@@ -493,19 +488,26 @@ class Other(Place):
 
     def _uploaded(self, values: Any) -> Any:
         made = self._new(values.shape, values.dtype, values.strides)
+        made.uploaded = values
         _cuda.upload(made._pointer, values.tobytes(), self.stream)
         return self._shadow(made)
 
     def copy(self, to: Any, values: Any) -> None:
         """That is not known of this library."""
-        got = f"an array of {self.library} would have to be copied first, which is for PyTorch and CuPy alone"
-        raise TypeError(
-            f"{got}, expected arrays in the memory order of x, without gaps; pass contiguous ones"
+        name = values.base.name
+        got = (
+            f"{name} has dtype {values.dtype} and strides {values.strides}, and would have to be copied first"
         )
+        expected = "which is done for PyTorch and CuPy alone, expected an array in the memory order of x"
+        dtype = " and of float64" if name == "weights" else ""
+        raise TypeError(f"{got}, {expected}, without gaps{dtype}; pass a contiguous one")
 
     def packed(self, values: Any, shape: Any, steps: Any, dtype: Any) -> Any:
-        """That is not known of this library."""
-        self.copy(None, values)
+        """Of what has come from the CPU; nothing else is known of this library."""
+        if isinstance(values.base, _Seen):
+            self.copy(shape, values)
+        seen = np.lib.stride_tricks.as_strided(values.base.uploaded, shape, steps)
+        return self._uploaded(np.ascontiguousarray(seen, dtype))
 
     def number(self, value: float) -> Any:
         """One float64."""

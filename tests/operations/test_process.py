@@ -65,7 +65,8 @@ def test_config_and_show_config(capsys):
     assert set(c["isa_supported"]) <= set(c["isa_built"]) and c["threads"] >= 1
     batchnorm.show_config()
     shown = capsys.readouterr().out
-    for word in (c["version"], c["isa"], c["compiler"], c["openmp"], c["numpy"], f"CUDA         {c['cuda'] or 'no'}"):
+    cuda = f"CUDA         {c['cuda'] or 'no'}"
+    for word in (c["version"], c["isa"], c["compiler"], c["openmp"], c["numpy"], cuda):
         assert word in shown
     assert os.path.exists(os.path.join(batchnorm.get_include(), "batchnorm", "batchnorm.hpp"))
     assert os.path.exists(os.path.join(batchnorm.get_cmake_dir(), "batchnormConfig.cmake"))
