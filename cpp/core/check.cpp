@@ -819,6 +819,10 @@ void squares_overflow(const char* name, int64_t channel) {
           "magnitudes up to 1e150", "add up x * 2.0**-512, then mean * 2.0**512 and std * 2.0**512 are those of x"});
 }
 
+void not_served(const char* argument, const std::string& got, const std::string& instead) {
+    fail({argument, got + ", which is not served on a GPU", instead});
+}
+
 void interrupted() { throw Interrupted("interrupted"); }
 
 }  // namespace batchnorm::check

@@ -15,8 +15,8 @@ Call saving(const Forward& f, const ConstChannels& inv_std);
 // What b.saved holds.
 const Saved::Impl& backward(const Backward& b);
 const Saved::Impl& double_backward(const DoubleBackward& b);
-Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t ddof, int num_threads,
-             const Positions& positions, bool device = false);
+Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t ddof, int num_threads, const Positions& positions,
+             bool device = false);
 Call moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, const Positions& positions);
 // Numbers of channels.
 int64_t merged_sums(std::span<double> sums, std::span<const double> others);
@@ -35,5 +35,7 @@ const kernels::KernelTable& active_level();
 [[noreturn]] void not_finite(int64_t channel);                          // running statistics would become so
 [[noreturn]] void squares_overflow(const char* name, int64_t channel);  // in sums that are merged
 [[noreturn]] void interrupted();
+// By a GPU, on which `instead` is.
+[[noreturn]] void not_served(const char* argument, const std::string& got, const std::string& instead);
 
 }  // namespace batchnorm::check

@@ -92,7 +92,9 @@ BATCHNORM_HOST_DEVICE inline double inv_std(double var, double eps) {
     const double root = std::sqrt(var + eps);
     return root == 0 ? 0 : 1 / root;
 }
-BATCHNORM_HOST_DEVICE inline double inv_std(double scaled_var, double eps, const Scale& scale) { return inv_std(scaled_var, eps * scale.square) * scale.s; }
+BATCHNORM_HOST_DEVICE inline double inv_std(double scaled_var, double eps, const Scale& scale) {
+    return inv_std(scaled_var, eps * scale.square) * scale.s;
+}
 
 // Numbers of the kernels' y = (x - center) * scale + offset. In C = float the mean does not fit: its rest, times the slope, goes into
 // the offset, which keeps y's error at a few half-ulps whatever |mean| / std is.
@@ -115,7 +117,8 @@ BATCHNORM_HOST_DEVICE Affine<C> affine(double mean, double inv_std, double gamma
 struct Renorm {
     double r, d;
 };
-BATCHNORM_HOST_DEVICE inline Renorm renorm(double mean, double inv_std, double reference_mean, double reference_std, double rmin, double rmax, double dmax) {
+BATCHNORM_HOST_DEVICE inline Renorm renorm(double mean, double inv_std, double reference_mean, double reference_std, double rmin,
+                                           double rmax, double dmax) {
     return {inv_std == 0 ? rmin : std::clamp(1 / (inv_std * reference_std), rmin, rmax),
             std::clamp((mean - reference_mean) / reference_std, -dmax, dmax)};
 }

@@ -15,8 +15,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A tile's sums run over at most this many values of a channel (ncs): 1024 per lane, so that rounding in double stays near 1e-15
-// relative, while the work per tile hides what a call costs.
-constexpr int64_t kTileValues = 16384;
+// relative, while the work per tile hides what a call costs. A quarter where runs are short: a GPU has a thread for each lane of each
+// tile, and layers with short runs have few of them (D38).
+constexpr int64_t kTileValues = 16384, kTileValuesOfShortRuns = 4096, kShortRun = 1024;
 
 // Tensors smaller than this are not cut into tiles for the sake of threads.
 constexpr int64_t kCutElements = 16384;
@@ -63,7 +64,7 @@ void plan_ncs(Plan& p, int64_t channel_bytes, int64_t run_bytes) {
         p.tile_outer = 1;
     } else {
         p.tile_inner = p.inner;
-        p.tile_outer = std::min(p.outer, kTileValues / p.inner);
+        p.tile_outer = std::min(p.outer, (p.inner < kShortRun ? kTileValuesOfShortRuns : kTileValues) / p.inner);
     }
     p.tiles_outer = ceil_div(p.outer, p.tile_outer);
 

@@ -160,7 +160,8 @@ public:
                         continue;
                     }
                     for (int64_t c = 0; c < channels_; ++c) {
-                        if (elements.at(position / inner_, c, position % inner_) != 0) add(index(part * channels_ + c), index(c), position, 1);
+                        if (elements.at(position / inner_, c, position % inner_) != 0)
+                            add(index(part * channels_ + c), index(c), position, 1);
                     }
                 }
                 for (std::size_t c = 0; c < stretch.size(); ++c) {

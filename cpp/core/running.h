@@ -85,8 +85,8 @@ private:
     }
     RunningBatch batch(int64_t c) const {
         return running_batch(
-            call_.parts.count, call_.geometry.channels, c, f_.running.ddof, mean_, var_, [&](int64_t p) { return call_.counts.weight(p, c); },
-            [&](int64_t p) { return call_.counts.positions(p, c); });
+            call_.parts.count, call_.geometry.channels, c, f_.running.ddof, mean_, var_,
+            [&](int64_t p) { return call_.counts.weight(p, c); }, [&](int64_t p) { return call_.counts.positions(p, c); });
     }
     double decay(const RunningBatch& b, int64_t c) const {
         const Running& r = f_.running;

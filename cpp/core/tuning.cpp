@@ -12,8 +12,8 @@ namespace {
 
 using std::int64_t;
 
-constexpr const char* kText[kNames] = {"l2_bytes",  "cached_bytes", "stream_run_bytes", "group_bytes",
-                                       "map_bytes", "fetch_bytes",  "parallel_elements"};
+constexpr const char* kText[kNames] = {"l2_bytes",  "cached_bytes", "stream_run_bytes",  "group_bytes",
+                                       "map_bytes", "fetch_bytes",  "parallel_elements", "gpu_block_values"};
 
 using Numbers = std::array<int64_t, kNames>;
 
@@ -31,6 +31,7 @@ Numbers of_machine() {
     d[map_bytes] = 256 << 10;
     d[fetch_bytes] = 12 << 20;
     d[parallel_elements] = 49152;
+    d[gpu_block_values] = 8192;
     return d;
 }
 

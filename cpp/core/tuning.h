@@ -1,5 +1,5 @@
 // The numbers that lay out a call's work but cannot change its result: cache sizes as the machine reports them, and thresholds with
-// the measurements behind them. Read by plan.cpp alone; settable for experiments.
+// the measurements behind them. Read by plan.cpp and cuda/small.h alone; settable for experiments.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,8 @@ enum Name : int {
     // A call that goes through fewer elements (twice through its own if it sums first, and of rows 3/4 as many) does not wake threads.
     // Awake they gain from half as many on, asleep they cost 12 us (D9).
     parallel_elements,
+    // On a GPU: with so many values per channel and part at most, a block does all for a channel, in one launch.
+    gpu_block_values,
     kNames
 };
 

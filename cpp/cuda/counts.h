@@ -45,9 +45,9 @@ struct CountStretches {
     static constexpr int kThreads = 128;
     using Shared = NoShared;
     Shape shape;
-    Counted counted;   // whose count, values and scale are not there yet
-    bool by_element;   // else all channels count alike
-    Stretch* out;      // [stretch of the whole call][channel]
+    Counted counted;  // whose count, values and scale are not there yet
+    bool by_element;  // else all channels count alike
+    Stretch* out;     // [stretch of the whole call][channel]
 
     // Terms are positions, or stretches of them that share a weight.
     BATCHNORM_HOST_DEVICE int64_t step(int64_t part) const {

@@ -3,26 +3,13 @@
 
 #include <optional>
 
-#include "core/check.h"
+#include "calls.h"
 #include "core/gate.h"
 #include "core/saved.h"
 #include "counts.h"
 #include "pass.h"
 
 namespace batchnorm::cuda {
-
-// The call on the GPU's arrays: nothing of them is read here.
-template <class CallOf>
-CallOf on_device(const CallOf& call) {
-    CallOf c = call;
-    c.execution.device = true;
-    c.execution.check_values = false;
-    return c;
-}
-
-[[noreturn]] inline void not_served(const char* argument, const std::string& got, const std::string& instead) {
-    throw Error(Error::value, argument, std::string(argument) + " " + got + ", which is not served on a GPU, expected " + instead);
-}
 
 template <class Kernel>
 void start(const Launcher& launch, const Kernel& kernel) {
@@ -92,27 +79,13 @@ struct SumsMemory {
 // Rounds after the first are rare: few blocks look whether anybody asks for one.
 template <class Op>
 void sum_tiles(const Launcher& launch, const Op& op, const Shape& shape, const Tiling& tiling, const TileSums& out, bool rare = false) {
-    const auto start = [&](const auto& kernel) { launch(kernel, rare ? std::min<int64_t>(kernel.blocks(), kManyBlocks / 4) : kernel.blocks()); };
+    const auto start = [&](const auto& kernel) {
+        launch(kernel, rare ? std::min<int64_t>(kernel.blocks(), kManyBlocks / 4) : kernel.blocks());
+    };
     if (shape.runs()) {
         start(SumRuns<Op>{op, shape, tiling, out});
     } else {
         start(SumRows<Op>{op, shape, tiling, out});
-    }
-}
-
-template <class F>
-void with_storage(Dtype dtype, const F& f) {
-    switch (dtype) {
-        case Dtype::float32:
-            return f.template operator()<float>();
-        case Dtype::float64:
-            return f.template operator()<double>();
-        case Dtype::float16:
-            return f.template operator()<Float16>();
-        case Dtype::bfloat16:
-            return f.template operator()<Bfloat16>();
-        default:
-            not_served("x", "has an integer storage type", "a floating one");
     }
 }
 

@@ -10,8 +10,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory_resource>
-#include <stdexcept>
-#include <string>
 
 #include "batchnorm/cuda.hpp"
 #include "kernels/host_device.h"
@@ -33,6 +31,8 @@ struct NoShared {};
 inline constexpr int64_t kManyBlocks = 2048;
 
 #ifdef __CUDACC__
+
+[[noreturn]] void failed(const char* call, cudaError_t error);
 
 class ThreadBlock {
 public:
@@ -96,8 +96,7 @@ public:
         config.gridDim = dim3(static_cast<unsigned>(blocks));
         config.blockDim = dim3(Kernel::kThreads);
         config.stream = static_cast<cudaStream_t>(stream_.handle);
-        const cudaError_t error = cudaLaunchKernelEx(&config, run<Kernel>, kernel);
-        if (error != cudaSuccess) throw Failure(std::string(call_) + ": " + cudaGetErrorString(error));
+        if (const cudaError_t error = cudaLaunchKernelEx(&config, run<Kernel>, kernel); error != cudaSuccess) failed(call_, error);
 #else
         typename Kernel::Shared shared;
         for (int64_t index = 0; index < blocks; ++index) kernel(ThreadBlock(index, blocks, Kernel::kThreads), shared);

@@ -8,7 +8,8 @@
 
 namespace batchnorm::cuda {
 
-// ---- sums of tiles -------------------------------------------------------------------------------------------------------------------------
+// ---- sums of tiles
+// -------------------------------------------------------------------------------------------------------------------------
 
 // Adds the tiles of each set of a part in the plan's order: by groups of kTileGroup, then the groups.
 struct Merge {
@@ -26,16 +27,20 @@ struct Merge {
     int64_t group_sums() const {
         return tiling.most.tile_groups() == 1 && tiling.last.tile_groups() == 1 ? 0 : 2 * groups_of_all() * shape.channels;
     }
+    BATCHNORM_HOST_DEVICE int64_t columns() const { return (shape.channels + kChannels - 1) / kChannels; }
+    BATCHNORM_HOST_DEVICE int64_t end_of(int64_t begin) const {
+        return begin + kChannels < shape.channels ? begin + kChannels : shape.channels;
+    }
     BATCHNORM_HOST_DEVICE int64_t sets_before(int64_t part) const { return part * tiling.most.sets; }
     int64_t sets() const { return sets_before(tiling.parts - 1) + tiling.last.sets; }
 
-    // Sums of the sets of one part, kChannels channels from `begin` on.
-    BATCHNORM_KERNEL_BODY void add(const ThreadBlock& block, int64_t part, int64_t begin) const {
+    // Sums of the sets of one part and at most kChannels channels.
+    BATCHNORM_KERNEL_BODY void add(const ThreadBlock& block, int64_t part, int64_t begin, int64_t end) const {
         const Plan& plan = tiling.plan(part);
         const int64_t n_groups = plan.tile_groups(), n_tiles = plan.tiles();
         block.each([&](int thread) {
             const int64_t channel = begin + thread % kChannels;
-            if (channel >= shape.channels) return;
+            if (channel >= end) return;
             for (int64_t item = thread / kChannels; item < plan.sets * n_groups; item += kGroups) {
                 const int64_t set = item / n_groups, from = item % n_groups * kTileGroup;
                 const int64_t to = from + kTileGroup < n_tiles ? from + kTileGroup : n_tiles;
@@ -53,7 +58,7 @@ struct Merge {
         if (n_groups == 1) return;
         block.each([&](int thread) {
             const int64_t channel = begin + thread % kChannels;
-            if (channel >= shape.channels) return;
+            if (channel >= end) return;
             for (int64_t set = thread / kChannels; set < plan.sets; set += kGroups) {
                 const int64_t to = (sets_before(part) + set) * shape.channels + channel;
                 const int64_t all = groups_of_all() * shape.channels;
@@ -76,7 +81,8 @@ private:
     }
 };
 
-// ---- statistics ------------------------------------------------------------------------------------------------------------------------------
+// ---- statistics
+// ------------------------------------------------------------------------------------------------------------------------------
 
 // Where each part's statistics stand, parts * channels.
 struct Statistics {
@@ -85,8 +91,23 @@ struct Statistics {
     std::uint8_t *again, *any;     // which channels want another round, and whether any does: [round] each
 };
 
+BATCHNORM_HOST_DEVICE inline coeffs::Scale scale_of(int round) {
+    constexpr coeffs::Scale far = coeffs::kFar, near = coeffs::kNear;
+    return round == 2 ? far : near;
+}
+
+// The sums of a round.
+template <class T>
+BATCHNORM_HOST_DEVICE MomentsOp<T> in_round(MomentsOp<T> op, const Statistics& to, int round) {
+    op.shift = round == 0 && !is_double<T> ? nullptr : to.shift;
+    op.again = round == 0 ? nullptr : to.again + round * op.shape.parts.count * op.shape.channels;
+    op.scale = round < 2 ? 0 : scale_of(round).s;
+    return op;
+}
+
 // Round by round as core/statistics.h: 0 about 0 (of double data a value near), 1 about a better shift where that lay too far off, 2 scaled
-// where squares overflowed, 3 where they underflowed.
+// where squares overflowed, 3 where they underflowed. then(part, channel) takes statistics that are final.
+template <class Then>
 struct FinishStatistics {
     static constexpr int kThreads = Merge::kThreads;
     using Shared = NoShared;
@@ -97,77 +118,68 @@ struct FinishStatistics {
     bool is_double;
     double eps;
     int round;
+    Then then;
 
-    BATCHNORM_HOST_DEVICE static coeffs::Scale scale_of(int round) {
-        constexpr coeffs::Scale far = coeffs::kFar, near = coeffs::kNear;
-        return round == 2 ? far : near;
-    }
-    int64_t blocks() const { return shape.parts.count * blocks_for(shape.channels, Merge::kChannels); }
+    int64_t blocks() const { return shape.parts.count * merge.columns(); }
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
-        if (round > 0 && to.any[round] == 0) return;
-        const int64_t columns = (shape.channels + Merge::kChannels - 1) / Merge::kChannels;
-        const int64_t part = block.index() / columns, begin = block.index() % columns * Merge::kChannels;
-        merge.add(block, part, begin);
+        const int64_t begin = block.index() % merge.columns() * Merge::kChannels;
+        if (round == 0 || to.any[round] != 0) finish(block, round, block.index() / merge.columns(), begin, merge.end_of(begin));
+    }
+    BATCHNORM_KERNEL_BODY void finish(const ThreadBlock& block, int of_round, int64_t part, int64_t begin, int64_t end) const {
+        merge.add(block, part, begin, end);
         block.each([&](int thread) {
-            const int64_t channel = begin + thread;
-            if (thread >= Merge::kChannels || channel >= shape.channels) return;
-            const int64_t at = part * shape.channels + channel, n = shape.parts.count * shape.channels;
-            if (round > 0 && to.again[round * n + at] == 0) return;
-            for (int later = 1; round == 0 && later < kRounds; ++later) to.again[later * n + at] = 0;
+            const int64_t channel = begin + thread, at = part * shape.channels + channel, n = shape.parts.count * shape.channels;
+            if (channel >= end || (of_round > 0 && to.again[of_round * n + at] == 0)) return;
+            for (int later = 1; of_round == 0 && later < kRounds; ++later) to.again[later * n + at] = 0;
             const int64_t set = merge.sets_before(part) * shape.channels + channel;
+            const double sum = merge.first[set].total(), sum_sq = merge.second[set].total();
             const double count = counted.n(shape, part, channel) * counted.scaled();
-            round < 2 ? from_sums(at, n, merge.first[set].total(), merge.second[set].total(), count)
-                      : from_scaled_sums(at, n, merge.first[set].total(), merge.second[set].total(), count);
+            const int next =
+                of_round < 2 ? from_sums(of_round, at, sum, sum_sq, count) : from_scaled_sums(of_round, at, sum, sum_sq, count);
+            if (next == 0) return then(part, channel);
+            to.again[next * n + at] = 1;
+            to.any[next] = 1;
         });
     }
 
 private:
-    BATCHNORM_HOST_DEVICE bool is_near(double var) const { return to.inv_std != nullptr && eps < coeffs::kNearest && var < coeffs::kNearest; }
-    BATCHNORM_HOST_DEVICE void want(int64_t at, int64_t n, int later) const {
-        to.again[later * n + at] = 1;
-        to.any[later] = 1;
+    BATCHNORM_HOST_DEVICE bool is_near(double var) const {
+        return is_double && to.inv_std != nullptr && eps < coeffs::kNearest && var < coeffs::kNearest;
     }
     BATCHNORM_HOST_DEVICE void put(int64_t at, double mean, double var, double inv_std) const {
         to.mean[at] = mean;
         to.var[at] = var;
         if (to.inv_std != nullptr) to.inv_std[at] = inv_std;
     }
-    BATCHNORM_HOST_DEVICE void from_sums(int64_t at, int64_t n, double sum, double sum_sq, double count) const {
-        const double shift = is_double || round > 0 ? to.shift[at] : 0;
+    // The round that the channel wants besides; 0: none.
+    BATCHNORM_HOST_DEVICE int from_sums(int of_round, int64_t at, double sum, double sum_sq, double count) const {
+        const double shift = is_double || of_round > 0 ? to.shift[at] : 0;
         const coeffs::Moments m = coeffs::from_sums(sum, sum_sq, shift, count, is_double ? 4 : 16384);
         const double var = std::isnan(m.mean) ? m.mean : m.var;
         put(at, m.mean, var, coeffs::inv_std(var, eps));
+        const bool far = is_double && !(std::isfinite(var) || std::isnan(sum) || sum_sq == 0), near = is_near(var);
+        if (of_round == 1) return far ? 2 : near ? 3 : 0;
+        if (m.trusted && !far && !near) return 0;
         double better = m.trusted ? shift : m.better_shift;
-        bool beyond = false;
-        if (is_double) {
-            const bool far = !(std::isfinite(var) || std::isnan(sum) || sum_sq == 0);
-            beyond = far || is_near(var);
-            if (far && !std::isfinite(m.mean) && std::isfinite(shift)) better = shift;
-        }
-        if (round == 0 && (!m.trusted || beyond)) {
-            // A float for float data: then a constant differs from it by exactly 0.
-            to.shift[at] = is_double ? better : static_cast<double>(static_cast<float>(better));
-            return want(at, n, 1);
-        }
-        if (beyond) want_scaled(at, n, var);
+        if (far && !std::isfinite(m.mean) && std::isfinite(shift)) better = shift;
+        // A float for float data: then a constant differs from it by exactly 0.
+        to.shift[at] = is_double ? better : static_cast<double>(static_cast<float>(better));
+        return 1;
     }
-    BATCHNORM_HOST_DEVICE void want_scaled(int64_t at, int64_t n, double var) const {
-        if (!std::isfinite(var)) want(at, n, 2);
-        if (is_near(var)) want(at, n, 3);
-    }
-    BATCHNORM_HOST_DEVICE void from_scaled_sums(int64_t at, int64_t n, double sum, double sum_sq, double count) const {
-        const coeffs::Scale scale = scale_of(round);
+    BATCHNORM_HOST_DEVICE int from_scaled_sums(int of_round, int64_t at, double sum, double sum_sq, double count) const {
+        const coeffs::Scale scale = scale_of(of_round);
         const coeffs::Moments m = coeffs::from_scaled_sums(sum, sum_sq, to.shift[at], count, scale);
-        put(at, m.mean, m.var / scale.square, coeffs::inv_std(m.var, eps, scale));
-        if (round == 2 && is_near(m.var / scale.square)) want(at, n, 3);
+        const double var = m.var / scale.square;
+        put(at, m.mean, var, coeffs::inv_std(m.var, eps, scale));
+        return of_round == 2 && is_near(var) ? 3 : 0;
     }
 };
-
 // The value about which a channel of double data is summed at first: the mean of its first 16 values that count, or 8, 4, 2.
+template <class T>
 struct FindShift {
     static constexpr int kThreads = 128;
     using Shared = NoShared;
-    Array<const double> x;
+    Array<const T> x;
     Shape shape;
     Counted counted;
     double* shift;
@@ -176,26 +188,28 @@ struct FindShift {
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
         block.each([&](int thread) {
             const int64_t at = block.index() * kThreads + thread;
-            if (at >= shape.parts.count * shape.channels) return;
-            const int64_t part = at / shape.channels, channel = at % shape.channels;
-            const int64_t begin = shape.parts.begin(part) * shape.inner, end = begin + shape.parts.size(part) * shape.inner;
-            double values[16];
-            int n = 0;
-            for (int64_t p = begin; p < end && n < 16; ++p) {
-                const Place place{p / shape.inner, channel, p % shape.inner};
-                const bool some = counted.weights == nullptr || counted.weights[p / counted.weights_each] > 0;
-                if (some && counted.kept(p, shape.number(place.outer, channel, place.inner))) values[n++] = *x.at(place);
-            }
-            int half = n >= 16 ? 8 : n >= 8 ? 4 : n >= 4 ? 2 : n >= 2 ? 1 : 0;
-            for (; half > 0; half /= 2) {
-                for (int i = 0; i < half; ++i) values[i] = (values[i] + values[i + half]) * 0.5;
-            }
-            shift[at] = n == 0 ? 0 : values[0];
+            if (at < shape.parts.count * shape.channels) find(at / shape.channels, at % shape.channels);
         });
+    }
+    BATCHNORM_HOST_DEVICE void find(int64_t part, int64_t channel) const {
+        const int64_t begin = shape.parts.begin(part) * shape.inner, end = begin + shape.parts.size(part) * shape.inner;
+        double values[16];
+        int n = 0;
+        for (int64_t p = begin; p < end && n < 16; ++p) {
+            const Place place{p / shape.inner, channel, p % shape.inner};
+            const bool some = counted.weights == nullptr || counted.weights[p / counted.weights_each] > 0;
+            if (some && counted.kept(p, shape.number(place.outer, channel, place.inner))) values[n++] = value_of(*x.at(place));
+        }
+        int half = n >= 16 ? 8 : n >= 8 ? 4 : n >= 4 ? 2 : n >= 2 ? 1 : 0;
+        for (; half > 0; half /= 2) {
+            for (int i = 0; i < half; ++i) values[i] = (values[i] + values[i + half]) * 0.5;
+        }
+        shift[part * shape.channels + channel] = n == 0 ? 0 : values[0];
     }
 };
 
-// ---- forward ---------------------------------------------------------------------------------------------------------------------------------
+// ---- forward
+// ---------------------------------------------------------------------------------------------------------------------------------
 
 // Numbers of y = (x - center) * scale + offset, cells * channels each.
 template <class C>
@@ -206,13 +220,13 @@ struct AffineNumbers {
 // What the caller's options make of statistics.
 struct Options {
     PerChannel gamma, beta;
-    PerChannel mean, var;                        // given ones
+    PerChannel mean, var;  // given ones
     PerChannel running_mean, running_var, decays, seen;
     double decay;
     int ddof;
     bool skip;  // what is not finite
     bool renorm;
-    PerChannel reference_mean, reference_std;    // absent: the running pair
+    PerChannel reference_mean, reference_std;  // absent: the running pair
     double rmin, rmax, dmax, renorm_decay;
     double eps;
 };
@@ -223,54 +237,101 @@ struct Copies {
     int64_t gamma_rows, beta_rows;
 };
 
-// From statistics to the numbers of each cell, and what Saved keeps.
-template <class C>
-struct Normalise {
-    static constexpr int kThreads = 128;
-    using Shared = NoShared;
+// The step of running statistics, and of renormalisation's own reference: core/running.h.
+struct Learning {
     Shape shape;
     Counted counted;
     Options options;
-    Statistics of;             // inv_std null: of the given ones
-    double *mean, *var, *inv_std, *count, *values, *r, *d;  // what Saved keeps, parts * channels; may be null
-    AffineNumbers<C> to;
+    const double *mean, *var;  // parts * channels
+    std::uint8_t* spoils;      // where to note what would not stay finite, instead of the step; null: the step is taken
 
-    int64_t blocks() const { return blocks_for(shape.cells() * shape.channels, kThreads); }
-    BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
-        block.each([&](int thread) {
-            const int64_t at = block.index() * kThreads + thread;
-            if (at < shape.cells() * shape.channels) numbers(at, at / shape.channels, at % shape.channels);
-        });
+    BATCHNORM_HOST_DEVICE void learn(int64_t c) const {
+        const auto n = [&](int64_t part) { return counted.n(shape, part, c); };
+        const auto n_values = [&](int64_t part) { return counted.n_values(shape, part, c); };
+        const RunningBatch b = running_batch(shape.parts.count, shape.channels, c, options.ddof, mean, var, n, n_values);
+        if (b.n == 0) return;
+        if (options.running_mean) {
+            double decay = options.decays ? options.decays.at(0, c) : options.decay;
+            if (options.seen) decay = options.seen.at(0, c) / (options.seen.at(0, c) + b.n);
+            take(options.running_mean, c, b.mean, decay);
+            take(options.running_var, c, b.unbiased, decay);
+        }
+        if (options.renorm_decay >= 0) {
+            take(options.reference_mean, c, b.mean, options.renorm_decay);
+            take(options.reference_std, c, std::sqrt(b.var + options.eps), options.renorm_decay);
+        }
     }
 
 private:
-    BATCHNORM_HOST_DEVICE void numbers(int64_t at, int64_t cell, int64_t c) const {
-        const int64_t part = shape.part_of_cell(cell), of_part = part * shape.channels + c;
-        const bool given = static_cast<bool>(options.mean), first = cell == shape.first_cell(part);
-        const double mu = given ? options.mean.at(0, c) : of.mean[of_part];
-        double inverse = given ? coeffs::inv_std(options.var.at(0, c), options.eps) : of.inv_std[of_part];
-        if (first && count != nullptr) {
-            count[of_part] = counted.n(shape, part, c);
-            values[of_part] = counted.n_values(shape, part, c);
+    BATCHNORM_HOST_DEVICE void take(const PerChannel& array, int64_t c, double batch, double decay) const {
+        const double value = coeffs::running(array.at(0, c), batch, decay);
+        if (spoils == nullptr) return array.put(0, c, value);
+        if (!(array.is_double ? std::isfinite(value) : std::isfinite(static_cast<float>(value)))) *spoils = 1;
+    }
+};
+struct Learn {
+    static constexpr int kThreads = 128;
+    using Shared = NoShared;
+    Learning step;
+    const std::uint8_t* spoilt;  // whether the step is left out; null: it is not
+
+    int64_t blocks() const { return blocks_for(step.shape.channels, kThreads); }
+    BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
+        if (spoilt != nullptr && *spoilt != 0) return;
+        block.each([&](int thread) {
+            const int64_t c = block.index() * kThreads + thread;
+            if (c < step.shape.channels) step.learn(c);
+        });
+    }
+};
+
+// From statistics to the numbers of a part's cells and what Saved keeps, and, if that is all there is to it, to running statistics.
+template <class C>
+struct Settle {
+    Shape shape;
+    Counted counted;
+    Options options;
+    Statistics of;                                          // inv_std null: of the given ones
+    double *mean, *var, *inv_std, *count, *values, *r, *d;  // what Saved keeps, parts * channels; null: nothing
+    AffineNumbers<C> to;
+    bool learns;
+
+    BATCHNORM_HOST_DEVICE void operator()(int64_t part, int64_t c) const {
+        const int64_t at = part * shape.channels + c;
+        const bool given = static_cast<bool>(options.mean);
+        const double mu = given ? options.mean.at(0, c) : of.mean[at];
+        double inverse = given ? coeffs::inv_std(options.var.at(0, c), options.eps) : of.inv_std[at];
+        if (count != nullptr) {
+            count[at] = counted.n(shape, part, c);
+            values[at] = counted.n_values(shape, part, c);
         }
-        if (first && given && mean != nullptr) {
-            mean[of_part] = mu;
-            var[of_part] = options.var.at(0, c);
-            inv_std[of_part] = inverse;
+        if (given && mean != nullptr) {
+            mean[at] = mu;
+            var[at] = options.var.at(0, c);
+            inv_std[at] = inverse;
         }
-        const int64_t row = shape.group_outer == 0 ? 0 : cell;
-        double gamma = options.gamma.at(row, c), beta = options.beta.at(row, c);
+        coeffs::Renorm k{1, 0};
         if (options.renorm) {
-            const coeffs::Renorm k = coeffs::renorm(mu, inverse, reference_mean(c), reference_std(c), options.rmin, options.rmax, options.dmax);
-            if (first && r != nullptr) {
-                r[of_part] = k.r;
-                d[of_part] = k.d;
-            }
-            beta += gamma * k.d;
-            gamma *= k.r;
+            k = coeffs::renorm(mu, inverse, reference_mean(c), reference_std(c), options.rmin, options.rmax, options.dmax);
+            r[at] = k.r;
+            d[at] = k.d;
         }
         // Of a single value x_hat is 0, whatever eps is.
         if (!given && counted.n_values(shape, part, c) < 2) inverse = 0;
+        for (int64_t cell = shape.first_cell(part); cell < shape.first_cell(part) + shape.cells_of(part); ++cell) {
+            numbers(cell, c, mu, inverse, k);
+        }
+        if (learns) Learning{shape, counted, options, of.mean, of.var, nullptr}.learn(c);
+    }
+
+private:
+    BATCHNORM_HOST_DEVICE void numbers(int64_t cell, int64_t c, double mu, double inverse, const coeffs::Renorm& by) const {
+        const int64_t row = shape.group_outer == 0 ? 0 : cell, at = cell * shape.channels + c;
+        double gamma = options.gamma.at(row, c), beta = options.beta.at(row, c);
+        if (options.renorm) {
+            beta += gamma * by.d;
+            gamma *= by.r;
+        }
         const coeffs::Affine<C> k = coeffs::affine<C>(mu, inverse, gamma, beta);
         to.center[at] = k.center;
         to.scale[at] = k.scale;
@@ -281,6 +342,21 @@ private:
     }
     BATCHNORM_HOST_DEVICE double reference_std(int64_t c) const {
         return options.reference_std ? options.reference_std.at(0, c) : std::sqrt(options.running_var.at(0, c) + options.eps);
+    }
+};
+// Where statistics are given and none are measured.
+template <class C>
+struct SettleGiven {
+    static constexpr int kThreads = 128;
+    using Shared = NoShared;
+    Settle<C> settle;
+
+    int64_t blocks() const { return blocks_for(settle.shape.parts.count * settle.shape.channels, kThreads); }
+    BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
+        block.each([&](int thread) {
+            const int64_t at = block.index() * kThreads + thread, channels = settle.shape.channels;
+            if (at < settle.shape.parts.count * channels) settle(at / channels, at % channels);
+        });
     }
 };
 
@@ -319,49 +395,8 @@ struct CopyValues {
     }
 };
 
-// The step of running statistics, and of renormalisation's own reference: core/running.h for each channel.
-struct Learn {
-    static constexpr int kThreads = 128;
-    using Shared = NoShared;
-    Shape shape;
-    Counted counted;
-    Options options;
-    const double *mean, *var;  // parts * channels
-    const std::uint8_t* spoilt;  // whether any channel would not be finite; null: nobody asks
-    std::uint8_t* spoils;        // out: then this is the look before the step
-
-    int64_t blocks() const { return blocks_for(shape.channels, kThreads); }
-    BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
-        if (spoils == nullptr && spoilt != nullptr && *spoilt != 0) return;
-        block.each([&](int thread) {
-            const int64_t c = block.index() * kThreads + thread;
-            if (c >= shape.channels) return;
-            const auto n = [&](int64_t part) { return counted.n(shape, part, c); };
-            const auto n_values = [&](int64_t part) { return counted.n_values(shape, part, c); };
-            const RunningBatch b = running_batch(shape.parts.count, shape.channels, c, options.ddof, mean, var, n, n_values);
-            if (b.n == 0) return;
-            if (options.running_mean) {
-                double decay = options.decays ? options.decays.at(0, c) : options.decay;
-                if (options.seen) decay = options.seen.at(0, c) / (options.seen.at(0, c) + b.n);
-                take(options.running_mean, c, b.mean, decay);
-                take(options.running_var, c, b.unbiased, decay);
-            }
-            if (options.renorm_decay >= 0) {
-                take(options.reference_mean, c, b.mean, options.renorm_decay);
-                take(options.reference_std, c, std::sqrt(b.var + options.eps), options.renorm_decay);
-            }
-        });
-    }
-
-private:
-    BATCHNORM_HOST_DEVICE void take(const PerChannel& array, int64_t c, double batch, double decay) const {
-        const double value = coeffs::running(array.at(0, c), batch, decay);
-        if (spoils == nullptr) return array.put(0, c, value);
-        if (!(array.is_double ? std::isfinite(value) : std::isfinite(static_cast<float>(value)))) *spoils = 1;
-    }
-};
-
-// ---- backward --------------------------------------------------------------------------------------------------------------------------------
+// ---- backward
+// --------------------------------------------------------------------------------------------------------------------------------
 
 // What a forward left, as a cell and a channel see it.
 struct Kept {
@@ -414,7 +449,7 @@ struct GradSumsOp {
     };
     template <bool shifted, bool some>
     struct Sums {
-        static constexpr int kAhead = some ? 2 : gate == kernels::curve ? 4 : 8;
+        static constexpr int kAhead = some ? 2 : gate == kernels::curve || is_double<T> ? 8 : 16;
         const GradSumsOp& op;
         double shift;
         coeffs::Affine<Compute<T>> k;
@@ -479,17 +514,20 @@ struct FinishGradients {
     Kept kept;
     Counted counted;
     GradientNumbers<C> to;
-    double *dgamma, *dbeta;  // cells * channels; null: not wanted
+    PerChannel dgamma, dbeta;          // the caller's, if there is one cell
+    double *dgamma_rows, *dbeta_rows;  // else rows to be added up: cells * channels; null: not wanted
 
-    int64_t blocks() const { return kept.shape.parts.count * blocks_for(kept.shape.channels, Merge::kChannels); }
+    int64_t blocks() const { return kept.shape.parts.count * merge.columns(); }
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
+        const int64_t begin = block.index() % merge.columns() * Merge::kChannels;
+        finish(block, block.index() / merge.columns(), begin, merge.end_of(begin));
+    }
+    BATCHNORM_KERNEL_BODY void finish(const ThreadBlock& block, int64_t part, int64_t begin, int64_t end) const {
         const Shape& shape = kept.shape;
-        const int64_t columns = (shape.channels + Merge::kChannels - 1) / Merge::kChannels;
-        const int64_t part = block.index() / columns, begin = block.index() % columns * Merge::kChannels;
-        if (summed) merge.add(block, part, begin);
+        if (summed) merge.add(block, part, begin, end);
         block.each([&](int thread) {
             const int64_t c = begin + thread % Merge::kChannels;
-            if (c >= shape.channels) return;
+            if (c >= end) return;
             for (int64_t q = thread / Merge::kChannels; q < shape.cells_of(part); q += Merge::kGroups) {
                 const int64_t cell = shape.first_cell(part) + q;
                 const Kept::Numbers k = kept.of(cell, c);
@@ -499,7 +537,7 @@ struct FinishGradients {
         // dx follows from the sums of all cells of a part.
         block.each([&](int thread) {
             const int64_t c = begin + thread % Merge::kChannels;
-            if (c >= shape.channels) return;
+            if (c >= end) return;
             const int64_t cells = shape.cells_of(part), first = shape.first_cell(part);
             Sums all{0, 0};
             for (int64_t q = 0; cells > 1 && q < cells; ++q) {
@@ -533,12 +571,16 @@ private:
         return s;
     }
     BATCHNORM_HOST_DEVICE void parameters(int64_t cell, int64_t c, const Kept::Numbers& k, const Sums& s) const {
-        if (dgamma == nullptr) return;
         double gradient = s.g_xc * k.inv_std;
         if (kept.r != nullptr) gradient = k.r * gradient + k.d * s.g;
         if (k.single) gradient = kept.r == nullptr || k.values == 0 ? 0 : k.d * s.g;
-        dgamma[cell * kept.shape.channels + c] = gradient;
-        dbeta[cell * kept.shape.channels + c] = s.g;
+        if (kept.shape.cells() == 1) {
+            if (dgamma) dgamma.put(0, c, gradient);
+            if (dbeta) dbeta.put(0, c, s.g);
+        } else if (dgamma_rows != nullptr) {
+            dgamma_rows[cell * kept.shape.channels + c] = gradient;
+            dbeta_rows[cell * kept.shape.channels + c] = s.g;
+        }
     }
     BATCHNORM_HOST_DEVICE void numbers(int64_t at, const Kept::Numbers& k, const Sums& all, double n, bool alone) const {
         const coeffs::Affine<C> a = affine_of<C>(k);

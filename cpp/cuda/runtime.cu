@@ -3,6 +3,7 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <string>
 
 #include "launch.h"
 
@@ -22,7 +23,7 @@ private:
             (void)cudaGetLastError();  // it is told by the exception
             throw std::bad_alloc();
         }
-        if (error != cudaSuccess) throw Failure(std::string("memory: ") + cudaGetErrorString(error));
+        if (error != cudaSuccess) failed("memory", error);
         return p;
     }
     void do_deallocate(void* p, std::size_t, std::size_t) override { (void)cudaFreeAsync(p, static_cast<cudaStream_t>(stream_)); }
@@ -35,6 +36,13 @@ private:
 };
 
 }  // namespace
+
+#ifdef __CUDACC__
+void failed(const char* call, cudaError_t error) {
+    (void)cudaGetLastError();  // it is told here
+    throw Failure(std::string(call) + ": " + cudaGetErrorString(error));
+}
+#endif
 
 inline namespace v0_2 {
 

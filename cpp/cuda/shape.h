@@ -128,7 +128,8 @@ struct Array {
     bool dense(const Shape& s) const {
         const auto is = [](int64_t n, int64_t stride, int64_t wanted) { return n == 1 || stride == wanted; };
         if (s.runs()) {
-            return is(s.inner, inner_stride, 1) && is(s.channels, channel_stride, s.inner) && is(s.outer, outer_stride, s.channels * s.inner);
+            return is(s.inner, inner_stride, 1) && is(s.channels, channel_stride, s.inner) &&
+                   is(s.outer, outer_stride, s.channels * s.inner);
         }
         return is(s.channels, channel_stride, 1) && is(s.inner, inner_stride, s.channels) &&
                is(s.outer, outer_stride, s.channels * s.inner);

@@ -10,16 +10,14 @@
 //     bool compacts()                              whether rows that do not count are as if they were not there (else they add 0)
 #pragma once
 
+#include "calls.h"
 #include "launch.h"
 #include "shape.h"
-
-#define BATCHNORM_ISA one_lane
-#define BATCHNORM_VECTOR_BYTES 0
+// Behind one_lane.h, which calls.h includes.
 #include "kernels/elements.h"
 
 namespace batchnorm::cuda {
 
-using namespace one_lane;  // NOLINT: the one level that GPU code has
 using kernels::kLanes;
 
 // The tiles of a call: those of its parts one after another, of a part those of its sets.
@@ -151,7 +149,12 @@ struct TileSums {
     double *first, *second;
 };
 
-// Direction ncs. A block has 16 pairs of a tile and a channel, neighbours in memory, of 16 lanes each.
+// Tiles and channels that a kernel or a block sums.
+struct Range {
+    int64_t tile, tiles, channel, channels;
+};
+
+// Direction ncs. A block takes 16 pairs of a tile and a channel at a time, neighbours in memory, of 16 lanes each.
 template <class Op>
 struct SumRuns {
     static constexpr int kThreads = 256;
@@ -167,16 +170,21 @@ struct SumRuns {
     int64_t blocks() const { return blocks_for(tiling.total() * shape.channels, kPairs); }
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared& shared) const {
         op.begin(block);
-        if (!op.anything()) return;
-        const int64_t pairs = tiling.total() * shape.channels;
-        for (int64_t base = block.index() * kPairs; base < pairs; base += block.count() * kPairs) {
+        if (op.anything()) sum(block, shared, {0, tiling.total(), 0, shape.channels}, block.index(), block.count());
+    }
+    // Every n-th 16 pairs of a range.
+    BATCHNORM_KERNEL_BODY void sum(const ThreadBlock& block, Shared& shared, const Range& range, int64_t first, int64_t n) const {
+        const int64_t pairs = range.tiles * range.channels;
+        const auto tile_of = [&](int64_t pair) { return range.tile + pair / range.channels; };
+        const auto channel_of = [&](int64_t pair) { return range.channel + pair % range.channels; };
+        for (int64_t base = first * kPairs; base < pairs; base += n * kPairs) {
             block.each([&](int thread) {
-                const int64_t pair = base + thread / kLanes, channel = pair % shape.channels;
+                const int64_t pair = base + thread / kLanes;
                 if (pair >= pairs) return;
-                const Tile tile(tiling, pair / shape.channels);
+                const Tile tile(tiling, tile_of(pair));
+                const int64_t channel = channel_of(pair);
                 if (!op.wanted(tile.part, channel)) return;
-                const int64_t cell = shape.first_cell(tile.part) + tile.set;
-                op.with_sums(tile.part, cell, channel, [&](auto sums) {
+                op.with_sums(tile.part, shape.first_cell(tile.part) + tile.set, channel, [&](auto sums) {
                     add_lane(sums, RunWalk(shape, tile, channel, thread % kLanes));
                     shared.lanes[0][thread] = sums.first();
                     shared.lanes[1][thread] = sums.second();
@@ -185,16 +193,16 @@ struct SumRuns {
             block.each([&](int thread) {
                 const int64_t pair = base + thread / 2;
                 if (thread >= 2 * kPairs || pair >= pairs) return;
-                const Tile tile(tiling, pair / shape.channels);
-                if (!op.wanted(tile.part, pair % shape.channels)) return;
+                if (!op.wanted(Tile(tiling, tile_of(pair)).part, channel_of(pair))) return;
                 double* const to = thread % 2 == 0 ? out.first : out.second;
-                to[pair] = sum_lanes(shared.lanes[thread % 2] + thread / 2 * kLanes);
+                to[tile_of(pair) * shape.channels + channel_of(pair)] = sum_lanes(shared.lanes[thread % 2] + thread / 2 * kLanes);
             });
         }
     }
 };
 
-// Direction nsc. A lane is a channel of every fold-th row; where rows are folded, a block has all lanes of some tiles, which are then added.
+// Direction nsc. A lane is a channel of every fold-th row; where rows are folded, a block has all lanes of some tiles, which are then
+// added.
 template <class Op>
 struct SumRows {
     static constexpr int kThreads = 256;
@@ -207,42 +215,43 @@ struct SumRows {
     TileSums out;
 
     BATCHNORM_HOST_DEVICE int64_t fold() const { return tiling.last.fold; }
-    BATCHNORM_HOST_DEVICE int64_t width() const { return fold() * shape.channels; }
-    BATCHNORM_HOST_DEVICE int64_t lanes() const { return tiling.total() * width(); }
     BATCHNORM_HOST_DEVICE int64_t lanes_of_block() const {
-        return fold() == 1 ? kThreads : (width() < kThreads ? kThreads / width() : 1) * width();
+        const int64_t width = fold() * shape.channels;
+        return fold() == 1 ? kThreads : (width < kThreads ? kThreads / width : 1) * width;
     }
-    int64_t blocks() const { return blocks_for(lanes(), lanes_of_block()); }
+    int64_t blocks() const { return blocks_for(tiling.total() * fold() * shape.channels, lanes_of_block()); }
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared& shared) const {
         op.begin(block);
-        if (!op.anything()) return;
-        const int64_t n = lanes_of_block(), all = lanes(), of_tile = width(), channels = shape.channels;
-        for (int64_t base = block.index() * n; base < all; base += block.count() * n) {
+        if (op.anything()) sum(block, shared, {0, tiling.total(), 0, shape.channels}, block.index(), block.count());
+    }
+    // Every n-th lanes_of_block() lanes of a range; where rows are folded it has all channels.
+    BATCHNORM_KERNEL_BODY void sum(const ThreadBlock& block, Shared& shared, const Range& range, int64_t first, int64_t n) const {
+        const int64_t at_once = lanes_of_block(), of_tile = fold() * range.channels, all = range.tiles * of_tile, channels = range.channels;
+        for (int64_t base = first * at_once; base < all; base += n * at_once) {
             block.each([&](int thread) {
-                for (int64_t k = thread; k < n && base + k < all; k += kThreads) {
-                    const int64_t number = (base + k) / of_tile, lane = (base + k) % of_tile, channel = lane % channels;
+                for (int64_t k = thread; k < at_once && base + k < all; k += kThreads) {
+                    const int64_t number = range.tile + (base + k) / of_tile, lane = (base + k) % of_tile;
+                    const int64_t channel = range.channel + lane % channels, row = lane / channels;
                     const Tile tile(tiling, number);
                     if (!op.wanted(tile.part, channel)) continue;
-                    const int64_t cell = shape.first_cell(tile.part) + tile.set;
-                    op.with_sums(tile.part, cell, channel, [&](auto sums) {
+                    op.with_sums(tile.part, shape.first_cell(tile.part) + tile.set, channel, [&](auto sums) {
                         if (op.compacts()) {
-                            add_counted_rows(sums, shape, op.counted, tile, channel, lane / channels);
+                            add_counted_rows(sums, shape, op.counted, tile, channel, row);
                         } else {
-                            add_lane(sums, RowWalk(shape, tile, channel, lane / channels));
+                            add_lane(sums, RowWalk(shape, tile, channel, row));
                         }
-                        const bool folded = fold() > 1;
-                        (folded ? shared.lanes[0] + k : out.first + (base + k))[0] = sums.first();
-                        (folded ? shared.lanes[1] + k : out.second + (base + k))[0] = sums.second();
+                        const int64_t at = number * shape.channels + channel;
+                        (fold() > 1 ? shared.lanes[0] + k : out.first + at)[0] = sums.first();
+                        (fold() > 1 ? shared.lanes[1] + k : out.second + at)[0] = sums.second();
                     });
                 }
             });
             if (fold() == 1) continue;
             block.each([&](int thread) {
-                for (int64_t k = thread; k < 2 * (n / fold()); k += kThreads) {
-                    const double* const from = shared.lanes[k % 2];
-                    const int64_t tile = base / of_tile + k / 2 / channels, channel = k / 2 % channels;
-                    if (tile >= tiling.total() || !op.wanted(Tile(tiling, tile).part, channel)) continue;
-                    const double* const lane = from + k / 2 / channels * of_tile + channel;
+                for (int64_t k = thread; k < 2 * (at_once / fold()); k += kThreads) {
+                    const int64_t in_block = k / 2 / channels, tile = range.tile + base / of_tile + in_block, channel = k / 2 % channels;
+                    if (tile >= range.tile + range.tiles || !op.wanted(Tile(tiling, tile).part, channel)) continue;
+                    const double* const lane = shared.lanes[k % 2] + in_block * of_tile + channel;
                     double sum = lane[0];
                     for (int64_t j = 1; j < fold(); ++j) sum += lane[j * channels];
                     (k % 2 == 0 ? out.first : out.second)[tile * channels + channel] = sum;
@@ -258,16 +267,16 @@ struct MomentsOp {
     Array<const T> x;
     Shape shape;
     Counted counted;
-    const double* shift;         // parts * channels; null: 0
-    const std::uint8_t* again;   // parts * channels: which are summed; null: all
-    const std::uint8_t* any;     // whether any of them is; null: yes
-    std::uint8_t* none;          // the rounds that nobody has asked for yet; null: not this round's business
-    double scale;                // times which a scaled round takes x - shift; 0: the round is no scaled one
+    const double* shift = nullptr;        // parts * channels; null: 0
+    const std::uint8_t* again = nullptr;  // parts * channels: which are summed; null: all
+    const std::uint8_t* any = nullptr;    // whether any of them is; null: yes
+    std::uint8_t* none = nullptr;         // the rounds that nobody has asked for yet; null: not this round's business
+    double scale = 0;                     // times which a scaled round takes x - shift; 0: the round is no scaled one
 
     // `weighted`: each value times its weight, and scaled; `shifted`: about a shift that is not 0.
     template <bool shifted, bool weighted, bool some>
     struct Sums {
-        static constexpr int kAhead = some ? 4 : 16;
+        static constexpr int kAhead = some ? 4 : is_double<T> ? 16 : 32;
         const MomentsOp& op;
         double about, scale;
         Moments<shifted> m{0, 0};

@@ -1,6 +1,11 @@
-// What vec.h is to an instruction set, for a thread of a GPU: a block of elements is one element. The formulas above it (activation.h,
-// elements.h) are the CPU's, and so are their bits. A host compiler takes it too, for the rehearsal of cpp/cuda/launch.h.
+// What vec.h is to an instruction set, for a thread of a GPU: a block of elements is one element. Included before elements.h, it takes the
+// place of vec.h; the formulas above it are the CPU's, and so are their bits. A host compiler takes it too, for the rehearsal of
+// cpp/cuda/launch.h.
 #pragma once
+
+#define BATCHNORM_ONE_LANE
+#define BATCHNORM_ISA one_lane
+#define BATCHNORM_VECTOR_BYTES 0
 
 #include <math.h>
 #include <stdint.h>
@@ -18,7 +23,6 @@
 #endif
 
 namespace batchnorm::BATCHNORM_ISA {
-namespace {
 
 using VF = float;
 using VD = double;
@@ -121,5 +125,4 @@ BATCHNORM_INLINE void put(Float16* p, float v) {
 #endif
 }
 
-}  // namespace
 }  // namespace batchnorm::BATCHNORM_ISA

@@ -16,9 +16,7 @@
 
 #include "kernels.h"
 
-#if BATCHNORM_VECTOR_BYTES == 0  // threads of a GPU
-#include "one_lane.h"
-#else
+#ifndef BATCHNORM_ONE_LANE  // else one_lane.h, which came before, is in this file's place
 
 #define BATCHNORM_INLINE inline __attribute__((always_inline))
 #define BATCHNORM_OUT_OF_LINE __attribute__((noinline))

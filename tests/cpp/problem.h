@@ -192,7 +192,7 @@ struct Machine {
     void (*train)(const Forward&);
     void (*backward)(const Backward&);
 };
-constexpr Machine kCpu{batch_norm_train, batch_norm_backward};
+inline constexpr Machine kCpu{batch_norm_train, batch_norm_backward};
 
 // Where outputs go: arrays of their own; y to x, dx to dy; or y to the residual, dx to x and the residual's gradient to dy.
 enum class Place { apart, first, second };

@@ -80,7 +80,7 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def static_install(tree):
     prefix = built(tree / "build", tree / "static", shared=False)
-    for name in ("test_batchnorm", "train_and_serve"):
+    for name in ("test_batchnorm", "test_cuda", "train_and_serve"):
         shutil.copy(tree / "build" / name, prefix)  # the shared build replaces it
     return prefix
 
@@ -113,6 +113,10 @@ def quickstart(cmake_dir, tmp_path):
 def test_static_library_passes_its_tests(static_install):
     assert run(static_install / "test_batchnorm").endswith(" passed, 0 failed\n")
     run(static_install / "train_and_serve")
+
+
+def test_a_gpus_kernels_give_the_same_bits_in_rehearsal(static_install):
+    assert "0 failed" in run(static_install / "test_cuda", "a_gpu")
 
 
 def test_shared_library_passes_its_quick_tests(tree, shared_install):

@@ -37,7 +37,7 @@ needs_source = pytest.mark.skipif(
 
 def cpp_files(folder: str = "") -> list[str]:
     """Paths below cpp/, as an include writes them."""
-    kinds = (".h", ".hpp", ".cpp", ".def")
+    kinds = (".h", ".hpp", ".cpp", ".def", ".cu")
     return sorted(p.relative_to(CPP).as_posix() for p in (CPP / folder).rglob("*") if p.suffix in kinds)
 
 
@@ -88,15 +88,16 @@ def test_kernels_know_kernels_alone() -> None:
 def test_core_knows_the_kernels_table_alone() -> None:
     for name in cpp_files("core"):
         used = project(includes(name)) - set(cpp_files("core")) - {"include/batchnorm/batchnorm.hpp"}
-        assert used <= {"kernels/kernels.h", "kernels/dispatch.h"}, name
+        assert used <= {"kernels/kernels.h", "kernels/dispatch.h", "kernels/host_device.h"}, name
 
 
 @needs_source
 def test_plan_and_coeffs_know_no_kernel() -> None:
     for name in ("core/plan.h", "core/plan.cpp"):
-        assert {n for n in reached(name) if n.startswith("kernels/")} <= {"kernels/kernels.h"}
+        kernels = {n for n in reached(name) if n.startswith("kernels/")}
+        assert kernels <= {"kernels/kernels.h", "kernels/host_device.h"}
         assert not reached(name) & {"core/parallel.h", "core/coeffs.h"}
-    assert project(reached("core/coeffs.h")) == set()
+    assert project(reached("core/coeffs.h")) == {"kernels/host_device.h"}
 
 
 @needs_source
@@ -115,6 +116,20 @@ def test_bindings_know_the_public_header_and_the_memory() -> None:
         assert project(includes(name)) <= known | (of_gpu if name == "bind/gpu.cpp" else set()), name
     for name in cpp_files("core"):
         assert not [n for n in includes(name) if n.startswith("bind/")], name
+
+
+@needs_source
+def test_nothing_knows_the_gpu() -> None:
+    # Of the kernels it takes the formulas of elements, never a loop over them.
+    taken = {"kernels/host_device.h", "kernels/one_lane.h", "kernels/elements.h"}
+    for name in cpp_files():
+        used = project(includes(name))
+        if name.startswith("cuda/"):
+            assert {n for n in used if n.startswith("kernels/")} <= taken, name
+            assert not {n for n in used if n.startswith("bind/")}, name
+        else:
+            assert not {n for n in used if n.startswith("cuda/")}, name
+    assert files_with(r"\bcuda[A-Z]\w+\(|<<<") <= {"cuda/launch.h", "cuda/runtime.cu"}
 
 
 @needs_source
@@ -139,13 +154,19 @@ def test_isa_units_include_no_library_code() -> None:
 @needs_source
 def test_one_place_for_each() -> None:
     assert files_with(r"\bomp\.h|#pragma omp|\bomp_\w+\(") == {"core/team_openmp.cpp"}
-    assert {n for n in files_with(r"\bthrow\b") if not n.startswith("bind/")} == {"core/check.cpp"}
+    assert {n for n in files_with(r"\bthrow\b") if not n.startswith("bind/")} == {
+        "core/check.cpp",
+        "cuda/runtime.cu",
+    }
     assert files_with(r"mmintrin|\b_mm\d*_|\b__m\d+") == {"kernels/vec.h", "core/float_mode.h"}
     # limits.cpp: OMP_NUM_THREADS is OpenMP's to read, but whether it is set decides on the CPU quota.
     readers = {"core/check.cpp", "core/limits.cpp", "kernels/dispatch.cpp"}
     assert files_with(r"\bgetenv\b") <= {*readers, "core/team_openmp.cpp", "core/team_threads.cpp"}
     assert files_with(r"\bmmap\b|\bmadvise\b") == {"core/memory.cpp"}
-    assert files_with(r"(?m)^#(?:el)?if.*(?:__AVX|__SSE|VECTOR_BYTES)") == {"kernels/vec.h"}
+    assert files_with(r"(?m)^#(?:el)?if.*(?:__AVX|__SSE|VECTOR_BYTES)") == {
+        "kernels/vec.h",
+        "kernels/scalar.h",
+    }
 
 
 @needs_source
@@ -165,9 +186,10 @@ def test_compiler_flags() -> None:
         flags = re.sub(r"#.*", "", path.read_text())
         for banned in ("-ffast-math", "-Ofast", "-march=", "-funsafe"):
             assert banned not in flags, f"{banned} in {path.name}"
-    assert any("-ffp-contract=off" in path.read_text() for path in BUILD_FILES)
+    for flag in ("-ffp-contract=off", "-fmad=false"):
+        assert any(flag in path.read_text() for path in BUILD_FILES)
     # So fma is used where it is written, and it is written where the product is exact.
-    assert files_with(r"fmadd|std::fma") <= {"kernels/vec.h"}
+    assert files_with(r"fmadd|\bfma\(") <= {"kernels/vec.h", "kernels/one_lane.h"}
     functions = re.findall(r"(\w+)\([^)]*\) \{[^}]*fmadd", code("kernels/vec.h"))
     assert set(functions) == {"add_product"}, functions
     for name in ("apply", "grad_apply", "image"):
@@ -355,8 +377,11 @@ def test_the_package_stays_small() -> None:
 @needs_source
 def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
-    total = sum(count.values())
-    assert total <= 12827, f"{total} lines of C++ without comments"
+    gpu = {n for n in count if "cuda" in n} | {"bind/gpu.cpp", "bind/dlpack.h"}
+    of_gpu = sum(count[n] for n in gpu)
+    assert of_gpu <= 2117, f"{of_gpu} lines of C++ for GPUs without comments"
+    total = sum(count.values()) - of_gpu
+    assert total <= 10829, f"{total} lines of C++ without comments"
 
 
 @needs_source

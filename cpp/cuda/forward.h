@@ -1,8 +1,11 @@
-// Forward and moments on a GPU: the CPU's order of sums, numbers and pass (core/forward.cpp), as kernels one behind the other on a stream.
+// Forward and moments on a GPU, of one storage type: the CPU's order of sums, numbers and pass (core/forward.cpp), as kernels one behind
+// the other on a stream.
+#pragma once
+
 #include "driver.h"
+#include "small.h"
 
 namespace batchnorm::cuda {
-namespace {
 
 template <class T>
 struct Fill {
@@ -35,28 +38,20 @@ struct StatisticsMemory {
     }
 };
 
-template <class T>
+template <class T, class Then>
 void find_statistics(const Launcher& launch, const ConstTensor& x, const Shape& shape, const Counted& counted, const Tiling& tiling,
-                     const StatisticsMemory& memory, double eps) {
-    const Statistics& to = memory.of;
-    const int64_t n = shape.parts.count * shape.channels;
-    if constexpr (is_double<T>) start(launch, FindShift{Array<const double>(x), shape, counted, to.shift});
+                     const StatisticsMemory& memory, double eps, const Then& then) {
+    if constexpr (is_double<T>) start(launch, FindShift<T>{Array<const T>(x), shape, counted, memory.of.shift});
     for (int round = 0; round < (is_double<T> ? kRounds : 2); ++round) {
-        const bool first = round == 0;
-        const MomentsOp<T> op{Array<const T>(x),
-                              shape,
-                              counted,
-                              first && !is_double<T> ? nullptr : to.shift,
-                              first ? nullptr : to.again + round * n,
-                              first ? nullptr : to.any + round,
-                              first ? to.any : nullptr,
-                              round < 2 ? 0 : FinishStatistics::scale_of(round).s};
-        sum_tiles(launch, op, shape, tiling, memory.sums.tiles, !first);
-        start(launch, FinishStatistics{memory.sums.merge(shape, tiling), shape, counted, to, is_double<T>, eps, round});
+        MomentsOp<T> op = in_round(MomentsOp<T>{Array<const T>(x), shape, counted}, memory.of, round);
+        op.any = round == 0 ? nullptr : memory.of.any + round;
+        op.none = round == 0 ? memory.of.any : nullptr;
+        sum_tiles(launch, op, shape, tiling, memory.sums.tiles, round > 0);
+        start(launch, FinishStatistics<Then>{memory.sums.merge(shape, tiling), shape, counted, memory.of, is_double<T>, eps, round, then});
     }
 }
 
-Options options_of(const Forward& f) {
+inline Options options_of(const Forward& f) {
     return {PerChannel(f.gamma, 1),
             PerChannel(f.beta, 0),
             PerChannel(f.mean),
@@ -85,7 +80,7 @@ struct ForwardMemory {
     StatisticsMemory statistics;
     AffineNumbers<C> affine{};
     double *mean = nullptr, *var = nullptr;  // of running statistics, where others are given
-    std::uint8_t* spoils = nullptr;  // whether running statistics would not stay finite
+    std::uint8_t* spoils = nullptr;          // whether running statistics would not stay finite
 
     void lay_out(Cutter& cut, const Shape& shape, const Tiling* tiling, bool counts, bool apart) {
         const int64_t n = shape.parts.count * shape.channels, cells = shape.cells() * shape.channels;
@@ -98,13 +93,25 @@ struct ForwardMemory {
     }
 };
 
-void copy_arguments(const Launcher& launch, const Forward& f, const Shape& shape, const Saved::Impl& s) {
+inline void copy_arguments(const Launcher& launch, const Forward& f, const Shape& shape, const Saved::Impl& s) {
     start(launch, CopyRows{PerChannel(f.gamma), s.gamma.data, std::max<int64_t>(s.gamma.rows, 1), shape.channels});
     start(launch, CopyRows{PerChannel(f.beta), s.beta.data, std::max<int64_t>(s.beta.rows, 1), shape.channels});
-    start(launch, CopyValues<std::uint8_t>{f.positions.mask.data(), const_cast<std::uint8_t*>(s.mask.data()),
-                                           static_cast<int64_t>(s.mask.size())});
-    start(launch, CopyValues<double>{f.positions.weights.data(), const_cast<double*>(s.weights.data()),
-                                     static_cast<int64_t>(s.weights.size())});
+    start(launch,
+          CopyValues<std::uint8_t>{f.positions.mask.data(), const_cast<std::uint8_t*>(s.mask.data()), static_cast<int64_t>(s.mask.size())});
+    start(launch,
+          CopyValues<double>{f.positions.weights.data(), const_cast<double*>(s.weights.data()), static_cast<int64_t>(s.weights.size())});
+}
+
+template <class T, Gate gate>
+SmallForward<T, gate> small_forward(const Forward& f, bool measures, const Tiling& tiling, const StatisticsMemory& memory,
+                                    const Settle<Compute<T>>& settle, const ApplyOp<T, gate>& apply) {
+    const Shape& shape = apply.shape;
+    return {measures,
+            {Array<const T>(f.x), shape, apply.counted, memory.of.shift},
+            {Array<const T>(f.x), shape, apply.counted},
+            {memory.sums.merge(shape, tiling), shape, apply.counted, memory.of, is_double<T>, f.eps, 0, settle},
+            apply,
+            channels_of_block(shape)};
 }
 
 template <class T>
@@ -125,14 +132,14 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
         lay_out(cut, f, call, saves, s);
     }
     std::optional<Tiling> tiling;
-    if (measures) tiling.emplace(PartPlans(call.geometry, call.parts, {.reads = 1, .writes = 1, .sums = true}), call.parts.count);
+    if (!empty) tiling.emplace(PartPlans(call.geometry, call.parts, {.reads = 1, .writes = 1, .sums = true}), call.parts.count);
     const auto place = [&](Cutter& cut) {
         if (!saves) {
             Cutter own(cut.take<std::byte>(static_cast<int64_t>(kept_bytes)));
             lay_out(own, f, call, saves, s);
         }
         ForwardMemory<C> m{Counting(shape, f.positions.mask, f.positions.weights, static_cast<bool>(f.positions.element_mask)), {}, {}};
-        m.lay_out(cut, shape, tiling ? &*tiling : nullptr, measures || saves, given && learns);
+        m.lay_out(cut, shape, measures ? &*tiling : nullptr, measures || saves, given && learns);
         return m;
     };
     Cutter needed(nullptr);
@@ -159,30 +166,34 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
     found.mean = given ? memory.mean : s.mean;
     found.var = given ? memory.var : s.var;
     found.inv_std = given ? nullptr : s.inv_std;
-    if (measures) find_statistics<T>(launch, f.x, shape, counted, *tiling, memory.statistics, f.eps);
-    if (!empty || (given && saves)) {
-        const auto kept = [&](double* v) { return keeps ? v : nullptr; };
-        start(launch, Normalise<C>{shape, counted, options, found, kept(saves ? s.mean : nullptr), s.var, s.inv_std, kept(s.count), s.values,
-                                   s.r, s.d, memory.affine});
-    }
-    if (!empty) {
-        const Act act = act_of(f.activation, f.slope, f.x.dtype, s.bits != nullptr);
-        const Array<const T> x(f.x), z(f.residual);
-        const Array<T> y(f.y);
-        const bool vectors = has_vectors(x, shape) && has_vectors(z, shape) && has_vectors(y, shape);
-        with_gate(act.gate, [&]<Gate gate>() {
-            const ApplyOp<T, gate> op{x,      z, y, shape, counted, memory.affine, s.bits, counted.weights != nullptr && !given,
-                                      act.curve, vectors};
-            start(launch, ForElements<ApplyOp<T, gate>>(op, shape));
-        });
-    }
-    if (learns) {
-        Learn learn{shape, counted, options, found.mean, found.var, nullptr, nullptr};
+    const auto kept = [&](double* v) { return keeps ? v : nullptr; };
+    // Of several parts the step takes all, and what may be skipped is looked at as a whole first.
+    const bool step_apart = learns && (shape.parts.count > 1 || options.skip);
+    const Settle<C> settle{shape,          counted, options, found,         saves ? s.mean : nullptr, s.var, s.inv_std, kept(s.count),
+                           kept(s.values), s.r,     s.d,     memory.affine, learns && !step_apart};
+    const Act act = act_of(f.activation, f.slope, f.x.dtype, s.bits != nullptr);
+    const Array<const T> x(f.x), z(f.residual);
+    const Array<T> y(f.y);
+    const bool vectors = has_vectors(x, shape) && has_vectors(z, shape) && has_vectors(y, shape);
+    const bool clears = counted.weights != nullptr && !given;
+    const bool small = !empty && is_small(shape, *tiling, s.bits != nullptr);
+    with_gate(act.gate, [&]<Gate gate>() {
+        const ApplyOp<T, gate> apply{x, z, y, shape, counted, memory.affine, s.bits, clears, act.curve, vectors};
+        if (small) return start(launch, small_forward<T, gate>(f, measures, *tiling, memory.statistics, settle, apply));
+        if (measures) {
+            find_statistics<T>(launch, f.x, shape, counted, *tiling, memory.statistics, f.eps, settle);
+        } else if (given && (!empty || saves)) {
+            start(launch, SettleGiven<C>{settle});
+        }
+        if (!empty) start(launch, ForElements<ApplyOp<T, gate>>(apply, shape));
+    });
+    if (step_apart) {
+        Learn learn{{shape, counted, options, found.mean, found.var, nullptr}, nullptr};
         if (options.skip) {
             start(launch, Fill<std::uint8_t>{memory.spoils, 1, 0});
-            learn.spoils = memory.spoils;
+            learn.step.spoils = memory.spoils;
             start(launch, learn);
-            learn.spoils = nullptr;
+            learn.step.spoils = nullptr;
             learn.spoilt = memory.spoils;
         }
         start(launch, learn);
@@ -191,60 +202,28 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
     s.full = saves;
 }
 
-Forward served(const Forward& f) {
-    if (is_integer(f.x.dtype)) not_served("x", "has an integer storage type", "a floating one; convert it first");
-    if (f.saved != nullptr && f.keep == Keep::y) not_served("keep", "is y", "x: which channels' x must be kept, the CPU would wait for");
-    if (f.running.on_nonfinite == OnNonfinite::raise) {
-        not_served("on_nonfinite", "is 'raise'", "'propagate' or 'skip': the CPU would wait for what the GPU finds");
-    }
-    return on_device(f);
-}
-
-// mean and var, with ddof, of what was found.
-struct PutMoments {
-    static constexpr int kThreads = 128;
-    using Shared = NoShared;
+// The variance with ddof, of what was found.
+struct PutVariance {
     Shape shape;
     Counted counted;
     const double* found;
     double* var;
     double ddof;
 
-    int64_t blocks() const { return blocks_for(shape.channels, kThreads); }
-    BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
-        block.each([&](int thread) {
-            const int64_t c = block.index() * kThreads + thread;
-            if (c >= shape.channels) return;
-            const double n = counted.n(shape, 0, c);
-            var[c] = n <= ddof ? std::numeric_limits<double>::quiet_NaN() : coeffs::with_ddof(found[c], n, ddof);
-        });
+    BATCHNORM_HOST_DEVICE void operator()(int64_t, int64_t c) const {
+        const double n = counted.n(shape, 0, c);
+        var[c] = n <= ddof ? std::numeric_limits<double>::quiet_NaN() : coeffs::with_ddof(found[c], n, ddof);
     }
 };
 
-}  // namespace
-
-inline namespace v0_2 {
-
-void batch_norm(const Forward& call, const Stream& stream) {
-    const Forward f = served(call);
-    const Call checked = check::inference(f);
-    with_storage(f.x.dtype, [&]<class T>() { forward<T>(f, checked, stream, "batch_norm"); });
-}
-
-void batch_norm_train(const Forward& call, const Stream& stream) {
-    const Forward f = served(call);
-    const Call checked = check::training(f);
-    with_storage(f.x.dtype, [&]<class T>() { forward<T>(f, checked, stream, "batch_norm_train"); });
-}
-
-void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, const Stream& stream,
+template <class T>
+void moments(const ConstTensor& x, const Call& call, std::span<double> mean, std::span<double> var, int64_t ddof, const Stream& stream,
              const Positions& positions) {
-    if (is_integer(x.dtype)) not_served("x", "has an integer storage type", "a floating one; convert it first");
-    const Call call = check::moments(x, mean, var, ddof, 0, positions, true);
     Launcher launch(stream, "moments");
     const Shape shape(call);
     if (call.geometry.count() == 0) {
-        for (double* v : {mean.data(), var.data()}) start(launch, Fill<double>{v, shape.channels, std::numeric_limits<double>::quiet_NaN()});
+        for (double* v : {mean.data(), var.data()})
+            start(launch, Fill<double>{v, shape.channels, std::numeric_limits<double>::quiet_NaN()});
         return;
     }
     const Tiling tiling(PartPlans(call.geometry, call.parts, {.reads = 1, .writes = 0, .sums = true}), 1);
@@ -265,10 +244,8 @@ void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var
     if (positions.element_mask) start(launch, ElementsToBits{Array<const std::uint8_t>(positions.element_mask), shape, bits});
     const Counted counted = counting.run(launch, bits);
     memory.of.mean = mean.data();
-    with_storage(x.dtype, [&]<class T>() { find_statistics<T>(launch, x, shape, counted, tiling, memory, 0); });
-    start(launch, PutMoments{shape, counted, memory.of.var, var.data(), static_cast<double>(ddof)});
+    const PutVariance put{shape, counted, memory.of.var, var.data(), static_cast<double>(ddof)};
+    find_statistics<T>(launch, x, shape, counted, tiling, memory, 0, put);
 }
-
-}  // namespace v0_2
 
 }  // namespace batchnorm::cuda
