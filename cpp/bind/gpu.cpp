@@ -31,6 +31,7 @@ void upload(std::uintptr_t to, const std::string& bytes, std::uintptr_t) {
     std::memcpy(reinterpret_cast<void*>(to), bytes.data(), bytes.size());
 }
 void wait_for(std::uintptr_t, std::uintptr_t) {}
+void wait_for_all() {}
 std::vector<std::pair<std::string, int>> devices() { return {}; }
 int device_of(std::uintptr_t) { return 0; }
 
@@ -73,6 +74,8 @@ void wait_for(std::uintptr_t stream, std::uintptr_t other) {
     (void)cudaEventDestroy(event);
     good(waits, "cudaStreamWaitEvent");
 }
+
+void wait_for_all() { good(cudaDeviceSynchronize(), "cudaDeviceSynchronize"); }
 
 // The device that an address belongs to.
 int device_of(std::uintptr_t pointer) {
@@ -158,13 +161,13 @@ thread_local PlaceOfCall* here = nullptr;
 const py::object& place() { return here->scratch.place(); }
 
 // In a rehearsal: called before and after the library works, so that tests can keep the "GPU's" memory from everybody else.
-py::object opens, closes;
+PyObject *opens = nullptr, *closes = nullptr;
 
 struct Opened {
-    static void call(const py::object& f) {
-        if (!f) return;
+    static void call(PyObject* f) {
+        if (f == nullptr) return;
         const py::gil_scoped_acquire acquire;
-        f();
+        py::reinterpret_borrow<py::object>(f)();
     }
     Opened() { call(opens); }
     Opened(const Opened&) = delete;
@@ -358,12 +361,14 @@ public:
     ~Block() {
         try {
             const OnDevice on(device_);
+            if (shared) wait_for_all();
             memory_->deallocate(data_, bytes_, 256);
         } catch (const std::exception&) {
             // The process ends, and CUDA has ended before.
         }
     }
     std::uintptr_t pointer() const { return reinterpret_cast<std::uintptr_t>(data_); }
+    bool shared = false;  // other libraries have it, and may still be at work on any stream when they let go of it
 
 private:
     int device_;
@@ -390,6 +395,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     for (const Operation& raw : raw_operations()) signatures().emplace(raw.name, Signature(raw));
     py::class_<Block>(m, "Block", py::module_local())
         .def(py::init<std::size_t, int, std::uintptr_t>())
+        .def_readwrite("shared", &Block::shared)
         .def_property_readonly("pointer", &Block::pointer);
     m.def("serve", &serve);
     m.def("run", &run);
@@ -405,9 +411,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     m.def("runtime", &cuda::runtime);
     m.def("read_capsule", &read_capsule);
     m.def("make_capsule", &make_capsule);
-    m.def("watch", [](const py::object& before, const py::object& after) {
-        opens = before.is_none() ? py::object() : before;
-        closes = after.is_none() ? py::object() : after;
+    m.def("watch", [](py::object before, py::object after) {
+        opens = before.is_none() ? nullptr : before.release().ptr();
+        closes = after.is_none() ? nullptr : after.release().ptr();
     });
     m.def("use_results", [](const py::type& train, const py::type& backward, const py::type& double_backward) {
         const auto result = [](const py::type& t) { return reinterpret_cast<PyTypeObject*>(t.ptr()); };

@@ -386,6 +386,7 @@ class GpuArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
+        self._block.shared = True
         typestr = "<V2" if self.dtype.name == "bfloat16" else self.dtype.str
         stream = {"stream": self._place.stream or _LEGACY_STREAM}
         data = {"data": (self._pointer, False), "strides": self.strides, "version": 3}
@@ -395,6 +396,7 @@ class GpuArray:
         return 2, self._place.device
 
     def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
+        self._block.shared = True
         if stream != -1 and (stream or _LEGACY_STREAM) != (self._place.stream or _LEGACY_STREAM):
             _cuda.wait_for(stream or _LEGACY_STREAM, self._place.stream)
         code = _BFLOAT16 if self.dtype.name == "bfloat16" else _CODES[self.dtype.kind]

@@ -4,6 +4,8 @@ have the CPU's bits, and autograd learns what is written."""
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from support.tensors import fetch, send, steps  # noqa: E402
 pytestmark = needs_rehearsal
 
 P = Problem(6, 3, (4, 5), residual=True)
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "cuda.md"
 
 
 @pytest.fixture
@@ -155,3 +158,15 @@ def test_gradients_of_gradients_say_that_there_are_none(gpu):
     (dx,) = torch.autograd.grad(modules.BatchNorm2d(3)(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no gradients of gradients on a GPU; revert\(model\)"):
         dx.sum().backward()
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="docs/ is not beside the tests")
+def test_the_page_s_python_runs(gpu):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL))
+    names = {}
+    exec(code.replace(', device="cuda"', ""), names)
+    assert names["y"].shape == names["dx"].shape and names["exact"].dtype is torch.float64
+    assert names["bn"].weight.grad is not None
