@@ -90,6 +90,7 @@ public:
 
     template <class Kernel>
     void operator()(const Kernel& kernel, int64_t blocks) const {
+        static_assert(sizeof(Kernel) <= 4096, "arguments of a kernel");
         if (blocks <= 0) return;
 #ifdef __CUDACC__
         cudaLaunchConfig_t config{};

@@ -45,9 +45,9 @@ BATCHNORM_KERNEL_BODY void sum_share(const ThreadBlock& block, SharedSums<Op>& s
     const Range range{merge.tiling.before(share.part), Tiling::of_plan(merge.tiling.plan(share.part)), share.begin,
                       share.end - share.begin};
     if (merge.shape.runs()) {
-        SumRuns<Op>{op, merge.shape, merge.tiling, merge.tiles}.sum(block, shared.runs, range, 0, 1);
+        SumRuns<Op>::sum(block, shared.runs, op, merge.shape, merge.tiling, merge.tiles, range, 0, 1);
     } else {
-        SumRows<Op>{op, merge.shape, merge.tiling, merge.tiles}.sum(block, shared.rows, range, 0, 1);
+        SumRows<Op>::sum(block, shared.rows, op, merge.shape, merge.tiling, merge.tiles, range, 0, 1);
     }
 }
 

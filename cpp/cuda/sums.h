@@ -170,10 +170,12 @@ struct SumRuns {
     int64_t blocks() const { return blocks_for(tiling.total() * shape.channels, kPairs); }
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared& shared) const {
         op.begin(block);
-        if (op.anything()) sum(block, shared, {0, tiling.total(), 0, shape.channels}, block.index(), block.count());
+        const Range all{0, tiling.total(), 0, shape.channels};
+        if (op.anything()) sum(block, shared, op, shape, tiling, out, all, block.index(), block.count());
     }
-    // Every n-th 16 pairs of a range.
-    BATCHNORM_KERNEL_BODY void sum(const ThreadBlock& block, Shared& shared, const Range& range, int64_t first, int64_t n) const {
+    // Every n-th 16 pairs of a range. Without an object, which would be a copy in each thread's memory.
+    static BATCHNORM_KERNEL_BODY void sum(const ThreadBlock& block, Shared& shared, const Op& op, const Shape& shape, const Tiling& tiling,
+                                          const TileSums& out, const Range& range, int64_t first, int64_t n) {
         const int64_t pairs = range.tiles * range.channels;
         const auto tile_of = [&](int64_t pair) { return range.tile + pair / range.channels; };
         const auto channel_of = [&](int64_t pair) { return range.channel + pair % range.channels; };
@@ -214,19 +216,23 @@ struct SumRows {
     Tiling tiling;
     TileSums out;
 
-    BATCHNORM_HOST_DEVICE int64_t fold() const { return tiling.last.fold; }
-    BATCHNORM_HOST_DEVICE int64_t lanes_of_block() const {
-        const int64_t width = fold() * shape.channels;
-        return fold() == 1 ? kThreads : (width < kThreads ? kThreads / width : 1) * width;
+    static BATCHNORM_HOST_DEVICE int64_t lanes_of_block(const Shape& shape, int64_t fold) {
+        const int64_t width = fold * shape.channels;
+        return fold == 1 ? kThreads : (width < kThreads ? kThreads / width : 1) * width;
     }
-    int64_t blocks() const { return blocks_for(tiling.total() * fold() * shape.channels, lanes_of_block()); }
+    int64_t blocks() const {
+        return blocks_for(tiling.total() * tiling.last.fold * shape.channels, lanes_of_block(shape, tiling.last.fold));
+    }
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared& shared) const {
         op.begin(block);
-        if (op.anything()) sum(block, shared, {0, tiling.total(), 0, shape.channels}, block.index(), block.count());
+        const Range all{0, tiling.total(), 0, shape.channels};
+        if (op.anything()) sum(block, shared, op, shape, tiling, out, all, block.index(), block.count());
     }
     // Every n-th lanes_of_block() lanes of a range; where rows are folded it has all channels.
-    BATCHNORM_KERNEL_BODY void sum(const ThreadBlock& block, Shared& shared, const Range& range, int64_t first, int64_t n) const {
-        const int64_t at_once = lanes_of_block(), of_tile = fold() * range.channels, all = range.tiles * of_tile, channels = range.channels;
+    static BATCHNORM_KERNEL_BODY void sum(const ThreadBlock& block, Shared& shared, const Op& op, const Shape& shape, const Tiling& tiling,
+                                          const TileSums& out, const Range& range, int64_t first, int64_t n) {
+        const int64_t fold = tiling.last.fold, at_once = lanes_of_block(shape, fold), channels = range.channels;
+        const int64_t of_tile = fold * channels, all = range.tiles * of_tile;
         for (int64_t base = first * at_once; base < all; base += n * at_once) {
             block.each([&](int thread) {
                 for (int64_t k = thread; k < at_once && base + k < all; k += kThreads) {
@@ -241,19 +247,19 @@ struct SumRows {
                             add_lane(sums, RowWalk(shape, tile, channel, row));
                         }
                         const int64_t at = number * shape.channels + channel;
-                        (fold() > 1 ? shared.lanes[0] + k : out.first + at)[0] = sums.first();
-                        (fold() > 1 ? shared.lanes[1] + k : out.second + at)[0] = sums.second();
+                        (fold > 1 ? shared.lanes[0] + k : out.first + at)[0] = sums.first();
+                        (fold > 1 ? shared.lanes[1] + k : out.second + at)[0] = sums.second();
                     });
                 }
             });
-            if (fold() == 1) continue;
+            if (fold == 1) continue;
             block.each([&](int thread) {
-                for (int64_t k = thread; k < 2 * (at_once / fold()); k += kThreads) {
+                for (int64_t k = thread; k < 2 * (at_once / fold); k += kThreads) {
                     const int64_t in_block = k / 2 / channels, tile = range.tile + base / of_tile + in_block, channel = k / 2 % channels;
                     if (tile >= range.tile + range.tiles || !op.wanted(Tile(tiling, tile).part, channel)) continue;
                     const double* const lane = shared.lanes[k % 2] + in_block * of_tile + channel;
                     double sum = lane[0];
-                    for (int64_t j = 1; j < fold(); ++j) sum += lane[j * channels];
+                    for (int64_t j = 1; j < fold; ++j) sum += lane[j * channels];
                     (k % 2 == 0 ? out.first : out.second)[tile * channels + channel] = sum;
                 }
             });
