@@ -38,7 +38,9 @@ int device_of(std::uintptr_t) { return 0; }
 #else
 
 void good(cudaError_t error, const char* call) {
-    if (error != cudaSuccess) throw cuda::Failure(say(call, ": ", cudaGetErrorString(error)));
+    if (error == cudaSuccess) return;
+    (void)cudaGetLastError();  // it is told by the exception
+    throw cuda::Failure(say(call, ": ", cudaGetErrorString(error)));
 }
 
 // The current device for as long as this lives.
