@@ -68,7 +68,7 @@ _SAID = (
     ("activation_mask", "dy", "what backward needs is the second result, y, saved = batch_norm_train(...)"),
     ("momentum", "", "it keeps no moving average; update_running() moves one"),
     ("trainable", "", "freeze() makes a BatchNorm use the running statistics and update nothing"),
-    ("device", "", "drop it: the arrays say where"), ("name", "", "only a BatchNorm has a name"),
+    ("device", "", "the arrays say where: drop it"), ("name", "", "only a BatchNorm has a name"),
     ("fused", "", "drop it: there is one implementation"), ("shift", "", "drop it: no digit needs it"),
     ("num_threads n_jobs threads workers", "", "set_num_threads() says it for all calls"),
     ("process_group comm synchronized axis_name", "", "merge the statistics of processes with Moments"),
