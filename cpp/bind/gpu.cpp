@@ -353,17 +353,19 @@ py::object run(const py::object& place, const std::string& operation, const py::
 // Memory of the library of kernels, for arrays of no library that could make some.
 class Block {
 public:
-    Block(std::size_t bytes, int device, std::uintptr_t stream)
-        : device_(device), memory_(cuda::device_memory(reinterpret_cast<void*>(stream))) {
+    Block(std::size_t bytes, int device, std::uintptr_t stream) : device_(device), bytes_(std::max<std::size_t>(bytes, 1)) {
         const OnDevice on(device);
-        bytes_ = std::max<std::size_t>(bytes, 1);
+        memory_ = cuda::device_memory(reinterpret_cast<void*>(stream));
         data_ = memory_->allocate(bytes_, 256);
     }
     Block(const Block&) = delete;
     ~Block() {
         try {
             const OnDevice on(device_);
-            if (shared) wait_for_all();
+            if (shared) {
+                wait_for_all();
+                memory_ = cuda::device_memory(nullptr);  // the other stream may be gone
+            }
             memory_->deallocate(data_, bytes_, 256);
         } catch (const std::exception&) {
             // The process ends, and CUDA has ended before.
@@ -374,8 +376,8 @@ public:
 
 private:
     int device_;
-    std::pmr::memory_resource* memory_;
     std::size_t bytes_;
+    std::pmr::memory_resource* memory_;
     void* data_;
 };
 

@@ -552,9 +552,13 @@ Call saving(const Forward& f, const ConstChannels& inv_std) {
 
 namespace {
 
-const Saved::Impl& held(const Saved* saved) {
+const Saved::Impl& held(const Saved* saved, bool device) {
     if (saved == nullptr || saved->empty()) {
         throw Misuse("saved is empty, expected what a forward pass left; call batch_norm_train with it first");
+    }
+    if (saved->get()->device != device) {
+        throw Misuse(device ? "saved is of a forward on the CPU, expected one on a GPU"
+                            : "saved is of a forward on a GPU, expected one on the CPU");
     }
     return *saved->get();
 }
@@ -580,7 +584,7 @@ void forward_residual(const Saved::Impl& s, const Geometry& g, const ConstTensor
 }  // namespace
 
 const Saved::Impl& backward(const Backward& b) {
-    const Saved::Impl& s = held(b.saved);
+    const Saved::Impl& s = held(b.saved, b.execution.device);
     const Geometry g = s.call(b.kept).geometry;
     same_shape(b.kept, s.keep == Keep::x ? "x" : "y", g, "the forward's");
     same_shape(b.dy, "dy", g);
@@ -612,7 +616,7 @@ const Saved::Impl& backward(const Backward& b) {
 }
 
 const Saved::Impl& double_backward(const DoubleBackward& b) {
-    const Saved::Impl& s = held(b.saved);
+    const Saved::Impl& s = held(b.saved, b.execution.device);
     const Geometry g = s.call(b.kept).geometry;
     same_shape(b.kept, s.keep == Keep::x ? "x" : "y", g, "the forward's");
     same_shape(b.dy, "dy", g);

@@ -51,6 +51,7 @@ void describe(const Forward& f, const Call& call, Saved::Impl& s) {
     s.activation = f.activation;
     s.has_residual = static_cast<bool>(f.residual);
     s.updated = false;
+    s.device = f.execution.device;
     s.lost = {};
 }
 

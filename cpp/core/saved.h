@@ -57,6 +57,7 @@ struct Saved::Impl {
     Activation activation = Activation::none;
     bool has_residual = false;
     bool updated = false;
+    bool device = false;  // what the pointers below point to is a GPU's
 
     // parts * channels each; r and d are null without renormalisation. values: how many count, whatever their weights.
     double *mean = nullptr, *var = nullptr, *inv_std = nullptr, *count = nullptr, *values = nullptr, *r = nullptr, *d = nullptr;

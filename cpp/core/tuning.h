@@ -25,7 +25,7 @@ enum Name : int {
     // A call that goes through fewer elements (twice through its own if it sums first, and of rows 3/4 as many) does not wake threads.
     // Awake they gain from half as many on, asleep they cost 12 us (D9).
     parallel_elements,
-    // On a GPU: with so many values per channel and part at most, a block does all for a channel, in one launch.
+    // On a GPU: a block that has so many elements at most does all for its channels, in one launch.
     gpu_block_values,
     kNames
 };

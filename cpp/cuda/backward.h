@@ -72,24 +72,24 @@ void backward(const Backward& b, const Saved::Impl& s, const Stream& stream) {
         has_vectors(dy, shape) && has_vectors(x, shape) && has_vectors(z, shape) && has_vectors(dx, shape) && has_vectors(dz, shape);
     with_gate(act.gate, [&]<Gate gate>() {
         const GradSumsOp<T, gate> op{dy, x, z, kept, counted, s.bits, act.curve};
-        const GradApplyOp<T, gate> apply{dy,
-                                         x,
-                                         z,
-                                         dx,
-                                         dz,
-                                         shape,
-                                         counted,
-                                         memory.numbers,
-                                         s.bits,
-                                         !s.batch,
-                                         s.batch && counted.weights != nullptr,
-                                         counted.weights != nullptr,
-                                         act.curve,
-                                         vectors};
-        if (small) return start(launch, SmallBackward<T, gate>{op, finish, apply, channels_of_block(shape)});
+        const GradApplyOp<T, gate, false> apply{dy,
+                                                x,
+                                                z,
+                                                dx,
+                                                dz,
+                                                shape,
+                                                counted,
+                                                memory.numbers,
+                                                s.bits,
+                                                !s.batch,
+                                                s.batch && counted.weights != nullptr,
+                                                counted.weights != nullptr,
+                                                act.curve,
+                                                vectors};
+        if (small) return start(launch, SmallBackward<T, gate>{op, finish, apply, channels_of_block(shape, tiling)});
         if (sums) sum_tiles(launch, op, shape, tiling, memory.sums.tiles);
         start(launch, finish);
-        if (dx || dz) start(launch, ForElements<GradApplyOp<T, gate>>(apply, shape));
+        if (dx || dz) pass_over_all(launch, apply);
     });
     if (!rows) return;
     start(launch, PutRows{memory.dgamma, shape.cells(), shape.channels, PerChannel(b.dgamma), b.dgamma.rows});

@@ -93,9 +93,7 @@ struct ForwardMemory {
     }
 };
 
-inline void copy_arguments(const Launcher& launch, const Forward& f, const Shape& shape, const Saved::Impl& s) {
-    start(launch, CopyRows{PerChannel(f.gamma), s.gamma.data, std::max<int64_t>(s.gamma.rows, 1), shape.channels});
-    start(launch, CopyRows{PerChannel(f.beta), s.beta.data, std::max<int64_t>(s.beta.rows, 1), shape.channels});
+inline void copy_positions(const Launcher& launch, const Forward& f, const Saved::Impl& s) {
     start(launch,
           CopyValues<std::uint8_t>{f.positions.mask.data(), const_cast<std::uint8_t*>(s.mask.data()), static_cast<int64_t>(s.mask.size())});
     start(launch,
@@ -104,14 +102,14 @@ inline void copy_arguments(const Launcher& launch, const Forward& f, const Shape
 
 template <class T, Gate gate>
 SmallForward<T, gate> small_forward(const Forward& f, bool measures, const Tiling& tiling, const StatisticsMemory& memory,
-                                    const Settle<Compute<T>>& settle, const ApplyOp<T, gate>& apply) {
+                                    const Settle<Compute<T>>& settle, const ApplyOp<T, gate, false>& apply) {
     const Shape& shape = apply.shape;
     return {measures,
             {Array<const T>(f.x), shape, apply.counted, memory.of.shift},
             {Array<const T>(f.x), shape, apply.counted},
             {memory.sums.merge(shape, tiling), shape, apply.counted, memory.of, is_double<T>, f.eps, 0, settle},
             apply,
-            channels_of_block(shape)};
+            channels_of_block(shape, tiling)};
 }
 
 template <class T>
@@ -150,7 +148,7 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
         start(launch, ElementsToBits{Array<const std::uint8_t>(f.positions.element_mask), shape, s.element_bits});
     }
     if (saves) {
-        copy_arguments(launch, f, shape, s);
+        copy_positions(launch, f, s);
         describe(f, call, s);
     }
     const int64_t n = shape.parts.count * shape.channels;
@@ -169,8 +167,9 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
     const auto kept = [&](double* v) { return keeps ? v : nullptr; };
     // Of several parts the step takes all, and what may be skipped is looked at as a whole first.
     const bool step_apart = learns && (shape.parts.count > 1 || options.skip);
-    const Settle<C> settle{shape,          counted, options, found,         saves ? s.mean : nullptr, s.var, s.inv_std, kept(s.count),
-                           kept(s.values), s.r,     s.d,     memory.affine, learns && !step_apart};
+    const Settle<C> settle{shape, counted,       options,       found,          saves ? s.mean : nullptr,
+                           s.var, s.inv_std,     kept(s.count), kept(s.values), s.r,
+                           s.d,   memory.affine, s.gamma.data,  s.beta.data,    learns && !step_apart};
     const Act act = act_of(f.activation, f.slope, f.x.dtype, s.bits != nullptr);
     const Array<const T> x(f.x), z(f.residual);
     const Array<T> y(f.y);
@@ -178,14 +177,14 @@ void forward(const Forward& f, const Call& call, const Stream& stream, const cha
     const bool clears = counted.weights != nullptr && !given;
     const bool small = !empty && is_small(shape, *tiling, s.bits != nullptr);
     with_gate(act.gate, [&]<Gate gate>() {
-        const ApplyOp<T, gate> apply{x, z, y, shape, counted, memory.affine, s.bits, clears, act.curve, vectors};
+        const ApplyOp<T, gate, false> apply{x, z, y, shape, counted, memory.affine, s.bits, clears, act.curve, vectors};
         if (small) return start(launch, small_forward<T, gate>(f, measures, *tiling, memory.statistics, settle, apply));
         if (measures) {
             find_statistics<T>(launch, f.x, shape, counted, *tiling, memory.statistics, f.eps, settle);
         } else if (given && (!empty || saves)) {
             start(launch, SettleGiven<C>{settle});
         }
-        if (!empty) start(launch, ForElements<ApplyOp<T, gate>>(apply, shape));
+        if (!empty) pass_over_all(launch, apply);
     });
     if (step_apart) {
         Learn learn{{shape, counted, options, found.mean, found.var, nullptr}, nullptr};

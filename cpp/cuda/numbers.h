@@ -231,12 +231,6 @@ struct Options {
     double eps;
 };
 
-// Copies of gamma and beta, and of what was given: [row][channel].
-struct Copies {
-    double *gamma, *beta;
-    int64_t gamma_rows, beta_rows;
-};
-
 // The step of running statistics, and of renormalisation's own reference: core/running.h.
 struct Learning {
     Shape shape;
@@ -294,6 +288,7 @@ struct Settle {
     Statistics of;                                          // inv_std null: of the given ones
     double *mean, *var, *inv_std, *count, *values, *r, *d;  // what Saved keeps, parts * channels; null: nothing
     AffineNumbers<C> to;
+    double *gamma, *beta;  // copies for backward, in as many rows as the caller's; null: none
     bool learns;
 
     BATCHNORM_HOST_DEVICE void operator()(int64_t part, int64_t c) const {
@@ -327,15 +322,20 @@ struct Settle {
 private:
     BATCHNORM_HOST_DEVICE void numbers(int64_t cell, int64_t c, double mu, double inverse, const coeffs::Renorm& by) const {
         const int64_t row = shape.group_outer == 0 ? 0 : cell, at = cell * shape.channels + c;
-        double gamma = options.gamma.at(row, c), beta = options.beta.at(row, c);
+        double scale = options.gamma.at(row, c), offset = options.beta.at(row, c);
+        copy(options.gamma, gamma, cell, c, scale);
+        copy(options.beta, beta, cell, c, offset);
         if (options.renorm) {
-            beta += gamma * by.d;
-            gamma *= by.r;
+            offset += scale * by.d;
+            scale *= by.r;
         }
-        const coeffs::Affine<C> k = coeffs::affine<C>(mu, inverse, gamma, beta);
+        const coeffs::Affine<C> k = coeffs::affine<C>(mu, inverse, scale, offset);
         to.center[at] = k.center;
         to.scale[at] = k.scale;
         to.offset[at] = k.offset;
+    }
+    BATCHNORM_HOST_DEVICE void copy(const PerChannel& from, double* rows, int64_t cell, int64_t c, double value) const {
+        if (rows != nullptr && (from.row_stride != 0 || cell == 0)) rows[(from.row_stride == 0 ? 0 : cell) * shape.channels + c] = value;
     }
     BATCHNORM_HOST_DEVICE double reference_mean(int64_t c) const {
         return options.reference_mean ? options.reference_mean.at(0, c) : options.running_mean.at(0, c);
@@ -360,24 +360,7 @@ struct SettleGiven {
     }
 };
 
-// Copies of gamma and beta for backward.
-struct CopyRows {
-    static constexpr int kThreads = 128;
-    using Shared = NoShared;
-    PerChannel from;
-    double* to;
-    int64_t rows, channels;
-
-    int64_t blocks() const { return to == nullptr ? 0 : blocks_for(rows * channels, kThreads); }
-    BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
-        block.each([&](int thread) {
-            const int64_t at = block.index() * kThreads + thread;
-            if (at < rows * channels) to[at] = from.at(at / channels, at % channels);
-        });
-    }
-};
-
-// Copies of anything else.
+// Copies of what says which positions count, for backward.
 template <class T>
 struct CopyValues {
     static constexpr int kThreads = 256;
@@ -447,6 +430,12 @@ struct GradSumsOp {
         Compute<T> value;
         BATCHNORM_INLINE Compute<T> at(int64_t) const { return value; }
     };
+    struct Bit {
+        bool is;
+        std::uint8_t value;
+        BATCHNORM_INLINE bool given() const { return is; }
+        BATCHNORM_INLINE std::uint32_t get() const { return value; }
+    };
     template <bool shifted, bool some>
     struct Sums {
         static constexpr int kAhead = some ? 2 : gate == kernels::curve || is_double<T> ? 8 : 16;
@@ -471,9 +460,8 @@ struct GradSumsOp {
         }
         BATCHNORM_INLINE void add(const Value& v) {
             if (some && !v.kept && op.skips()) return;
-            const std::uint8_t bit = v.bit;
             const Compute<T> g = through_gate<gate>(v.dy, v.x, v.z, Number{k.center}, Number{k.scale}, Number{k.offset}, 0,
-                                                    op.bits == nullptr ? nullptr : &bit, 0, op.curve);
+                                                    Bit{op.bits != nullptr, v.bit}, op.curve);
             s.add(to_double(v.kept ? g : 0), to_double(v.kept ? v.x : 0), shift);
         }
         BATCHNORM_INLINE double first() const { return s.dy; }

@@ -42,22 +42,21 @@ struct Unit {
     // Calls f(k, place) for each of them.
     template <class F>
     BATCHNORM_HOST_DEVICE void each(const Shape& s, const F& f) const {
-        Place p = place;
+        int64_t outer = place.outer, middle = s.runs() ? place.channel : place.inner, fast = s.runs() ? place.inner : place.channel;
+        const int64_t fast_end = s.runs() ? s.inner : s.channels, middle_end = s.runs() ? s.channels : s.inner;
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             if (k >= n) return;
-            f(k, p);
-            int64_t& fast = s.runs() ? p.inner : p.channel;
-            int64_t& middle = s.runs() ? p.channel : p.inner;
-            if (++fast < (s.runs() ? s.inner : s.channels)) continue;
-            fast = 0;
-            if (++middle < (s.runs() ? s.channels : s.inner)) continue;
-            middle = 0;
-            ++p.outer;
+            f(k, s.runs() ? Place{outer, middle, fast} : Place{outer, fast, middle});
+            ++fast;
+            const bool row_ends = fast == fast_end;
+            middle += row_ends ? 1 : 0;
+            fast = row_ends ? 0 : fast;
+            const bool outer_ends = middle == middle_end;
+            outer += outer_ends ? 1 : 0;
+            middle = outer_ends ? 0 : middle;
         }
     }
-    // Whether all are of one run.
-    BATCHNORM_HOST_DEVICE bool in_one_run(const Shape& s) const { return s.runs() && n == N && place.inner + N <= s.inner; }
 };
 
 // 16 bytes at a time, in arrays that follow one another and are aligned to that.
@@ -65,13 +64,17 @@ struct alignas(16) Vector {
     std::uint32_t word[4];
 };
 template <class T, int N>
+BATCHNORM_INLINE void load_vectors(T (&v)[N], const T* from) {
+    constexpr int kVectors = N * static_cast<int>(sizeof(T)) / 16;
+    Vector all[kVectors];
+#pragma unroll
+    for (int j = 0; j < kVectors; ++j) all[j] = reinterpret_cast<const Vector*>(from)[j];
+    memcpy(v, all, sizeof v);
+}
+template <class T, int N>
 BATCHNORM_INLINE void load_unit(T (&v)[N], const Array<const T>& from, const Unit<N>& unit, const Shape& s, bool vectors) {
     if (vectors && unit.n == N) {
-        constexpr int kVectors = N * static_cast<int>(sizeof(T)) / 16;
-        Vector all[kVectors];
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j) all[j] = reinterpret_cast<const Vector*>(from.data + unit.first)[j];
-        memcpy(v, all, sizeof v);
+        load_vectors(v, from.data + unit.first);
     } else {
         unit.each(s, [&](int k, const Place& p) { v[k] = *from.at(p); });
     }
@@ -102,26 +105,32 @@ struct PerElement {
     BATCHNORM_INLINE C at(int64_t k) const { return value[k]; }
 };
 
-// Loads those of some arrays [cell][channel], and again only where the next unit has others.
+// How a unit's numbers lie in an array [cell][channel]: they are those of the unit before, all one, side by side, or anywhere.
+enum class Lie { as_before, one, side_by_side, anywhere };
 class NumbersOfUnit {
 public:
-    template <int N, class F>
-    BATCHNORM_INLINE void find(const Shape& s, const Unit<N>& unit, const F& load) {
-        const bool one = unit.in_one_run(s);
-        const int64_t key = s.cells() > 1 || (s.runs() && !one) ? -1 : unit.place.channel;
-        if (key >= 0 && key == key_) return;
+    template <int N>
+    BATCHNORM_INLINE Lie find(const Shape& s, const Unit<N>& unit) {
+        const bool one = s.runs() && (unit.n == 1 || (unit.n == N && unit.place.inner + N <= s.inner));
+        const bool side_by_side = !s.runs() && unit.n == N && s.channels % N == 0;
+        const bool same_from_channel = one || unit.n == 1 || (!s.runs() && unit.n == N);
+        const int64_t key = s.cells() == 1 && same_from_channel ? unit.place.channel : -1;
+        if (key >= 0 && key == key_) return Lie::as_before;
         key_ = key;
-        const int64_t cell = s.cell_of(unit.place.outer) * s.channels;
-        if (one) return load(0, cell + unit.place.channel, true);
-        unit.each(s, [&](int k, const Place& p) { load(k, (s.cells() == 1 ? 0 : s.cell_of(p.outer) * s.channels) + p.channel, false); });
+        return one ? Lie::one : side_by_side ? Lie::side_by_side : Lie::anywhere;
     }
-    // Puts a number where `load` of find is asked to.
     template <class C, int N>
-    static BATCHNORM_INLINE void put(PerElement<C, N>& to, int k, bool all, C value) {
-        to.value[k] = value;
+    static BATCHNORM_INLINE void load(PerElement<C, N>& to, const C* from, Lie lie, const Shape& s, const Unit<N>& unit) {
+        const int64_t first = (s.cells() == 1 ? 0 : s.cell_of(unit.place.outer) * s.channels) + unit.place.channel;
+        if (lie == Lie::one) {
+            const C value = from[first];
 #pragma unroll
-        for (int j = 1; j < N; ++j) {
-            if (all) to.value[j] = value;
+            for (int k = 0; k < N; ++k) to.value[k] = value;
+        } else if (lie == Lie::side_by_side) {
+            load_vectors(to.value, from + first);
+        } else {
+            unit.each(
+                s, [&](int k, const Place& p) { to.value[k] = from[(s.cells() == 1 ? 0 : s.cell_of(p.outer) * s.channels) + p.channel]; });
         }
     }
 
@@ -129,34 +138,54 @@ private:
     int64_t key_ = -1;
 };
 
+// 0 where nothing counts, or where `clears`, in channels without values.
+template <class T, int N>
+BATCHNORM_INLINE void drop_uncounted(const Unit<N>& unit, const Shape& s, const Counted& counted, bool clears, T (&out)[N]) {
+    unit.each(s, [&](int k, const Place& p) {
+        const bool kept = counted.kept(p.outer * s.inner + p.inner, unit.first + k);
+        if (!kept || (clears && counted.n_values(s, s.part_of(p.outer), p.channel) == 0)) put(&out[k], Compute<T>{0});
+    });
+}
+
+// All elements. Of an operation's units `load` reads what it needs before `put` writes anything.
 template <class Op>
 struct ForElements {
     static constexpr int kThreads = 256;
     using Shared = NoShared;
     static constexpr int64_t kAtOnce = kThreads * Op::kUnit;
+    // Units of a thread that are on their way together.
+    static constexpr int kTogether = 2;
     Op op;
-    Shape shape;
     int64_t units_of_thread;
 
-    ForElements(const Op& o, const Shape& s) : op(o), shape(s) {
-        units_of_thread = blocks_for(shape.elements(), kAtOnce) > kManyBlocks ? 4 : 1;
+    explicit ForElements(const Op& o) : op(o) {
+        units_of_thread = blocks_for(op.shape.elements(), kAtOnce) > kManyBlocks ? 2 * kTogether : 1;
     }
-    int64_t blocks() const { return blocks_for(shape.elements(), kAtOnce * units_of_thread); }
+    int64_t blocks() const { return blocks_for(op.shape.elements(), kAtOnce * units_of_thread); }
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
         block.each([&](int thread) {
             typename Op::Numbers numbers;
             NumbersOfUnit found;
-            for (int64_t j = 0; j < units_of_thread; ++j) {
-                const int64_t first = (block.index() * units_of_thread + j) * kAtOnce + thread * Op::kUnit;
-                if (first >= shape.elements()) return;
-                op(typename Op::Elements(shape, first), numbers, found);
+            const int64_t begin = block.index() * units_of_thread * kAtOnce + thread * Op::kUnit, n = op.shape.elements();
+            for (int64_t j = 0; j < units_of_thread && begin + j * kAtOnce < n; j += kTogether) {
+                typename Op::Input input[kTogether];
+#pragma unroll
+                for (int k = 0; k < kTogether; ++k) {
+                    const int64_t first = begin + (j + k) * kAtOnce;
+                    if (j + k < units_of_thread && first < n) op.load(typename Op::Elements(op.shape, first), input[k]);
+                }
+#pragma unroll
+                for (int k = 0; k < kTogether; ++k) {
+                    const int64_t first = begin + (j + k) * kAtOnce;
+                    if (j + k < units_of_thread && first < n) op.put(typename Op::Elements(op.shape, first), input[k], numbers, found);
+                }
             }
         });
     }
 };
 
-// y = act((x - center) * scale + offset + z), 0 where nothing counts.
-template <class T, Gate gate>
+// y = act((x - center) * scale + offset + z), 0 where nothing counts. `plain`: tensors are vectors, everything counts.
+template <class T, Gate gate, bool plain>
 struct ApplyOp {
     static constexpr int kUnit = kUnitOf<T, gate>;
     using C = Compute<T>;
@@ -164,6 +193,10 @@ struct ApplyOp {
     struct Numbers {
         PerElement<C, kUnit> center, scale, offset;
     };
+    struct Input {
+        T x[kUnit], z[kUnit];
+    };
+    using Plain = ApplyOp<T, gate, true>;
     Array<const T> x, z;  // z may be absent
     Array<T> y;
     Shape shape;
@@ -174,45 +207,46 @@ struct ApplyOp {
     Curve curve;
     bool vectors;
 
-    BATCHNORM_INLINE void operator()(const Elements& unit, Numbers& k, NumbersOfUnit& found) const {
-        T in[kUnit], add[kUnit], out[kUnit];
-        load_unit(in, x, unit, shape, vectors);
-        if (z) load_unit(add, z, unit, shape, vectors);
-        found.find(shape, unit, [&](int j, int64_t at, bool all) {
-            NumbersOfUnit::put(k.center, j, all, affine_of.center[at]);
-            NumbersOfUnit::put(k.scale, j, all, affine_of.scale[at]);
-            NumbersOfUnit::put(k.offset, j, all, affine_of.offset[at]);
-        });
+    bool is_plain() const { return vectors && counted.every() && !clears; }
+    Plain as_plain() const { return {x, z, y, shape, counted, affine_of, bits, clears, curve, vectors}; }
+    BATCHNORM_INLINE void load(const Elements& unit, Input& in) const {
+        load_unit(in.x, x, unit, shape, plain || vectors);
+        if (z) load_unit(in.z, z, unit, shape, plain || vectors);
+    }
+    BATCHNORM_INLINE void put(const Elements& unit, const Input& in, Numbers& k, NumbersOfUnit& found) const {
+        if (const Lie lie = found.find(shape, unit); lie != Lie::as_before) {
+            NumbersOfUnit::load(k.center, affine_of.center, lie, shape, unit);
+            NumbersOfUnit::load(k.scale, affine_of.scale, lie, shape, unit);
+            NumbersOfUnit::load(k.offset, affine_of.offset, lie, shape, unit);
+        }
+        T out[kUnit]{};
         unsigned byte = 0;
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
             if (j >= unit.n) break;
-            C v = affine(value_of(in[j]), k.center.at(j), k.scale.at(j), k.offset.at(j));
-            if (z) v = v + value_of(add[j]);
+            C v = affine(value_of(in.x[j]), k.center.at(j), k.scale.at(j), k.offset.at(j));
+            if (z) v = v + value_of(in.z[j]);
             if (gate == kernels::masked || gate == kernels::curve) byte |= gate_bits<gate>(v, curve) << j;
-            put(&out[j], gated<gate>(v, curve));
+            one_lane::put(&out[j], gated<gate>(v, curve));
         }
-        if (!counted.every() || clears) drop(unit, out);
-        store_unit(out, y, unit, shape, vectors);
+        if (!plain && (!counted.every() || clears)) drop_uncounted(unit, shape, counted, clears, out);
+        store_unit(out, y, unit, shape, plain || vectors);
         if (bits != nullptr) bits[unit.first / kUnit] = static_cast<std::uint8_t>(byte);
-    }
-
-private:
-    BATCHNORM_INLINE void drop(const Elements& unit, T (&out)[kUnit]) const {
-        unit.each(shape, [&](int j, const Place& p) {
-            const bool kept = counted.kept(p.outer * shape.inner + p.inner, unit.first + j);
-            if (!kept || (clears && counted.n_values(shape, shape.part_of(p.outer), p.channel) == 0)) put(&out[j], C{0});
-        });
     }
 };
 
 // dx = g * k_dy + ((x - center) * x_scale) * k_x + k_0, with fixed statistics g * k_dy; dz = g; 0 where nothing counts.
-template <class T, Gate gate>
+template <class T, Gate gate, bool plain>
 struct GradApplyOp {
     static constexpr int kUnit = kUnitOf<T, gate>;
+    static constexpr bool kGatedByX = gate == kernels::relu || gate == kernels::curve;
     using C = Compute<T>;
     using Elements = Unit<kUnit>;
     using Numbers = GradCoefficients<PerElement<C, kUnit>>;
+    struct Input {
+        T dy[kUnit], x[kUnit], z[kUnit];
+    };
+    using Plain = GradApplyOp<T, gate, true>;
     Array<const T> dy, x, z;  // z may be absent
     Array<T> dx, dz;          // may be absent
     Shape shape;
@@ -228,51 +262,59 @@ struct GradApplyOp {
         C value;
         BATCHNORM_INLINE C at(int64_t) const { return value; }
     };
-    BATCHNORM_INLINE void operator()(const Elements& unit, Numbers& k, NumbersOfUnit& found) const {
-        constexpr bool gated_by_x = gate == kernels::relu || gate == kernels::curve;
-        T in[kUnit]{}, gradient_in[kUnit], add[kUnit]{}, out[kUnit], of_z[kUnit];
-        load_unit(gradient_in, dy, unit, shape, vectors);
-        if (gated_by_x || !fixed) load_unit(in, x, unit, shape, vectors);
-        if (gate == kernels::curve && z) load_unit(add, z, unit, shape, vectors);
-        found.find(shape, unit, [&](int j, int64_t at, bool all) {
-            NumbersOfUnit::put(k.center, j, all, numbers_of.affine.center[at]);
-            if (gated_by_x) {
-                NumbersOfUnit::put(k.scale, j, all, numbers_of.affine.scale[at]);
-                NumbersOfUnit::put(k.offset, j, all, numbers_of.affine.offset[at]);
+    bool is_plain() const { return vectors && counted.every() && !clears && !weighted; }
+    Plain as_plain() const { return {dy, x, z, dx, dz, shape, counted, numbers_of, bits, fixed, weighted, clears, curve, vectors}; }
+    BATCHNORM_INLINE void load(const Elements& unit, Input& in) const {
+        load_unit(in.dy, dy, unit, shape, plain || vectors);
+        if (kGatedByX || !fixed) load_unit(in.x, x, unit, shape, plain || vectors);
+        if (gate == kernels::curve && z) load_unit(in.z, z, unit, shape, plain || vectors);
+    }
+    BATCHNORM_INLINE void put(const Elements& unit, const Input& in, Numbers& k, NumbersOfUnit& found) const {
+        if (const Lie lie = found.find(shape, unit); lie != Lie::as_before) {
+            NumbersOfUnit::load(k.center, numbers_of.affine.center, lie, shape, unit);
+            if (kGatedByX) {
+                NumbersOfUnit::load(k.scale, numbers_of.affine.scale, lie, shape, unit);
+                NumbersOfUnit::load(k.offset, numbers_of.affine.offset, lie, shape, unit);
             }
-            NumbersOfUnit::put(k.k_dy, j, all, numbers_of.k_dy[at]);
-            NumbersOfUnit::put(k.x_scale, j, all, numbers_of.x_scale[at]);
-            NumbersOfUnit::put(k.k_x, j, all, numbers_of.k_x[at]);
-            NumbersOfUnit::put(k.k_0, j, all, numbers_of.k_0[at]);
-        });
+            NumbersOfUnit::load(k.k_dy, numbers_of.k_dy, lie, shape, unit);
+            NumbersOfUnit::load(k.x_scale, numbers_of.x_scale, lie, shape, unit);
+            NumbersOfUnit::load(k.k_x, numbers_of.k_x, lie, shape, unit);
+            NumbersOfUnit::load(k.k_0, numbers_of.k_0, lie, shape, unit);
+        }
         C weight[kUnit];
-        if (weighted) {
+        if (!plain && weighted) {
             unit.each(shape, [&](int j, const Place& p) { weight[j] = static_cast<C>(counted.weight(p.outer * shape.inner + p.inner)); });
         }
+        T out[kUnit]{}, of_z[kUnit]{};
 #pragma unroll
         for (int j = 0; j < kUnit; ++j) {
             if (j >= unit.n) break;
-            const C v = value_of(in[j]);
-            const C g = through_gate<gate>(value_of(gradient_in[j]), v, value_of(add[j]), k.center, k.scale, k.offset, j, bits,
-                                           unit.first + j, curve);
-            put(&of_z[j], g);
-            put(&out[j], fixed ? g * k.k_dy.at(j) : gradient(g, v, k, j, Weight{weighted ? &k : nullptr, weighted ? weight[j] : C{1}}, 0));
+            const C v = kGatedByX || !fixed ? value_of(in.x[j]) : C{0}, add = gate == kernels::curve && z ? value_of(in.z[j]) : C{0};
+            const C g =
+                through_gate<gate>(value_of(in.dy[j]), v, add, k.center, k.scale, k.offset, j, MaskBits{bits, unit.first + j}, curve);
+            one_lane::put(&of_z[j], g);
+            const bool by_weight = !plain && weighted;
+            one_lane::put(&out[j], fixed ? g * k.k_dy.at(j)
+                                         : gradient(g, v, k, j, Weight{by_weight ? &k : nullptr, by_weight ? weight[j] : C{1}}, 0));
         }
-        if (!counted.every() || clears) {
-            drop(unit, out);
-            drop(unit, of_z);
+        if (!plain && (!counted.every() || clears)) {
+            drop_uncounted(unit, shape, counted, clears, out);
+            drop_uncounted(unit, shape, counted, clears, of_z);
         }
-        if (dz) store_unit(of_z, dz, unit, shape, vectors);
-        if (dx) store_unit(out, dx, unit, shape, vectors);
-    }
-
-private:
-    BATCHNORM_INLINE void drop(const Elements& unit, T (&out)[kUnit]) const {
-        unit.each(shape, [&](int j, const Place& p) {
-            const bool kept = counted.kept(p.outer * shape.inner + p.inner, unit.first + j);
-            if (!kept || (clears && counted.n_values(shape, shape.part_of(p.outer), p.channel) == 0)) put(&out[j], C{0});
-        });
+        if (dz) store_unit(of_z, dz, unit, shape, plain || vectors);
+        if (dx) store_unit(out, dx, unit, shape, plain || vectors);
     }
 };
+
+// The whole pass.
+template <class Launch, class Op>
+void pass_over_all(const Launch& launch, const Op& op) {
+    const auto start = [&](const auto& kernel) { launch(kernel, kernel.blocks()); };
+    if (op.is_plain()) {
+        start(ForElements<typename Op::Plain>(op.as_plain()));
+    } else {
+        start(ForElements<Op>(op));
+    }
+}
 
 }  // namespace batchnorm::cuda

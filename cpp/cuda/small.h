@@ -9,16 +9,24 @@
 
 namespace batchnorm::cuda {
 
-// Channels of a block: one where a channel's values lie together, else as many as share a sector of memory.
-inline int64_t channels_of_block(const Shape& s) { return s.runs() ? 1 : std::min<int64_t>(Merge::kChannels, s.channels); }
+// Channels of a block: as many as share a sector of memory where channels are side by side, and otherwise as few as give its 16 pairs of a
+// tile and a channel something to do; unless the block's elements get too many.
+inline int64_t channels_of_block(const Shape& s, const Tiling& tiling) {
+    const int64_t most = tune::get(tune::gpu_block_values), of_channel = s.parts.rows * s.inner;
+    int64_t width = s.runs() ? 1 : Merge::kChannels;
+    while (s.runs() && width < Merge::kChannels && 2 * width * of_channel <= most / 4 && 2 * width * tiling.most.tiles() <= 16) width *= 2;
+    while (width > 1 && (width * of_channel > most || width / 2 >= s.channels)) width /= 2;
+    return width;
+}
 
-// Whether a channel of a part is small enough for one block, and the call for all of them to run at once. Rows that are folded go with all
-// their channels, and bits by eight elements, whatever their channels.
+// Whether blocks that do all for their channels are small enough, and so few that they run at once. Rows that are folded go with all their
+// channels, and bits by eight elements, whatever their channels.
 inline bool is_small(const Shape& s, const Tiling& tiling, bool bits) {
-    constexpr int64_t kMostElements = int64_t{1} << 22;
+    constexpr int64_t kMostBlocks = 528;
+    const int64_t width = channels_of_block(s, tiling), blocks = s.parts.count * blocks_for(s.channels, width);
     const bool apart = s.runs() || tiling.last.fold == 1;
-    return apart && !bits && s.group_outer == 0 && s.parts.rows * s.inner <= tune::get(tune::gpu_block_values) &&
-           s.elements() <= kMostElements;
+    return apart && !bits && s.group_outer == 0 && width * s.parts.rows * s.inner <= tune::get(tune::gpu_block_values) &&
+           blocks <= kMostBlocks;
 }
 
 // What one block does.
@@ -36,7 +44,7 @@ struct Share {
 
 template <class Op>
 union SharedSums {
-    typename SumRuns<Op>::Shared runs;
+    typename SumRuns<Op, 256>::Shared runs;
     typename SumRows<Op>::Shared rows;
 };
 template <class Op>
@@ -45,25 +53,38 @@ BATCHNORM_KERNEL_BODY void sum_share(const ThreadBlock& block, SharedSums<Op>& s
     const Range range{merge.tiling.before(share.part), Tiling::of_plan(merge.tiling.plan(share.part)), share.begin,
                       share.end - share.begin};
     if (merge.shape.runs()) {
-        SumRuns<Op>::sum(block, shared.runs, op, merge.shape, merge.tiling, merge.tiles, range, 0, 1);
+        SumRuns<Op, 256>::sum(block, shared.runs, op, merge.shape, merge.tiling, merge.tiles, range, 0, 1);
     } else {
         SumRows<Op>::sum(block, shared.rows, op, merge.shape, merge.tiling, merge.tiles, range, 0, 1);
     }
 }
 
-// The elements of a share, one by one: neighbours go to neighbouring threads.
+// The elements of a share, one by one: neighbours go to neighbouring threads, a few of each on their way together.
 template <class Op>
-BATCHNORM_KERNEL_BODY void pass_over(const ThreadBlock& block, const Shape& s, const Share& share, int threads, const Op& op) {
+BATCHNORM_KERNEL_BODY void pass_over(const ThreadBlock& block, const Share& share, int threads, const Op& op) {
+    constexpr int kTogether = 4;
+    const Shape& s = op.shape;
     block.each([&](int thread) {
         const auto width = static_cast<std::uint32_t>(share.end - share.begin), inner = static_cast<std::uint32_t>(s.inner);
-        const auto n = static_cast<std::uint32_t>(s.parts.size(share.part) * s.inner) * width;
+        const auto n = static_cast<std::uint32_t>(s.parts.size(share.part) * s.inner) * width, step = static_cast<std::uint32_t>(threads);
         const int64_t first = s.parts.begin(share.part);
-        typename Op::Numbers numbers;
-        NumbersOfUnit found;
-        for (auto e = static_cast<std::uint32_t>(thread); e < n; e += static_cast<std::uint32_t>(threads)) {
+        const auto unit = [&](std::uint32_t e) {
             const Place place = s.runs() ? Place{first + e / inner / width, share.begin + e / inner % width, e % inner}
                                          : Place{first + e / width / inner, share.begin + e % width, e / width % inner};
-            op(typename Op::Elements(s, place), numbers, found);
+            return typename Op::Elements(s, place);
+        };
+        typename Op::Numbers numbers;
+        NumbersOfUnit found;
+        for (auto e = static_cast<std::uint32_t>(thread); e < n; e += kTogether * step) {
+            typename Op::Input input[kTogether];
+#pragma unroll
+            for (std::uint32_t k = 0; k < kTogether; ++k) {
+                if (e + k * step < n) op.load(unit(e + k * step), input[k]);
+            }
+#pragma unroll
+            for (std::uint32_t k = 0; k < kTogether; ++k) {
+                if (e + k * step < n) op.put(unit(e + k * step), input[k], numbers, found);
+            }
         }
     });
 }
@@ -76,7 +97,7 @@ struct SmallForward {
     FindShift<T> find_shift;
     MomentsOp<T> moments;
     FinishStatistics<Settle<Compute<T>>> finish;
-    ApplyOp<T, gate> apply;
+    ApplyOp<T, gate, false> apply;
     int64_t width;
 
     int64_t blocks() const { return Share::blocks(apply.shape, width); }
@@ -99,7 +120,7 @@ struct SmallForward {
                 if (share.begin + thread < share.end) finish.then(share.part, share.begin + thread);
             });
         }
-        pass_over(block, shape, share, kThreads, apply);
+        pass_over(block, share, kThreads, apply);
     }
 
 private:
@@ -117,7 +138,7 @@ struct SmallBackward {
     using Shared = SharedSums<GradSumsOp<T, gate>>;
     GradSumsOp<T, gate> sums;
     FinishGradients<Compute<T>> finish;
-    GradApplyOp<T, gate> apply;
+    GradApplyOp<T, gate, false> apply;
     int64_t width;
 
     int64_t blocks() const { return Share::blocks(apply.shape, width); }
@@ -126,7 +147,7 @@ struct SmallBackward {
         const Share share(shape, width, block.index());
         if (finish.summed) sum_share(block, shared, sums, finish.merge, share);
         finish.finish(block, share.part, share.begin, share.end);
-        if (apply.dx || apply.dz) pass_over(block, shape, share, kThreads, apply);
+        if (apply.dx || apply.dz) pass_over(block, share, kThreads, apply);
     }
 };
 

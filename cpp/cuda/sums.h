@@ -49,32 +49,36 @@ struct Tile {
     }
 };
 
-// The elements of a lane, in order. ncs: every 16th of each run; nsc: of every fold-th row.
+// The elements of a lane, in order. ncs: every 16th of each run; the lanes of a run take as many steps, the last of which may find nothing
+// there, so that they stay together. nsc: of every fold-th row; `flat`: rows have one index.
 class RunWalk {
 public:
-    static constexpr bool kCounted = true;
+    static constexpr bool kAlwaysThere = false;
     BATCHNORM_HOST_DEVICE RunWalk(const Shape& s, const Tile& t, int64_t channel, int64_t lane)
         : place_{s.parts.begin(t.part) + t.box.outer_begin, channel, t.box.inner_begin + lane},
           first_(place_.inner),
-          end_(t.box.inner_end) {
-        const int64_t run = t.box.inner_end - t.box.inner_begin;
-        steps_ = lane < run ? (t.box.outer_end - t.box.outer_begin) * ((run - lane + kLanes - 1) / kLanes) : 0;
+          end_(t.box.inner_end),
+          last_(t.box.inner_begin + (t.box.inner_end - t.box.inner_begin + kLanes - 1) / kLanes * kLanes) {
+        steps_ = (t.box.outer_end - t.box.outer_begin) * ((last_ - t.box.inner_begin) / kLanes);
     }
     BATCHNORM_HOST_DEVICE int64_t steps() const { return steps_; }
+    BATCHNORM_HOST_DEVICE bool there() const { return place_.inner < end_; }
     BATCHNORM_HOST_DEVICE const Place& place() const { return place_; }
     BATCHNORM_HOST_DEVICE void next() {
         place_.inner += kLanes;
-        if (place_.inner < end_) return;
+        if (place_.inner < last_) return;
         place_.inner = first_;
         ++place_.outer;
     }
 
 private:
     Place place_;
-    int64_t first_, end_, steps_;
+    int64_t first_, end_, last_, steps_;
 };
+template <bool flat>
 class RowWalk {
 public:
+    static constexpr bool kAlwaysThere = true;
     BATCHNORM_HOST_DEVICE RowWalk(const Shape& s, const Tile& t, int64_t channel, int64_t lane)
         : split_(t.plan->row_split), fold_(t.plan->fold), row_(s.parts.begin(t.part) * split_ + t.box.outer_begin + lane) {
         const int64_t rows = t.box.outer_end - t.box.outer_begin - lane;
@@ -83,6 +87,7 @@ public:
         find();
     }
     BATCHNORM_HOST_DEVICE int64_t steps() const { return steps_; }
+    BATCHNORM_HOST_DEVICE bool there() const { return true; }
     BATCHNORM_HOST_DEVICE const Place& place() const { return place_; }
     BATCHNORM_HOST_DEVICE void next() {
         row_ += fold_;
@@ -91,8 +96,8 @@ public:
 
 private:
     BATCHNORM_HOST_DEVICE void find() {
-        place_.outer = split_ == 1 ? row_ : row_ / split_;
-        place_.inner = split_ == 1 ? 0 : row_ % split_;
+        place_.outer = flat ? row_ : row_ / split_;
+        place_.inner = flat ? 0 : row_ % split_;
     }
     int64_t split_, fold_, row_, steps_ = 0;
     Place place_{};
@@ -102,11 +107,18 @@ private:
 template <class Sums, class Walk>
 BATCHNORM_INLINE void add_lane(Sums& sums, Walk walk) {
     constexpr int kAhead = Sums::kAhead;
+    static_assert(kAhead <= 32);
     decltype(sums.load(walk.place())) value[kAhead]{};
+    std::uint32_t there = 0;  // a bit for each value
     const int64_t steps = walk.steps();
     const auto next = [&](int u) {
-        value[u] = sums.load(walk.place());
+        const bool is = Walk::kAlwaysThere || walk.there();
+        if (is) value[u] = sums.load(walk.place());
+        if (!Walk::kAlwaysThere) there = (there & ~(1u << u)) | (is ? 1u << u : 0);
         walk.next();
+    };
+    const auto add = [&](int u) {
+        if (Walk::kAlwaysThere || (there >> u & 1) != 0) sums.add(value[u]);
     };
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
@@ -116,14 +128,14 @@ BATCHNORM_INLINE void add_lane(Sums& sums, Walk walk) {
     for (; done + 2 * kAhead <= steps; done += kAhead) {
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
-            sums.add(value[u]);
+            add(u);
             next(u);
         }
     }
     for (; done < steps; done += kAhead) {
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
-            if (done + u < steps) sums.add(value[u]);
+            if (done + u < steps) add(u);
             if (done + u + kAhead < steps) next(u);
         }
     }
@@ -154,10 +166,11 @@ struct Range {
     int64_t tile, tiles, channel, channels;
 };
 
-// Direction ncs. A block takes 16 pairs of a tile and a channel at a time, neighbours in memory, of 16 lanes each.
-template <class Op>
+// Direction ncs. A block takes some pairs of a tile and a channel at a time, neighbours in memory, of 16 lanes each. Blocks are small where
+// they are kernels of their own, so that there are many.
+template <class Op, int threads = 64>
 struct SumRuns {
-    static constexpr int kThreads = 256;
+    static constexpr int kThreads = threads;
     static constexpr int kPairs = kThreads / static_cast<int>(kLanes);
     struct Shared {
         double lanes[2][kThreads];
@@ -173,7 +186,7 @@ struct SumRuns {
         const Range all{0, tiling.total(), 0, shape.channels};
         if (op.anything()) sum(block, shared, op, shape, tiling, out, all, block.index(), block.count());
     }
-    // Every n-th 16 pairs of a range. Without an object, which would be a copy in each thread's memory.
+    // Every n-th kPairs pairs of a range. Without an object, which would be a copy in each thread's memory.
     static BATCHNORM_KERNEL_BODY void sum(const ThreadBlock& block, Shared& shared, const Op& op, const Shape& shape, const Tiling& tiling,
                                           const TileSums& out, const Range& range, int64_t first, int64_t n) {
         const int64_t pairs = range.tiles * range.channels;
@@ -243,8 +256,10 @@ struct SumRows {
                     op.with_sums(tile.part, shape.first_cell(tile.part) + tile.set, channel, [&](auto sums) {
                         if (op.compacts()) {
                             add_counted_rows(sums, shape, op.counted, tile, channel, row);
+                        } else if (tile.plan->row_split == 1) {
+                            add_lane(sums, RowWalk<true>(shape, tile, channel, row));
                         } else {
-                            add_lane(sums, RowWalk(shape, tile, channel, row));
+                            add_lane(sums, RowWalk<false>(shape, tile, channel, row));
                         }
                         const int64_t at = number * shape.channels + channel;
                         (fold > 1 ? shared.lanes[0] + k : out.first + at)[0] = sums.first();

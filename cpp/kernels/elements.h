@@ -123,17 +123,25 @@ BATCHNORM_INLINE V input(V x, const Curve& curve) {
     return x;
 }
 
-// dy as it reaches the normalisation. center, scale and offset are read only with gates relu and curve, the mask's bit number `bit` and
-// those behind it only with gate masked or, if there is a mask, curve; z (zeros: none) only with gate curve.
-template <Gate gate, class V, class PerChannel>
+// Bits of a mask in memory, or none: from number `first` on.
+struct MaskBits {
+    const uint8_t* bits;
+    int64_t first;
+    BATCHNORM_INLINE bool given() const { return bits != nullptr; }
+    BATCHNORM_INLINE uint32_t get() const { return mask_bits(bits, first); }
+};
+
+// dy as it reaches the normalisation. center, scale and offset are read only with gates relu and curve, bits of the mask only with gate
+// masked or, if there is a mask, curve; z (zeros: none) only with gate curve.
+template <Gate gate, class V, class PerChannel, class Bits>
 BATCHNORM_INLINE V through_gate(V dy, V x, V z, const PerChannel& center, const PerChannel& scale, const PerChannel& offset, int64_t k,
-                                const uint8_t* mask, int64_t bit, const Curve& curve) {
+                                const Bits& bits, const Curve& curve) {
     if constexpr (gate == kernels::relu) {
         return where_positive(affine(x, center.at(k), scale.at(k), offset.at(k)), dy);
     } else if constexpr (gate == kernels::masked) {
-        return where_bits(mask_bits(mask, bit), dy);
+        return where_bits(bits.get(), dy);
     } else if constexpr (gate == kernels::curve) {
-        if (mask != nullptr) return by_bit(mask_bits(mask, bit), dy, dy * slope_of<V>(curve));
+        if (bits.given()) return by_bit(bits.get(), dy, dy * slope_of<V>(curve));
         if (curve.of_y) return by_sign(x, dy, dy * slope_of<V>(curve));
         return curved_gradient(dy, affine(x, center.at(k), scale.at(k), offset.at(k)) + z, curve);
     } else {

@@ -27,7 +27,7 @@ BATCHNORM_INLINE void grad_apply_run(const GradPointers<T>& p, int64_t n, int64_
     const bool add_z = asks<gate> && p.z != nullptr, put_z = with_dz && (!asks<gate> || p.dz != nullptr);
     const bool just_scale = asks<gate> ? p.fixed : fixed;
     const auto through = [&](Block<T> g, Block<T> v, Block<T> z, int64_t e, int64_t k) {
-        return through_gate<gate>(g, v, z, c.center, c.scale, c.offset, k, p.mask, p.first_bit + e, curve);
+        return through_gate<gate>(g, v, z, c.center, c.scale, c.offset, k, MaskBits{p.mask, p.first_bit + e}, curve);
     };
     const auto value = [&](Block<T> g, Block<T> v, int64_t e, int64_t k) {
         return just_scale ? g * c.k_dy.at(k) : gradient(g, v, c, k, weight, e);

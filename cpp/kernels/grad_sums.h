@@ -45,8 +45,8 @@ BATCHNORM_INLINE void grad_sums_ncs_as(const GradSumsArgs& a) {
                     const PerChannel center(a.affine.center, c0 + c), scale(a.affine.scale, c0 + c), offset(a.affine.offset, c0 + c);
                     const int64_t bit = n * a.mask.outer_stride + (b.channel_begin + c0 + c) * a.mask.channel_stride + b.inner_begin;
                     const auto gated = [&](Block<T> g, Block<T> v, Block<T> residual, int64_t e) {
-                        return where_kept(keep.at(e),
-                                          through_gate<gate>(g, v, residual, center, scale, offset, 0, a.mask.bits, bit + e, a.curve));
+                        return where_kept(keep.at(e), through_gate<gate>(g, v, residual, center, scale, offset, 0,
+                                                                         MaskBits{a.mask.bits, bit + e}, a.curve));
                     };
                     for_run(
                         run,
@@ -105,8 +105,8 @@ BATCHNORM_INLINE void grad_sums_rows(const T* const (&dy)[R], const T* const (&x
             if constexpr (gate != kernels::open) {
                 const Block<T> v = input<gate>(load_at(x[j] + e), a.curve);
                 const Block<T> residual = add_z ? load_at(z[j] + e) : Block<T>{};
-                const Block<T> g =
-                    through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e, a.mask.bits, bit[j] + e, a.curve);
+                const Block<T> g = through_gate<gate>(load_at(dy[j] + e), v, residual, center, scale, offset, e,
+                                                      MaskBits{a.mask.bits, bit[j] + e}, a.curve);
                 if (may_leave<gate, T> && left != nullptr) store_at(left + e, g);
                 sums.add(to_double(g), to_double(v), shift);
             } else {

@@ -1,6 +1,7 @@
 // Runs the tests: all, those whose name has the argument in it, or with --quick a sample of what takes long. `test_batchnorm --hash`
 // instead prints one hash of the bits of many results (no check of them), to be compared between machines, compilers and settings of
 // BATCHNORM_ISA and OMP_NUM_THREADS.
+#include <cstdlib>
 #include <exception>
 
 #include "check.h"
@@ -40,5 +41,9 @@ int main(int argc, char** argv) {
         }
     }
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed), static_cast<long long>(failed));
+#ifdef BATCHNORM_ON_GPU  // all memory is the driver's, which goes before static objects do
+    std::fflush(stdout);
+    std::_Exit(failed == 0 ? 0 : 1);
+#endif
     return failed == 0 ? 0 : 1;
 }

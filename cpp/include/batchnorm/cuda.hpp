@@ -21,12 +21,14 @@ struct Stream {
                                                   // that of device_memory(handle)
 };
 
-// A launch that failed: the call's name and what CUDA says. Nothing of the call runs any more.
+// A launch that failed: the call's name and what CUDA says. Outputs may be partly written.
 struct BATCHNORM_API Failure : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Memory of the current GPU, allocated and freed in the order of a stream. For a Saved too: Saved(device_memory(stream)).
+// Memory of the current GPU, allocated and freed in the order of a stream, which must outlive it. For a Saved too:
+// Saved(device_memory(stream)). Fill that once, with the largest call there will be, before a graph captures calls that use it: what grows
+// while a graph is captured would be the graph's. On another stream than the forward's backward waits for an event, as with any array.
 BATCHNORM_API std::pmr::memory_resource* device_memory(void* stream);
 
 // As those of batchnorm.hpp; what is not served is an error: integers, Keep::y, OnNonfinite::raise, a group. A Saved must have memory of
