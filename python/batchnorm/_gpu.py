@@ -201,6 +201,9 @@ class Torch(Place):
         return torch.Tensor
 
     def __init__(self, torch: Any, x: Any) -> None:
+        if x.is_cuda and _cuda.runtime() == "rehearsal":
+            got = "this build of batchnorm rehearses GPUs on the CPU and cannot reach one"
+            raise TypeError(f"{got}; build it with BATCHNORM_CUDA=ON, or use x.cpu()")
         self.torch, self.where = torch, x.device
         self.device = x.device.index or 0
         self.stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,9 @@ from batchnorm.torch import function  # noqa: E402
 from support.tensors import fetch, send, steps  # noqa: E402
 
 pytestmark = needs_rehearsal
+
+if EXTENSION is not None:
+    from batchnorm import _gpu
 
 P = Problem(6, 3, (4, 5), residual=True)
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cuda.md"
@@ -121,6 +125,14 @@ ERRORS = [
 def test_what_is_refused(call, error, words, gpu):
     with pytest.raises(error, match=words):
         call(send(P.x))
+
+
+def test_a_rehearsal_takes_no_tensor_of_a_real_gpu():
+    real = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    with pytest.raises(
+        TypeError, match="rehearses GPUs on the CPU and cannot reach one; build it with BATCHNORM"
+    ):
+        _gpu.Torch(torch, real)
 
 
 # ---- modules -----------------------------------------------------------------------------------------------

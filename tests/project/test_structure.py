@@ -361,7 +361,7 @@ def test_the_package_stays_small() -> None:
         of_files = path.parts[0] == "io" and path.name not in states
         return "formats" if of_files or path.name == "formats.py" else path.parts[0]
 
-    rooms = {"formats": 1569, "torch": 1050, "keras": 294, "_gpu.py": 345, "": 3733}
+    rooms = {"formats": 1569, "torch": 1051, "keras": 294, "_gpu.py": 348, "": 3733}
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     for name, ceiling in rooms.items():
         own = {}

@@ -33,7 +33,8 @@ except ImportError:  # then PyTorch's own operator does it
 _WIDE = torch.float32, torch.float64
 _NARROW = (torch.float16,) if _BFLOAT16 is None else (torch.float16, torch.bfloat16)
 _TENSORS = torch.Tensor, nn.Parameter
-_DEVICES = ("cpu",) if gpu_extension() is None else ("cpu", "cuda")
+_extension: Any = gpu_extension()
+_DEVICES = ("cpu", "cuda") if _extension and _extension.runtime() != "rehearsal" else ("cpu",)
 _on_gpu = attrgetter("is_cuda")  # those that the functions take as they are
 _SMOOTH = "silu", "sigmoid", "tanh"
 _GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
