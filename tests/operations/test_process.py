@@ -145,7 +145,7 @@ def test_levels_and_tuning_by_environment_give_the_same_bytes():
 
 NAMES = (
     "l2_bytes", "cached_bytes", "stream_run_bytes", "group_bytes", "map_bytes", "fetch_bytes",
-    "parallel_elements",
+    "parallel_elements", "gpu_block_values",
 )  # fmt: skip
 MOST = 2**50
 TOGETHER = [

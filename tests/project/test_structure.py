@@ -379,9 +379,9 @@ def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
     gpu = {n for n in count if "cuda" in n} | {"bind/gpu.cpp", "bind/dlpack.h"}
     of_gpu = sum(count[n] for n in gpu)
-    assert of_gpu <= 2542, f"{of_gpu} lines of C++ for GPUs without comments"
+    assert of_gpu <= 2643, f"{of_gpu} lines of C++ for GPUs without comments"
     total = sum(count.values()) - of_gpu
-    assert total <= 10924, f"{total} lines of C++ without comments"
+    assert total <= 10936, f"{total} lines of C++ without comments"
 
 
 @needs_source
