@@ -105,7 +105,7 @@ void Signature::refuse(PyObject* const* arguments, Py_ssize_t n, PyObject* keywo
     type_error("", stub_ ? refusal(stub_, arguments, n, keywords) : text);
 }
 
-void Signature::parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const {
+bool Signature::parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const {
     to.values_ = defaults_;
     if (n > operation_->positional) refuse(arguments, n, keywords);
     PyTypeObject* const array_type = py::detail::npy_api::get().PyArray_Type_;
@@ -125,25 +125,39 @@ void Signature::parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, P
     }
     if ((required_ & ~to.given_) != 0) refuse(arguments, n, keywords);
     to.foreign_ &= kTensors | kVectors;
-    if (to.foreign_ != 0) take_in(to);
+    return to.foreign_ == 0 || take_in(to);
 }
 
-void Signature::take_in(Arguments& of) const {
+bool Signature::take_in(Arguments& of) const {
     for (const Name name : operation_->names) {
         const std::uint64_t bit = std::uint64_t{1} << index(name);
         PyObject*& value = of.values_[index(name)];
         if ((of.foreign_ & bit) == 0 || value == Py_None || is_ndarray(value)) continue;
-        const py::object as_array = py::module_::import("batchnorm._arrays").attr("as_array");
-        of.made_.push_back(as_array(word(name), py::handle(value), (bit & kVectors) != 0));
+        if (kGpu && name != Name::lengths) {
+            type_error(word(name), say(word(name), " is ", kind_of(value), ", expected an array of the GPU, as the others are"));
+        }
+        const py::object taken = py::module_::import("batchnorm._arrays").attr("taken_in");
+        py::object made = taken(word(name), py::handle(value), (bit & kVectors) != 0);
+        if (made.ptr() == Py_NotImplemented) return false;
+        of.made_.push_back(std::move(made));
         value = of.made_.back().ptr();
     }
+    return true;
+}
+
+// The whole call with the arguments that were given.
+py::object Signature::elsewhere(const Arguments& a) const {
+    py::dict given;
+    for (const Name name : operation_->names) {
+        if (a.given(name)) given[word(name)] = py::handle(a[name]);
+    }
+    return py::module_::import("batchnorm._gpu").attr("call")(operation_->name, given);
 }
 
 PyObject* Signature::call(PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const noexcept {
     return guarded([&] {
         Arguments a;
-        parse(a, arguments, n, keywords);
-        return operation_->run(a);
+        return parse(a, arguments, n, keywords) ? operation_->run(a) : elsewhere(a);
     });
 }
 
@@ -577,7 +591,7 @@ ConstRows rows(PyObject* value, const char* name, const Subject& s, Owned& owned
         one[0] = 1;
         owned.push_back(new_array(one, dtype_of(v.dtype)));
         v = *as_array(owned.back().ptr());
-        std::memset(v.data, 0, static_cast<std::size_t>(v.size() * v.element_size()));
+        if constexpr (!kGpu) std::memset(v.data, 0, static_cast<std::size_t>(v.size() * v.element_size()));
     }
     const ConstChannels row{v.data, v.dtype == Dtype::float64, s.channels, *merged_stride(v, skip)};
     if (skip == 0) return row;

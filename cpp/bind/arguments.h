@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "bind/backend.h"
 #include "bind/ndarray.h"
 #include "bind/output.h"
 
@@ -61,9 +62,11 @@ public:
     const Operation& operation() const { return *operation_; }
 
 private:
-    void parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const;
+    // False if an argument is an array of a GPU, which another extension serves.
+    bool parse(Arguments& to, PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const;
     Name find(PyObject* keyword, std::size_t& from) const;  // none: there is no such parameter
-    void take_in(Arguments& of) const;                      // arrays of other libraries as NumPy's
+    bool take_in(Arguments& of) const;                      // arrays of other libraries as NumPy's
+    py::object elsewhere(const Arguments& a) const;
     [[noreturn]] void refuse(PyObject* const* arguments, Py_ssize_t n, PyObject* keywords) const;
 
     void set_required();

@@ -212,6 +212,11 @@ void set_decay(const Arguments& a, const Subject& s, Running& running, Numbers& 
     }
     running.seen =
         vector_or_number(a[Name::seen], "seen", "a finite number >= 0, values seen before, or one per channel", s, numbers.seen, owned);
+    if constexpr (kGpu) {
+        if (running.seen.data != &numbers.seen) return;
+        owned.push_back(number_on_gpu(numbers.seen));
+        running.seen.data = values_of<double>(owned.back());
+    }
 }
 
 void both_or_neither(const Arguments& a, Name one, Name other) {
@@ -346,6 +351,7 @@ py::object ForwardCall::saved(Keeps keeps) {
 
 // Whether the same forward takes keep='y'; eps is not known of Saved.of, which has no keep.
 bool takes_y(const SavedObject& o) {
+    if (kGpu) return false;
     const bool told = o.activation == Activation::none || (o.activation == Activation::leaky_relu && o.slope > 0);
     return told && !o.has_residual && !std::isnan(o.eps);
 }
@@ -382,7 +388,7 @@ py::object batch_norm(const Arguments& a) {
     f.eps = real(a[Name::eps], "eps", "a finite number >= 0");
     c.tensors.write("out", a[Name::out], f.y);
     c.see();
-    run(f.x, c.s, [&] { batchnorm::batch_norm(f); });
+    run(f.x, c.s, [&] { library::batch_norm(f); });
     return c.tensors.result(1);
 }
 
@@ -390,6 +396,9 @@ py::object batch_norm(const Arguments& a) {
 template <class F>
 py::object with_group(PyObject* object, const F& f) {
     if (object == Py_None) return f(static_cast<PythonGroup*>(nullptr));
+    if (kGpu)
+        type_error("group", say("group is ", kind_of(object),
+                                ", which is not served on a GPU, expected None; use batchnorm.torch.SyncBatchNorm, or arrays on the CPU"));
     PythonGroup group(object);
     return group.told([&] { return f(&group); });
 }
@@ -425,7 +434,7 @@ py::object batch_norm_train(const Arguments& a, PythonGroup* group) {
         saved_of(saved.ptr(), "").group = Py_NewRef(a[Name::group]);
         group->enter();
     }
-    run(f.x, c.s, [&] { batchnorm::batch_norm_train(f); }, &c.positions, c.part);
+    run(f.x, c.s, [&] { library::batch_norm_train(f); }, &c.positions, c.part);
     py::object y = c.tensors.result(1);
     c.keep(saved_of(saved.ptr(), ""), keeps, y);
     return named(train_result, std::move(y), std::move(saved));
@@ -446,7 +455,7 @@ py::object saved_from(const Arguments& a) {
     c.see();
     f.eps = std::numeric_limits<double>::quiet_NaN();  // nobody's: it is in inv_std
     py::object made = c.saved(Keeps::x);
-    run(f.x, c.s, [&] { save(f, inv_std, batch); }, &c.positions);
+    run(f.x, c.s, [&] { library::save(f, inv_std, batch); }, &c.positions);
     c.keep(saved_of(made.ptr(), ""), Keeps::x, py::none());
     return made;
 }
@@ -607,7 +616,7 @@ py::object batch_norm_backward(const Arguments& a, SavedObject& o, PythonGroup* 
     if (needs.dgamma) dgamma = gradient(kept.s, o.gamma, o.beta, b.dgamma, owned);
     if (needs.dbeta) dbeta = gradient(kept.s, o.beta, o.gamma, b.dbeta, owned);
     if (group != nullptr) group->enter();
-    run(b.kept, kept.s, [&] { batchnorm::batch_norm_backward(b); });
+    run(b.kept, kept.s, [&] { library::batch_norm_backward(b); });
     note_losses(o, kept, b);
     py::object dx = needs.dx ? tensors.result(1) : py::none(), dresidual;
     if (needs.dresidual) dresidual = tensors.result(needs.dx ? 2 : 1);
@@ -658,7 +667,7 @@ py::object batch_norm_double_backward(const Arguments& a) {
     py::object dgamma = py::none(), dbeta = py::none(), dresidual = py::none();
     if (o.gamma.present) dgamma = gradient(kept.s, o.gamma, o.beta, b.dgamma, owned);
     if (o.beta.present) dbeta = gradient(kept.s, o.beta, o.gamma, b.dbeta, owned);
-    run(b.kept, kept.s, [&] { batchnorm::batch_norm_double_backward(b); });
+    run(b.kept, kept.s, [&] { library::batch_norm_double_backward(b); });
     if (o.has_residual) dresidual = tensors.result(3);
     return named(double_gradients, tensors.result(1), tensors.result(2), std::move(dgamma), std::move(dbeta), std::move(dresidual));
 }
@@ -689,7 +698,7 @@ py::object moments(const Arguments& a, PythonGroup* group) {
     const auto [mean, mean_values] = new_vector<double>(c.s);
     const auto [var, var_values] = new_vector<double>(c.s);
     const auto measure = [&, m = mean_values, v = var_values] {
-        batchnorm::moments(c.x, m, v, ddof, c.num_threads, c.positions, group, sample_rows(c.x, c.s.x.shape[0]));
+        library::moments(c.x, m, v, ddof, c.num_threads, c.positions, group, sample_rows(c.x, c.s.x.shape[0]));
     };
     if (group != nullptr) group->enter();
     run(c.x, c.s, measure, &c.arguments);
@@ -705,7 +714,7 @@ py::object moment_sums(const Arguments& a) {
     const py::ssize_t n = moment_sums_size(c.s.channels);
     py::object sums = new_array({&n, 1}, vector_dtype(true));
     const std::span<double> values(values_of<double>(sums), static_cast<std::size_t>(n));
-    run(c.x, c.s, [&] { batchnorm::moment_sums(c.x, values, c.num_threads, c.positions); }, &c.arguments);
+    run(c.x, c.s, [&] { library::moment_sums(c.x, values, c.num_threads, c.positions); }, &c.arguments);
     return sums;
 }
 
@@ -729,7 +738,7 @@ py::object update_running(const Arguments& a) {
     u.count =
         vector_or_number(a[Name::count], "count", "a finite number >= 0, values per channel, or one per channel", s, numbers.count, owned);
     u.running.ddof = ddof_of(a[Name::ddof], "ddof");
-    run({}, s, [&] { batchnorm::update_running(u); });
+    run({}, s, [&] { library::update_running(u); });
     return py::none();
 }
 

@@ -126,7 +126,13 @@ void PositionArguments::set_weights(PyObject* value) {
                                       : kind == "f" ? "; use weights.astype(numpy.float64)"
                                                     : ""));
         }
-        owned_.push_back(py::handle(value).attr("astype")(py::handle(vector_dtype(true))));
+        if constexpr (kGpu) {
+            const Array given = shape_of(value);
+            const auto n = static_cast<std::size_t>(given.ndim);
+            owned_.push_back(packed(value, {given.shape, n}, {given.strides, n}, vector_dtype(true)));
+        } else {
+            owned_.push_back(py::handle(value).attr("astype")(py::handle(vector_dtype(true))));
+        }
         a = as_array(owned_.back().ptr());
     }
     spread(weights_, *a, "weights");
@@ -176,6 +182,9 @@ void PositionArguments::set_lengths(PyObject* value, PyObject* axis) {
     }
     Array a = shape_of(value);
     if (a.ndim != 1 || a.shape[0] != x.shape[0]) value_error("lengths", say("lengths has shape ", shape_text(a), ", expected ", expected));
+    if constexpr (kGpu) {
+        if (is_shadow(value)) return set_steps(value, steps);
+    }
     if (type != N::NPY_INT64_ || !is_native(value) || !a.direct) {
         owned_.push_back(py::handle(value).attr("astype")(py::dtype("=i8")));
         a = shape_of(owned_.back().ptr());
@@ -188,7 +197,20 @@ void PositionArguments::set_lengths(PyObject* value, PyObject* axis) {
         value_error("lengths", say("lengths is ", got, " at sample ", i, ", expected 0 to ", x.shape[steps], ", the length of axis ", steps,
                                    " of x ", shape_text(x)));
     }
+    if constexpr (kGpu) return set_steps(value, steps);
     steps_axis_ = steps;
+}
+
+// The same as a mask of the GPU.
+void PositionArguments::set_steps(PyObject* lengths, int axis) {
+    if constexpr (kGpu) {
+        owned_.push_back(steps_on_gpu(lengths, subject_.x.shape[axis]));
+        mask_.array = shape_of(owned_.back().ptr());
+        mask_.steps.fill(0);
+        if (subject_.x.shape[0] != 1) mask_.steps[0] = mask_.array.strides[0];
+        if (subject_.x.shape[axis] != 1) mask_.steps[axis] = mask_.array.strides[1];
+        mask_.by_channel = false;
+    }
 }
 
 bool PositionArguments::find_counting(py::ssize_t* index) const {
@@ -231,7 +253,7 @@ std::span<const std::int8_t> PositionArguments::leading(const Layout& layout, Va
 }
 
 template <class T, class From>
-std::span<const T> PositionArguments::flat(const Spread& values, const Layout& layout, Buffer<T>& buffer) const {
+std::span<const T> PositionArguments::flat(const Spread& values, const Layout& layout, Buffer<T>& buffer) {
     const py::ssize_t* const shape = subject_.x.shape;
     const auto axes = leading(layout, [&](int axis) { return values.steps[axis] != 0; });
     const std::int64_t n = product(axes, shape);
@@ -243,6 +265,12 @@ std::span<const T> PositionArguments::flat(const Spread& values, const Layout& l
     }
     const auto* const data = static_cast<const char*>(values.array.data);
     if (as_it_is) return {reinterpret_cast<const T*>(data), static_cast<std::size_t>(n)};
+    if constexpr (kGpu) {
+        std::vector<py::ssize_t> sizes, steps;
+        for (const int axis : axes) sizes.push_back(shape[axis]), steps.push_back(values.steps[axis]);
+        owned_.push_back(packed(values.array.object, sizes, steps, std::is_same_v<T, From> ? nullptr : vector_dtype(true)));
+        return {static_cast<const T*>(shape_of(owned_.back().ptr()).data), static_cast<std::size_t>(n)};
+    }
     T* const first = buffer.of(n);
     T* to = first;
     walk(axes, shape, values.steps.data(), 0, [&](py::ssize_t offset, py::ssize_t run, py::ssize_t each) {

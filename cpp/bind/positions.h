@@ -44,9 +44,10 @@ private:
     void set_mask(PyObject* value);
     void set_weights(PyObject* value);
     void set_lengths(PyObject* value, PyObject* axis);
+    void set_steps(PyObject* lengths, int axis);
     int steps_axis(PyObject* axis) const;
     template <class T, class From>
-    std::span<const T> flat(const Spread& values, const Layout& layout, Buffer<T>& buffer) const;
+    std::span<const T> flat(const Spread& values, const Layout& layout, Buffer<T>& buffer);
     std::span<const std::uint8_t> flat_lengths(const Layout& layout);
     // Axes in memory order up to the last of those that `varies`; the values behind stand for many positions each.
     template <class Varies>

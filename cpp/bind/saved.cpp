@@ -37,7 +37,7 @@ void copy_rows(const ConstRows& from, std::int64_t* to) {
 }
 
 std::size_t words_of(const ConstRows& rows) {
-    if (!rows) return 0;
+    if (!rows || kGpu) return 0;  // a GPU's are in its memory
     const std::int64_t n = rows.values.size * std::max<std::int64_t>(rows.rows, 1) * (rows.values.is_double ? 8 : 4);
     return static_cast<std::size_t>((n + 7) / 8);
 }
@@ -45,6 +45,12 @@ std::size_t words_of(const ConstRows& rows) {
 }  // namespace
 
 void Fingerprint::take(const Array& a, const PositionArguments& positions) {
+    if constexpr (kGpu) {
+        const auto mark = change_mark(a.object);
+        n_ = mark.size();
+        std::copy(mark.begin(), mark.end(), bytes_.begin());
+        return;
+    }
     const auto elements = static_cast<std::uint64_t>(a.size());
     n_ = 0;
     size_ = a.element_size();
@@ -64,6 +70,10 @@ void Fingerprint::take(const Array& a, const PositionArguments& positions) {
 }
 
 bool Fingerprint::matches(const Array& a) const {
+    if constexpr (kGpu) {
+        const auto now = change_mark(a.object);
+        return n_ == 0 || std::equal(now.begin(), now.end(), bytes_.begin());
+    }
     const auto same = [&]<class T>(T) {
         for (std::uint64_t k = 0; k < n_; ++k) {
             T now;
@@ -80,7 +90,8 @@ py::object new_saved(const Subject& s, const Forward& call) {
     PyObject* const made = saved_type->tp_alloc(saved_type, static_cast<Py_ssize_t>(ndim + gamma_words + beta_words));
     if (made == nullptr) throw py::error_already_set();
     SavedObject& o = self(made);
-    new (&o.saved) batchnorm::Saved;
+    if constexpr (kGpu) o.memory = memory_for_saved();
+    new (&o.saved) batchnorm::Saved(kGpu ? o.memory.get() : std::pmr::get_default_resource());
     auto result = py::reinterpret_steal<py::object>(made);
     o.where = s.where;
     o.dtype = s.x.dtype;
@@ -92,7 +103,7 @@ py::object new_saved(const Subject& s, const Forward& call) {
     std::copy_n(s.x.shape, ndim, o.words());
     const auto keep = [&](const ConstRows& rows, Parameter& parameter, std::size_t word) {
         parameter = {static_cast<bool>(rows), rows.values.is_double, rows.rows == 0 ? -1 : s.x.shape[0], word};
-        if (rows) rows.values.is_double ? copy_rows<double>(rows, o.words() + word) : copy_rows<float>(rows, o.words() + word);
+        if (rows && !kGpu) rows.values.is_double ? copy_rows<double>(rows, o.words() + word) : copy_rows<float>(rows, o.words() + word);
     };
     keep(call.gamma, o.gamma, ndim);
     keep(call.beta, o.beta, ndim + gamma_words);
@@ -105,6 +116,8 @@ SavedObject& saved_of(PyObject* value, const char* function) {
     std::string hint;
     if (is_ndarray(value)) {
         hint = say("; with statistics of your own: saved = Saved.of(x, mean, inv_std, gamma, ...), then ", function, "(dy, saved)");
+    } else if (std::string_view(Py_TYPE(value)->tp_name) == saved_type->tp_name) {
+        type_error("saved", "saved is that of a forward on a GPU and dy is on the CPU, expected both in one place");
     } else if (PyTuple_Check(value) && PyTuple_GET_SIZE(value) == 2 && Py_TYPE(PyTuple_GET_ITEM(value, 1)) == saved_type) {
         hint = "; pass its second value, result.saved";
     }
@@ -161,6 +174,7 @@ void dealloc(PyObject* o) {
     if (self(o).weakrefs != nullptr) PyObject_ClearWeakRefs(o);
     clear(o);
     std::destroy_at(&self(o).saved);
+    std::destroy_at(&self(o).memory);
     PyTypeObject* const type = Py_TYPE(o);
     type->tp_free(o);
     Py_DECREF(type);
@@ -182,6 +196,7 @@ py::object statistics(SavedObject& s, std::span<const double> values) {
 
 py::object parameter(SavedObject& s, const Parameter& p) {
     if (!p.present) return py::none();
+    if constexpr (kGpu) return channels_view(s, saved_parameter(s.saved, &p == &s.gamma), p.rows, true);
     return channels_view(s, s.words() + p.word, p.rows, p.is_double);
 }
 

@@ -19,7 +19,7 @@ private:
     std::uint64_t n_ = 0;
     std::int64_t size_ = 0;                       // of an element
     std::array<std::int64_t, kSamples> offsets_;  // in bytes
-    std::array<std::uint64_t, kSamples> bytes_;
+    std::array<std::uint64_t, kSamples> bytes_;   // of a GPU: its change_mark
 };
 
 // A copy of gamma or beta in the object's own memory.
@@ -42,6 +42,7 @@ struct SavedObject : SavedHead {
     PyObject* group;     // the forward's processes, or nullptr
     const char* lost;    // why there is no tensor, if there was to be one
     const char* lost_residual;
+    std::unique_ptr<std::pmr::memory_resource> memory;  // of a GPU
     batchnorm::Saved saved;
     Fingerprint mark, residual_mark;
     ChannelAxes where;

@@ -1,12 +1,15 @@
 """Arrays of other libraries as NumPy's: what is only read may come from anywhere, mostly without a copy.
 
 The extension asks for it where an argument is no ndarray. What is written to, ``out`` and running
-statistics, is never converted.
+statistics, is never converted. Arrays of a GPU are left to the extension that serves them, if it was built.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import sys
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,41 @@ import numpy as np
 from ._hints import kind
 
 _CPU = (1, 3)  # DLDeviceType: kDLCPU, kDLCUDAHost
+_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 10: "ROCm", 14: "oneAPI"}
+
+
+@functools.cache
+def gpu_extension() -> ModuleType | None:
+    """``batchnorm._cuda``, or None in a build without."""
+    try:
+        return importlib.import_module("batchnorm._cuda")
+    except ModuleNotFoundError:
+        return None
+
+
+def on_gpu(value: Any) -> bool:
+    """Whether it is an array of a GPU that this build serves."""
+    if gpu_extension() is None or isinstance(value, np.ndarray):
+        return False
+    if not hasattr(value, "__dlpack_device__"):
+        return hasattr(value, "__cuda_array_interface__")
+    try:
+        return value.__dlpack_device__()[0] in _CUDA
+    except (ValueError, RuntimeError):  # torch's device "meta"
+        return False
+
+
+def taken_in(name: str, value: Any, is_vector: bool) -> Any:
+    """`value` as an ndarray, as `as_array`; NotImplemented for one of a GPU."""
+    return NotImplemented if on_gpu(value) else as_array(name, value, is_vector)
+
+
+def refuse_gradient(name: str, value: Any) -> None:
+    """Raise for a tensor that wants a gradient, which the functions would not give it."""
+    if getattr(value, "requires_grad", False):
+        got = f"{name} is {kind(value)} that requires a gradient, which ends here"
+        raise TypeError(f"{got}, expected an array without; use {name}.detach(), or batchnorm.torch")
 
 
 def as_array(name: str, value: Any, is_vector: bool) -> Any:
@@ -37,10 +74,10 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
             ) from error
         if device not in _CPU:
             where = f"{name} is {kind(value)} on a device of {_DEVICES.get(device, f'type {device}')}"
-            raise TypeError(f"{where}, which wants the CUDA build, expected an array on the CPU")
-        if getattr(value, "requires_grad", False):
-            got = f"{name} is {kind(value)} that requires a gradient, which ends here"
-            raise TypeError(f"{got}, expected an array without; use {name}.detach(), or batchnorm.torch")
+            wants = "" if device in _CUDA and gpu_extension() else ", which wants the CUDA build"
+            remedy = "" if wants else "; batch_norm_train and the modules of batchnorm.torch take it there"
+            raise TypeError(f"{where}{wants}, expected an array on the CPU{remedy}")
+        refuse_gradient(name, value)
         try:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError):  # bfloat16, which DLPack knows and NumPy does not

@@ -68,7 +68,7 @@ _SAID = (
     ("activation_mask", "dy", "what backward needs is the second result, y, saved = batch_norm_train(...)"),
     ("momentum", "", "it keeps no moving average; update_running() moves one"),
     ("trainable", "", "freeze() makes a BatchNorm use the running statistics and update nothing"),
-    ("device", "", "there is only the CPU: drop it"), ("name", "", "only a BatchNorm has a name"),
+    ("device", "", "the arrays say where: drop it"), ("name", "", "only a BatchNorm has a name"),
     ("fused", "", "drop it: there is one implementation"), ("shift", "", "drop it: no digit needs it"),
     ("num_threads n_jobs threads workers", "", "set_num_threads() says it for all calls"),
     ("process_group", "group", "pass group=batchnorm.distributed.torch_group({0})"),
@@ -97,7 +97,7 @@ _VECTORS = ("gamma", "beta", "running_mean", "running_var")
 _ATTRIBUTES = {
     "axis dim": "it is called channel_axis here", "momentum": _DECAY, "affine": "see scale and center",
     "is_training": "it is called training here", "num_batches_tracked": "it is running.num_updates here",
-    "num_samples n_samples_seen_": "it is running.num_values here", "to cuda cpu": "there is only the CPU",
+    "num_samples n_samples_seen_": "it is running.num_values here", "to cuda cpu": "its arrays are NumPy's",
     "save_memory": "it is called keep here, 'y' for True", "forward call": "call the layer, y = bn(x)",
     "saved": "y, saved = bn(x, return_saved=True) returns it",
     "track_running_stats": "bn(x, stats='batch') uses the batch's statistics",

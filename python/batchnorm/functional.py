@@ -123,6 +123,7 @@ def batch_norm(
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
         Any strides. Not changed, unless it is also ``out``. Or an image of uint8, int16 or uint16.
+        In a build with CUDA also of a GPU, where the other arrays must be and the results are.
     mean, var : array of float32 or float64, shape (C,)
         Statistics per channel, for example running statistics. Finite; ``var >= 0``.
     gamma, beta : array of float32 or float64, shape (C,) or (N, C), optional
@@ -242,6 +243,7 @@ def batch_norm_train(
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
         Any strides. Not changed, unless it is also ``out``.
+        In a build with CUDA also of a GPU, where the other arrays must be and the results are.
     gamma, beta : array of float32 or float64, shape (C,) or (N, C), optional
         As in :func:`batch_norm`.
     mean, var : array of float32 or float64, shape (C,), optional

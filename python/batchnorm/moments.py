@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core, _hints
-from ._arrays import as_array, is_masked
+from ._arrays import as_array, is_masked, on_gpu
 from .distributed import reduced, telling
 from .functional import batch_norm
 from .settings import Settings, UnsaidAxis, flag, integer, kind, real
@@ -130,17 +130,23 @@ def moments(
             weights=weights, group=group, num_threads=num_threads,
         )  # fmt: skip
         return _filled(MeanVar, pair)
+    if on_gpu(x) and nodata is not None:
+        raise ValueError(f"nodata is {kind(nodata)}, which is not served on a GPU; pass mask=x != nodata")
     with telling(group):
         keep = flag("keepdims", keepdims)
         where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
         where |= {} if data_format is None else {"data_format": data_format}
         positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
-        x, positions = _counting(x, where, _nodata(nodata), positions)
+        if not on_gpu(x):
+            x, positions = _counting(x, where, _nodata(nodata), positions)
     pair = _core.moments(
         x, **where, **positions, ddof=ddof, weights=weights, group=group, num_threads=num_threads
     )
-    others = reduced_axes(x.ndim, Settings(**where).channel_axis) if keep else ()
-    return MeanVar(*(np.expand_dims(values, others) for values in pair))
+    if not keep:
+        return MeanVar(*pair)
+    others = reduced_axes(len(x.shape), Settings(**where).channel_axis)
+    kept = tuple(1 if axis in others else size for axis, size in enumerate(x.shape))
+    return MeanVar(*(values.reshape(kept) for values in pair))
 
 
 class Moments:

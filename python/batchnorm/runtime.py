@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _core
+from ._arrays import gpu_extension
 from ._version import __version__
 from .settings import integer, kind
 
@@ -286,6 +287,17 @@ def get_cmake_dir() -> str:
     return _folder_of_cpp("lib", "cmake", "batchnorm")
 
 
+def _cuda() -> str | bool:
+    """What serves arrays of GPUs; False in a build without."""
+    extension = gpu_extension()
+    if extension is None:
+        return False
+    if extension.runtime() == "rehearsal":
+        return "rehearsal, for tests: the kernels run on the CPU"
+    found = [f"{name}, {sms} SMs" for name, sms in extension.devices()]
+    return "; ".join([extension.runtime(), *(found or ["no GPU found"])])
+
+
 def config() -> dict[str, Any]:
     """The build and run-time configuration as a dict; :func:`show_config` prints it.
 
@@ -312,7 +324,7 @@ def config() -> dict[str, Any]:
         "cache_limit": cache.limit,
         "cache_held": cache.held,
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "cuda": False,
+        "cuda": _cuda(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "machine": platform.machine(),
@@ -329,5 +341,5 @@ def show_config() -> None:
     print(f"  OpenMP       {c['openmp']}")
     print(f"  threads      {c['threads']} of {c['cpus']} CPUs")
     print(f"  cache        {c['cache_held'] / 2**20:.0f} of {c['cache_limit'] / 2**20:.0f} MiB held")
-    print(f"  CUDA         {'yes' if c['cuda'] else 'no'}")
+    print(f"  CUDA         {c['cuda'] or 'no'}")
     print(f"  Python       {c['python']}, NumPy {c['numpy']}, {c['machine']}")

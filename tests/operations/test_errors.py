@@ -407,7 +407,7 @@ for call, keyword, words in (
     (TRAIN, "nan_policy", ("mask=~numpy.isnan(x)",)),
     (TRAIN, "renorm_clipping", ("renorm={'rmin'",)),
     (TRAIN, "num_dims", ("any rank",)),
-    (TRAIN, "device", ("CPU",)),
+    (TRAIN, "device", ("arrays",)),
     (TRAIN, "save_memory", ("keep='y'",)),
     (TRAIN, "rmax", ("renorm=",)),
     (TRAIN, "epss", ("did you mean 'eps'?",)),
@@ -1134,7 +1134,7 @@ ENTRANCES: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("name", ENTRANCES)
 def test_every_entrance_translates(name):
-    for keyword, words in {"device": "there is only the CPU", "zzz": "it has "}.items():
+    for keyword, words in {"device": "the arrays say where", "zzz": "it has "}.items():
         with pytest.raises(TypeError) as caught:
             ENTRANCES[name](**{keyword: 1})
         assert str(caught.value).startswith(f"{name}() has no argument '{keyword}'; {words}")

@@ -132,6 +132,13 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "operations/test_arrays.py::test_without_a_copy",
         "operations/test_arrays.py::test_sequences_of_numbers_are_values_per_channel_and_position",
     ),
+    "Arrays of a GPU: PyTorch's, CuPy's, by DLPack or CUDA's interface; the CPU's bytes": (
+        "cuda/test_rehearsal.py::test_every_option_has_the_bits_of_the_cpu",
+        "cuda/test_rehearsal.py::test_inference",
+        "cuda/test_rehearsal.py::test_work_goes_to_the_stream_of_x_and_waits_for_the_others",
+        "cuda/test_torch.py::test_every_option_has_the_bits_of_the_cpu",
+        "cuda/test_cupy.py::test_every_option_has_the_bits_of_the_cpu",
+    ),
     "Integer images: exact sums, floating output, channels moved on the way": (
         "operations/test_moments.py::test_moments_of_integers_are_correctly_rounded",
         "data/test_images.py::test_channels_last_to_first",
@@ -191,6 +198,10 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "pytorch/test_proof.py::test_gradcheck_and_gradgradcheck",
         "pytorch/test_modules.py::test_values_that_the_functions_refuse",
         "pytorch/test_modules.py::test_it_keeps_the_input_as_pytorch_does",
+    ),
+    "The same modules on a GPU, in captured graphs too": (
+        "cuda/test_torch.py::test_modules_have_the_bits_of_the_cpu",
+        "cuda/test_on_a_gpu.py::test_a_module_trains_in_a_captured_graph",
     ),
     "Batch norm, residual and activation as one PyTorch module": (
         "pytorch/test_modules.py::test_fused_activations",

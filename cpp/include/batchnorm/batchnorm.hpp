@@ -257,7 +257,7 @@ struct Execution {
     bool check_values = true;  // whether NaN, Inf and negative variances in per-channel arguments are refused
     Group* group = nullptr;
     std::int64_t sample_outer = 1;  // with a group: rows of x's outer that are one sample; of NHWC, as rows, H*W
-    bool device = false;  // of cuda.hpp's calls: arrays are a GPU's, so that values are neither looked at nor counted
+    bool device = false;            // of cuda.hpp's calls: arrays are a GPU's, so that values are neither looked at nor counted
 };
 
 // What backward needs of x. With y it recovers x from the output, (y - offset) / slope per channel, and x itself is stored of channels

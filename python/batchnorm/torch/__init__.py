@@ -4,7 +4,7 @@
 - ``recalibrate``: their running statistics replaced by those of data, exactly
 - ``fold``: a copy for inference without batch norms, proven on random input
 - ``BatchNorm1d``, ``2d``, ``3d``, ``BatchNormAct2d``, ``BatchNormAddAct2d``, ``SyncBatchNorm``: modules of
-  ``torch.nn`` computed by this package on the CPU; ``convert`` and ``revert`` for whole models
+  ``torch.nn`` computed by this package; ``convert`` and ``revert`` for whole models
 
 Needs PyTorch: ``pip install "batchnorm[torch]"``.
 

@@ -1,4 +1,5 @@
-"""Batch norm of PyTorch tensors on the CPU by this package's functions, with gradients of both orders.
+"""Batch norm of PyTorch tensors by this package's functions, on the CPU with gradients of both orders, and on
+GPUs in a build that serves them.
 
 Tensors are not copied: their memory is what the functions read and write. What the functions refuse, such as
 a NaN in gamma or a momentum outside [0, 1], PyTorch's own operator does, or raises its own error.
@@ -7,6 +8,7 @@ a NaN in gamma or a momentum outside [0, 1], PyTorch's own operator does, or rai
 from __future__ import annotations
 
 from itertools import product
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import nn
 from torch._C import _functorch, _is_tracing
 from torch.autograd import forward_ad
 
+from .._arrays import gpu_extension
 from ..functional import batch_norm, batch_norm_backward, batch_norm_double_backward, batch_norm_train
 from ..typing import Array
 
@@ -30,6 +33,9 @@ except ImportError:  # then PyTorch's own operator does it
 _WIDE = torch.float32, torch.float64
 _NARROW = (torch.float16,) if _BFLOAT16 is None else (torch.float16, torch.bfloat16)
 _TENSORS = torch.Tensor, nn.Parameter
+_extension: Any = gpu_extension()
+_DEVICES = ("cpu", "cuda") if _extension and _extension.runtime() != "rehearsal" else ("cpu",)
+_on_gpu = attrgetter("is_cuda")  # those that the functions take as they are
 _SMOOTH = "silu", "sigmoid", "tanh"
 _GRADIENTS = "dx", "dgamma", "dbeta", "dresidual"
 # What to compute by which of x, weight, bias and residual want a gradient.
@@ -43,12 +49,13 @@ _peek, _levels = _functorch.peek_interpreter_stack, vars(forward_ad)
 
 
 def native(x: Any) -> bool:
-    """Whether x is an ordinary tensor on the CPU, outside of compilers, tracers and function transforms."""
+    """Whether x is an ordinary tensor of a device that is served, outside of compilers, tracers and function
+    transforms."""
     return (
         type(x) in _TENSORS
         and (x.dtype in _WIDE or x.dtype in _NARROW)
         and x.layout is torch.strided
-        and x.device.type == "cpu"
+        and x.device.type in _DEVICES
         and not (_is_compiling() or _is_tracing())
         and _peek() is None
         and _levels["_current_level"] < 0
@@ -59,10 +66,12 @@ def native(x: Any) -> bool:
 
 
 def array(tensor: Any) -> Array:
-    """A tensor's own memory."""
+    """A tensor's own memory; on a GPU the tensor."""
     if _functorch.is_legacy_batchedtensor(tensor):
         got = "a batch of gradients reaches a batch norm of batchnorm.torch, expected one at a time"
         raise RuntimeError(f"{got}; pass vectorize=False or is_grads_batched=False, or revert(model)")
+    if _on_gpu(tensor):
+        return tensor.detach()
     if tensor.dtype is torch.bfloat16:
         bits: Array = tensor.view(torch.int16).numpy(force=True)
         return bits.view(_BFLOAT16)
@@ -73,7 +82,8 @@ def vector(tensor: Any) -> Any:
     """One value per channel: its memory, or, of 16 bits, float32 copies."""
     if tensor is None:
         return None
-    return (tensor if tensor.dtype in _WIDE else tensor.float()).numpy(force=True)
+    wide = tensor if tensor.dtype in _WIDE else tensor.float()
+    return wide.detach() if _on_gpu(wide) else wide.numpy(force=True)
 
 
 class Views:
@@ -86,7 +96,7 @@ class Views:
         self._held: dict[str, tuple[int, int, Any]] = {}
 
     def __call__(self, name: str, tensor: Any) -> Any:
-        if tensor is None or tensor.dtype not in _WIDE:
+        if tensor is None or tensor.dtype not in _WIDE or _on_gpu(tensor):
             return vector(tensor)
         address, size = tensor.data_ptr(), tensor.numel()
         held = self._held.get(name)
@@ -102,9 +112,10 @@ def tensor_of(values: Any, like: Any = None) -> Any:
     """The array's own memory as a tensor, or of the dtype of another one."""
     if values is None:
         return None
-    if values.dtype == _BFLOAT16:
+    on_gpu = isinstance(values, torch.Tensor)
+    if not on_gpu and values.dtype == _BFLOAT16:
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    tensor = torch.from_numpy(values)
+    tensor = values if on_gpu else torch.from_numpy(values)
     return tensor if like is None or tensor.dtype is like.dtype else tensor.to(like.dtype)
 
 
@@ -181,6 +192,9 @@ class _Gradients(torch.autograd.Function):
         dy, x, weight, bias, residual = ctx.saved_tensors
         if ddx is None and ddw is None and ddb is None and ddr is None:
             return (None,) * 7
+        if _on_gpu(dy):
+            got = "batchnorm.torch has no gradients of gradients on a GPU"
+            raise RuntimeError(f"{got}; revert(model) for PyTorch's own, or move it to the CPU")
         given: dict[str, Any] = {"ddx": ddx, "ddresidual": ddr, "residual": residual}
         given = {name: array(t) for name, t in given.items() if t is not None}
         given |= {n: vector(t) for n, t in (("ddgamma", ddw), ("ddbeta", ddb)) if t is not None}
@@ -256,8 +270,8 @@ def normalise(
             torch.autograd.graph.increment_version(mean)
             torch.autograd.graph.increment_version(var)
         else:
-            mean.copy_(torch.from_numpy(statistics[0]))
-            var.copy_(torch.from_numpy(statistics[1]))
+            mean.copy_(tensor_of(statistics[0]))
+            var.copy_(tensor_of(statistics[1]))
     return y
 
 

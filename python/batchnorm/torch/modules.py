@@ -77,7 +77,7 @@ class Normalising:
 
 
 class BatchNorm1d(Normalising, nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` computed by this package on the CPU.
+    """``torch.nn.BatchNorm1d`` computed by this package, on the CPU and, in a build with CUDA, on GPUs.
 
     Arguments, attributes, ``state_dict`` and results are those of :class:`torch.nn.BatchNorm1d`. Statistics
     are summed in float64, and results do not depend on the number of threads. Tensors of other devices and
@@ -95,11 +95,11 @@ class BatchNorm1d(Normalising, nn.BatchNorm1d):
 
 
 class BatchNorm2d(Normalising, nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` computed by this package on the CPU; see :class:`BatchNorm1d`."""
+    """``torch.nn.BatchNorm2d`` computed by this package; see :class:`BatchNorm1d`."""
 
 
 class BatchNorm3d(Normalising, nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` computed by this package on the CPU; see :class:`BatchNorm1d`."""
+    """``torch.nn.BatchNorm3d`` computed by this package; see :class:`BatchNorm1d`."""
 
 
 class BatchNormAct2d(BatchNorm2d):
@@ -174,7 +174,7 @@ class SyncBatchNorm(Normalising, _BatchNorm):
         alone = not (self.training and distributed.is_available() and distributed.is_initialized())
         if isinstance(x, fx.Proxy) or alone or distributed.get_world_size(group) == 1:
             return self.normalised(x)
-        if not native(x):
+        if not native(x) or x.is_cuda:
             return nn.SyncBatchNorm.forward(self, x)
         self._check_input_dim(x)
         mean, var, updates = self.running_mean, self.running_var, self.num_batches_tracked
