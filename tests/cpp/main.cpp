@@ -39,6 +39,7 @@ int main(int argc, char** argv) {
             check(false, e.what(), t.name, 0);
         }
     }
+    std::printf("%lld bad calls, ", static_cast<long long>(bad_calls));
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed), static_cast<long long>(failed));
     return failed == 0 ? 0 : 1;
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -110,9 +111,29 @@ def quickstart(cmake_dir, tmp_path):
     return tmp_path / "quickstart"
 
 
+def counts(output):
+    """How many bad calls were tried and how many checks passed, of a run without a failure."""
+    last = output.splitlines()[-1]
+    found = re.fullmatch(r"(\d+) bad calls, (\d+) passed, 0 failed", last)
+    assert found, output[-4000:]
+    return int(found[1]), int(found[2])
+
+
 def test_static_library_passes_its_tests(static_install):
-    assert run(static_install / "test_batchnorm").endswith(" passed, 0 failed\n")
+    assert counts(run(static_install / "test_batchnorm"))[1] > 10**5
     run(static_install / "train_and_serve")
+
+
+def test_errors_of_the_cpp_interface(static_install, record_property):
+    bad, _ = counts(run(static_install / "test_batchnorm", "errors_"))
+    record_property("tried", bad)
+    assert bad > 200
+
+
+def test_calls_of_any_size_and_pointers(static_install, record_property):
+    bad, _ = counts(run(static_install / "test_batchnorm", "calls_of_any_kind"))
+    record_property("tried", bad)
+    assert bad > 10**4
 
 
 def test_shared_library_passes_its_quick_tests(tree, shared_install):
