@@ -23,6 +23,10 @@ int main(int argc, char** argv) {
                 return 1;
             }
         }
+        if (argument == "--levels") {
+            for (const std::string& level : isa_levels()) std::printf("%s\n", level.c_str());
+            return 0;
+        }
         argument == "--quick" ? void(quick = true) : void(wanted = argument);
     }
     const std::string best = isa();

@@ -3,59 +3,22 @@ it installed statically, as a shared library, and inside the wheel."""
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import batchnorm
 import pytest
 
+from support.builds import ENVIRONMENT, SOURCE, configure, program, run
+
 pytestmark = pytest.mark.slow
 
-SOURCE = Path(__file__).resolve().parents[2]
-
 CPP_INCLUDE = SOURCE / "cpp" / "include"
-
-# Several processes and threads at once: who waits must not spin.
-ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-
-
-@functools.cache
-def find_program(name):
-    """The program beside this Python (where pip puts it), or else on PATH, if it works."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    found = shutil.which(name, path=path)
-    works = found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0
-    return found if works else None
-
-
-def program(name):
-    found = find_program(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def run(*command, **environment):
-    """Run a command that must succeed; its output."""
-    done = subprocess.run(
-        [str(c) for c in command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        env=ENVIRONMENT | environment,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}"
-    return done.stdout
-
-
-def configure(source, build, *options):
-    generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}")
-    run(program("cmake"), *generator, "-S", source, "-B", build, *options)
 
 
 def built(build, prefix, shared):

@@ -26,8 +26,8 @@ def bytes_of(value: Any) -> Any:
         return {name: bytes_of(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
         return [bytes_of(v) for v in value]
-    if hasattr(value, "detach") and hasattr(value, "is_meta"):
-        return None if value.is_meta else repr(value.detach().cpu().double().tolist())
+    if hasattr(value, "is_sparse"):  # a tensor of PyTorch
+        return None if value.is_meta else repr(value.detach().to_dense().tolist())
     return repr(value) if isinstance(value, int | float | complex | str | bytes) else id(value)
 
 
@@ -36,12 +36,13 @@ def refused(
     error: Errors,
     words: str | Iterable[str] = (),
     unchanged: Callable[[], Any] | None = None,
+    most_seconds: float = MOST_SECONDS,
 ) -> str:
     """`call` raises `error` itself, no subclass, within 50 ms; its message has all of `words` in it, or
     matches them if they are a pattern; what `unchanged` returns has the bytes it had. Returns the message."""
     before = None if unchanged is None else bytes_of(unchanged())
     seconds: list[float] = []
-    while not seconds or (min(seconds) > MOST_SECONDS and len(seconds) < 3):  # the machine may be busy
+    while not seconds or (min(seconds) > most_seconds and len(seconds) < 5):  # the machine may be busy
         started = time.perf_counter()
         with pytest.raises(Exception) as caught:
             call()
@@ -54,7 +55,7 @@ def refused(
     else:
         missing = [word for word in words if word not in message]
         assert not missing, f"{missing} are not in: {message}"
-    assert min(seconds) <= MOST_SECONDS, f"took {min(seconds):.3f} s"
+    assert min(seconds) <= most_seconds, f"took {min(seconds):.3f} s"
     if unchanged is not None:
         assert bytes_of(unchanged()) == before, "an error changes nothing"
     return message
