@@ -180,17 +180,24 @@ bool all_good(const AnyChannels<writable>& v, Values values) {
     return all_good(static_cast<const float*>(v.data), v.size, any_sign ? std::numeric_limits<float>::lowest() : 0.0f);
 }
 
+// Whether these values can be read: what a pointer or stride of a caller's own making may not allow.
+template <bool writable>
+[[gnu::noinline]] void memory(const AnyChannels<writable>& v, const char* name) {
+    if (v.data == nullptr) fail({name, "has no data", "an array of " + std::to_string(v.size) + " values"});
+    if (!reachable({{v.size, v.stride}})) {
+        fail({name, "has stride " + std::to_string(v.stride), "a stride that reaches no further than can be addressed"});
+    }
+    aligned(v.data, v.is_double ? 8 : 4, name);
+}
+
 // `sample`: of rows per sample, which; else -1.
 template <bool writable>
 void channels(const AnyChannels<writable>& v, const char* name, int64_t n_channels, Values values = Values::any, int64_t sample = -1) {
     if (v.size != n_channels) {
         fail({name, "has " + std::to_string(v.size) + " values", std::to_string(n_channels) + ", one per channel of x"});
     }
-    if (v.data == nullptr) fail({name, "has no data", "an array of " + std::to_string(v.size) + " values"});
-    if (!reachable({{v.size, v.stride}})) {
-        fail({name, "has stride " + std::to_string(v.stride), "a stride that reaches no further than can be addressed"});
-    }
-    aligned(v.data, v.is_double ? 8 : 4, name);
+    const bool everyday = v.data != nullptr && v.stride == 1 && (reinterpret_cast<std::uintptr_t>(v.data) & (v.is_double ? 7 : 3)) == 0;
+    if (!everyday) memory(v, name);
     if (values == Values::any || all_good(v, values)) return;
     const auto bad = [&](double value, int64_t c, const char* expected) {
         std::string got = "is ";

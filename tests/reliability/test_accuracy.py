@@ -62,7 +62,7 @@ def test_bounds(bench, dtype, rows, long, record_property):
 
 
 def test_what_readme_says_of_float32(bench):
-    # The table there, of 32 x 56 x 56 values per channel.
     for ratio in bench.RATIOS:
-        x, dy = bench.data("float32", ratio, 32 * 56 * 56)
-        assert bench.Exact(x, dy).error_of_y(bench.ours(x, dy)[0]) <= 1.5e-7
+        for n in (*SHORT, 32 * 56 * 56):  # the last is that of the table there
+            x, dy = bench.data("float32", ratio, n)
+            assert bench.Exact(x, dy).error_of_y(bench.ours(x, dy)[0]) <= 2e-7

@@ -36,7 +36,7 @@ def hash_of(folder: Path, compiler: str, level: str, *options: str) -> Path:
 def expected(tmp_path_factory):
     """The hash of the build that users have, on its lowest level."""
     folder = tmp_path_factory.mktemp("release")
-    configure(SOURCE, folder, "-DBATCHNORM_TESTS=ON")
+    configure(SOURCE, folder, "-DBATCHNORM_TESTS=ON", "-DBATCHNORM_WERROR=ON")
     run(program("cmake"), "--build", folder, "--target", "test_batchnorm")
     return run(folder / "test_batchnorm", "--hash", BATCHNORM_ISA="baseline")
 
