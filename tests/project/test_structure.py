@@ -354,7 +354,7 @@ def test_the_package_stays_small() -> None:
 def test_the_core_stays_small() -> None:
     count = {n: sum(bool(line.strip()) for line in code(n).splitlines()) for n in cpp_files()}
     total = sum(count.values())
-    assert total <= 10705, f"{total} lines of C++ without comments"
+    assert total <= 10710, f"{total} lines of C++ without comments"
 
 
 @needs_source

@@ -41,7 +41,7 @@ def expected(tmp_path_factory):
     return run(folder / "test_batchnorm", "--hash", BATCHNORM_ISA="baseline")
 
 
-@pytest.mark.parametrize(("compiler", "level"), BUILDS, ids=" ".join)
+@pytest.mark.parametrize(("compiler", "level"), BUILDS, ids=[" ".join(b) for b in BUILDS])
 def test_compilers_and_optimisations(tmp_path, compiler, level, expected, record_property):
     binary = hash_of(tmp_path, compiler, level)
     levels = run(binary, "--levels").split()
