@@ -1,4 +1,5 @@
-"""Fixtures shared by all tests: every ISA level, several thread counts, and hypothesis profiles."""
+"""What all tests share: every ISA level, several thread counts, hypothesis profiles, the long form, the
+scorecard."""
 
 from __future__ import annotations
 
@@ -9,15 +10,45 @@ import pytest
 from batchnorm import _core
 from hypothesis import HealthCheck, settings
 
+from scorecard import Scorecard
 from support.checks import THREADS, running_on
 
-# `quick` is the default, HYPOTHESIS_PROFILE=thorough the long run. Both choose the same examples every time.
+# `quick` is the default, --long or HYPOTHESIS_PROFILE=thorough the long run. Both choose the same examples
+# every time.
 for _name, _examples in (("quick", 60), ("thorough", 5000)):
     settings.register_profile(
         _name, max_examples=_examples, deadline=None, derandomize=True, database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--scorecard", nargs="?", const="all", choices=("all", "only"),
+        help="print what was tried and what held (only: run nothing but the tests of that table)",
+    )  # fmt: skip
+    parser.addoption("--long", action="store_true", help="the tests marked long as well: hours")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    long = config.getoption("--long")
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "thorough" if long else "quick"))
+    if which := config.getoption("--scorecard"):
+        config.pluginmanager.register(Scorecard(long, which == "only"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        later = [item for item in items if item.get_closest_marker("long")]
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=later)
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether this is the long form, which tries more."""
+    return bool(request.config.getoption("--long"))
 
 
 @pytest.fixture(params=batchnorm.isa_levels())

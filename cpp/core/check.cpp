@@ -34,9 +34,16 @@ std::string number(double v) {
     return {text, end};
 }
 
+// Text of a caller's without what would end the message or the line.
+std::string printable(std::string_view text) {
+    std::string s(text);
+    std::replace_if(s.begin(), s.end(), [](char c) { return (c >= 0 && c < ' ') || c == 0x7f; }, '?');
+    return s;
+}
+
 std::string quoted(std::string_view name) {
     std::string s("'");
-    s.append(name).append("'");
+    s.append(printable(name)).append("'");
     return s;
 }
 
@@ -49,32 +56,50 @@ std::string dims(int64_t outer, int64_t channels, int64_t inner) {
 
 // ---- tensors -----------------------------------------------------------------------------------------------------------------------
 
+// Byte offsets must fit 64 bits, which also keeps all index arithmetic below in range.
+constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 16;
+
+// Whether steps along these (size, stride) stay within what can be addressed.
+bool reachable(std::initializer_list<std::pair<int64_t, int64_t>> axes) {
+    int64_t reach = 0, steps = 0;
+    for (const auto& [extent, stride] : axes) {
+        if (stride == std::numeric_limits<int64_t>::min() || __builtin_mul_overflow(extent - 1, std::abs(stride), &steps) ||
+            __builtin_add_overflow(reach, steps, &reach) || reach > kMost) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void aligned(const void* data, int64_t size, const char* name) {
+    if (reinterpret_cast<std::uintptr_t>(data) % static_cast<std::uintptr_t>(size) == 0) return;
+    fail({name, "is not aligned", "its address to be a multiple of its element size of " + std::to_string(size) + " bytes"});
+}
+
+// A span of values that are there.
+template <class T>
+void given(std::span<T> v, const char* name) {
+    if (v.data() == nullptr && !v.empty()) fail({name, "has no data", "an array of " + std::to_string(v.size()) + " values"});
+}
+
 template <bool writable>
 void tensor(const AnyView<writable>& v, const char* name) {
+    if (v.dtype < Dtype::float32 || v.dtype > Dtype::uint16)
+        fail({name, "has no known storage type", "one that Dtype names", "", Error::type});
     if (v.outer < 0 || v.channels < 0 || v.inner < 0) {
         fail({name, "has sizes " + dims(v.outer, v.channels, v.inner), "none to be negative"});
     }
     if (v.channels == 0) fail({name, "has 0 channels", "at least 1"});
     if (v.outer == 0 || v.inner == 0) return;
-    // count and byte offsets must fit 64 bits, which also keeps all index arithmetic below in range.
-    constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 16;
     if (v.inner > kMost / v.outer || v.channels > kMost / (v.outer * v.inner)) {
         fail({name, "has sizes " + dims(v.outer, v.channels, v.inner), "no more elements than can be addressed"});
     }
     if (v.data == nullptr) fail({name, "has no data", "an array of (outer, channels, inner) = " + dims(v.outer, v.channels, v.inner)});
-    const int64_t size = element_size(v.dtype);
-    int64_t reach = 0;
-    for (const auto& [extent, stride] : {std::pair{v.outer, v.outer_stride}, {v.channels, v.channel_stride}, {v.inner, v.inner_stride}}) {
-        int64_t steps;
-        if (stride == std::numeric_limits<int64_t>::min() || __builtin_mul_overflow(extent - 1, std::abs(stride), &steps) ||
-            __builtin_add_overflow(reach, steps, &reach) || reach > kMost) {
-            fail({name, "has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride),
-                  "strides that reach no further than can be addressed"});
-        }
+    if (!reachable({{v.outer, v.outer_stride}, {v.channels, v.channel_stride}, {v.inner, v.inner_stride}})) {
+        fail({name, "has strides " + dims(v.outer_stride, v.channel_stride, v.inner_stride),
+              "strides that reach no further than can be addressed"});
     }
-    if (reinterpret_cast<std::uintptr_t>(v.data) % static_cast<std::uintptr_t>(size) != 0) {
-        fail({name, "is not aligned", "its address to be a multiple of its element size of " + std::to_string(size) + " bytes"});
-    }
+    aligned(v.data, element_size(v.dtype), name);
 }
 
 bool is_ncs(int64_t inner, int64_t inner_stride) { return inner > 1 && inner_stride == 1; }
@@ -88,7 +113,7 @@ bool fits(const AnyView<writable>& v, kernels::Direction d) {
 enum class Storage { floating, any };
 
 Geometry geometry(const ConstTensor& x, Storage storage = Storage::floating) {
-    if (storage == Storage::floating && is_integer(x.dtype)) {
+    if (storage == Storage::floating && is_integer(x.dtype) && x.dtype <= Dtype::uint16) {
         fail({"x", "has an integer storage type", "a floating one: integers have no gradients",
               "convert it, or normalise it with batch_norm, whose y is floating", Error::type});
     }
@@ -155,12 +180,24 @@ bool all_good(const AnyChannels<writable>& v, Values values) {
     return all_good(static_cast<const float*>(v.data), v.size, any_sign ? std::numeric_limits<float>::lowest() : 0.0f);
 }
 
+// Whether these values can be read: what a pointer or stride of a caller's own making may not allow.
+template <bool writable>
+[[gnu::noinline]] void memory(const AnyChannels<writable>& v, const char* name) {
+    if (v.data == nullptr) fail({name, "has no data", "an array of " + std::to_string(v.size) + " values"});
+    if (!reachable({{v.size, v.stride}})) {
+        fail({name, "has stride " + std::to_string(v.stride), "a stride that reaches no further than can be addressed"});
+    }
+    aligned(v.data, v.is_double ? 8 : 4, name);
+}
+
 // `sample`: of rows per sample, which; else -1.
 template <bool writable>
 void channels(const AnyChannels<writable>& v, const char* name, int64_t n_channels, Values values = Values::any, int64_t sample = -1) {
     if (v.size != n_channels) {
         fail({name, "has " + std::to_string(v.size) + " values", std::to_string(n_channels) + ", one per channel of x"});
     }
+    const bool everyday = v.data != nullptr && v.stride == 1 && (reinterpret_cast<std::uintptr_t>(v.data) & (v.is_double ? 7 : 3)) == 0;
+    if (!everyday) memory(v, name);
     if (values == Values::any || all_good(v, values)) return;
     const auto bad = [&](double value, int64_t c, const char* expected) {
         std::string got = "is ";
@@ -187,6 +224,9 @@ void rows(const AnyRows<writable>& v, const char* name, const Geometry& g, Value
     if (!v) return;
     if (v.rows < 0 || (v.rows > 0 && g.outer % v.rows != 0)) {
         fail({name, "has " + std::to_string(v.rows) + " rows", "0 or a number that divides the outer size " + std::to_string(g.outer)});
+    }
+    if (v.rows > 1 && v.values.size > 0 && !reachable({{v.rows, v.row_stride}, {v.values.size, v.values.stride}})) {
+        fail({name, "has row_stride " + std::to_string(v.row_stride), "strides that reach no further than can be addressed"});
     }
     for (int64_t r = 0; r < std::max<int64_t>(v.rows, 1); ++r) channels(row_of(v, r), name, g.channels, values, v.rows == 0 ? -1 : r);
 }
@@ -289,6 +329,8 @@ Call counted(const Geometry& g, const Positions& p, int64_t part_outer = 0, bool
     };
     size(p.mask.size(), "mask");
     size(p.weights.size(), "weights");
+    given(p.mask, "mask");
+    given(p.weights, "weights");
     if (p.element_mask) {
         if (!p.mask.empty()) fail({"element_mask", "is given with mask", "one of them", "exclude the positions in element_mask"});
         if (p.element_mask.dtype != Dtype::uint8) fail({"element_mask", "is not of uint8", "a byte per element", "", Error::type});
@@ -414,6 +456,9 @@ void running_arrays(const Running& r, int64_t n, bool device) {
     separate_elements(r.mean, "running_mean");
     separate_elements(r.var, "running_var");
     ddof(r.ddof, "running_ddof");
+    if (r.on_nonfinite < OnNonfinite::propagate || r.on_nonfinite > OnNonfinite::skip) {
+        fail({"on_nonfinite", "is not known", "one that OnNonfinite names"});
+    }
     if (r.decays && r.seen) fail({"decay", "is given with seen", "one of them", "drop one"});
     if (r.seen) {
         channels(r.seen, "seen", n, device ? Values::any : Values::non_negative);
@@ -456,6 +501,7 @@ void renorm(const Forward& f, int64_t n) {
 }
 
 void keep(const Forward& f) {
+    if (f.keep != Keep::x && f.keep != Keep::y) fail({"keep", "is not known", "one that Keep names"});
     if (f.saved == nullptr || f.keep == Keep::x) return;
     const std::string why = "y does not tell x";
     if (f.residual) fail({"keep", "is y with a residual, behind which " + why, "x", "or add the residual outside"});
@@ -739,6 +785,7 @@ Call moment_sums(const ConstTensor& x, std::span<double> sums, int num_threads, 
         fail({"sums", "has " + std::to_string(sums.size()) + " values",
               "moment_sums_size(" + std::to_string(g.channels) + ") = " + std::to_string(expected) + " for the channels of x"});
     }
+    given(sums, "sums");
     Apart(sums, "sums").from(x, "x");
     return call;
 }
@@ -751,6 +798,7 @@ int64_t sums(std::span<const double> sums, const char* name) {
     if (channels < 1 || size != moment_sums_size(channels)) {
         fail({name, "has " + std::to_string(size) + " values", "moment_sums_size(C) = 9 C of C >= 1 channels"});
     }
+    given(sums, name);
     return channels;
 }
 
@@ -815,7 +863,7 @@ void running_step(const UpdateRunningArgs& a) {
 // ---------------------------------------------------------------------------------------------------------------------------------
 
 void tuning(std::string_view settings) {
-    if (const std::string problem = tune::set(settings); !problem.empty()) throw Error(Error::value, "tuning", problem);
+    if (const std::string problem = tune::set(settings); !problem.empty()) throw Error(Error::value, "tuning", printable(problem));
 }
 
 void thread_count(int n) {

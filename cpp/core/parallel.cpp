@@ -79,6 +79,8 @@ Limit::~Limit() { limit_of_call = before_; }
 
 void set_poll(bool (*f)()) { poll = f; }
 
+bool asked_to_stop() { return Poll(true).stop(); }
+
 bool for_each(std::int64_t n, const How& how, Body body) {
     if (n == 1) {
         body(0);

@@ -37,4 +37,7 @@ struct How {
 // stop: some items were then not run. Nor are they if one throws, which for_each then does.
 [[nodiscard]] bool for_each(std::int64_t n, const How& how, Body body);
 
+// The poll's answer, asked at most every 50 ms: for an item that takes long by itself, on the thread that entered the library.
+bool asked_to_stop();
+
 }  // namespace batchnorm::parallel

@@ -8,7 +8,9 @@
 // All in double, element by element: three passes over a part's channels.
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
+#include <thread>
 
 #include "coefficient_rows.h"
 #include "float_mode.h"
@@ -90,12 +92,25 @@ private:
 };
 using Sums = std::array<LongSum, kBlock>;
 
+// Looked at every so often inside an item, since one may be a whole tensor: throws in each thread once the user has interrupted.
+class Interrupt {
+public:
+    void look() {
+        if (std::this_thread::get_id() == caller_ && parallel::asked_to_stop()) stopped_ = true;
+        if (stopped_.load(std::memory_order_relaxed)) check::interrupted();
+    }
+
+private:
+    const std::thread::id caller_ = std::this_thread::get_id();
+    std::atomic<bool> stopped_{false};
+};
+
 // One part, up to kBlock channels from c0 on.
 template <class C>
 class Item {
 public:
-    Item(const DoubleBackward& b, const Saved::Impl& s, const Call& call, int64_t part, int64_t c0)
-        : b_(b), s_(s), call_(call), part_(part), c0_(c0), n_(std::min(kBlock, call.geometry.channels - c0)) {
+    Item(const DoubleBackward& b, const Saved::Impl& s, const Call& call, int64_t part, int64_t c0, Interrupt& interrupt)
+        : b_(b), s_(s), call_(call), interrupt_(interrupt), part_(part), c0_(c0), n_(std::min(kBlock, call.geometry.channels - c0)) {
         for (int64_t k = 0; k < n_; ++k) count_[index(k)] = s.count[part * call.geometry.channels + c0 + k];
     }
     // dgamma, dbeta: a row per group of all parts, or null.
@@ -254,7 +269,9 @@ private:
         const int64_t rows = call_.group_rows(part_), begin = call_.parts.begin(part_);
         const bool all = s_.mask.empty() && s_.element_bits == nullptr;
         std::array<Channel, kBlock> channels;
+        int64_t seen = 0;
         const auto one = [&](int64_t o, int64_t k, int64_t i) {
+            if (++seen % 65536 == 0) interrupt_.look();  // a few milliseconds
             if ((!all && !counts(o, c0_ + k, i)) || (s_.batch && count_[index(k)] == 0)) return;
             Element e{channels[index(k)], begin + o, c0_ + k, i, o / rows, 0, 0, 0, 0, 0, 0, 0, {}};
             look(e, o);
@@ -274,6 +291,7 @@ private:
     const DoubleBackward& b_;
     const Saved::Impl& s_;
     const Call& call_;
+    Interrupt& interrupt_;
     int64_t part_, c0_, n_;
     Values count_{}, p_{}, p_u_{}, a_u_{};
 };
@@ -299,10 +317,11 @@ void batch_norm_double_backward(const DoubleBackward& b) {
     for (const Tensor* v : {&b.ddy, &b.dx, &b.dresidual}) {
         if (*v && !every) clear(*v);  // what does not count stays so
     }
+    Interrupt interrupt;
     if (call.geometry.count() != 0) {
         with_compute(call.geometry.dtype, [&]<class C>() {
             for_each(call.parts.count * blocks, call.geometry.elements() >= 4096,
-                     [&](int64_t i) { Item<C>(b, s, call, i / blocks, i % blocks * kBlock).run(dgamma, dbeta); });
+                     [&](int64_t i) { Item<C>(b, s, call, i / blocks, i % blocks * kBlock, interrupt).run(dgamma, dbeta); });
         });
     }
     put_rows(dgamma, groups, channels, b.dgamma);

@@ -24,6 +24,10 @@ int main(int argc, char** argv) {
                 return 1;
             }
         }
+        if (argument == "--levels") {
+            for (const std::string& level : isa_levels()) std::printf("%s\n", level.c_str());
+            return 0;
+        }
         argument == "--quick" ? void(quick = true) : void(wanted = argument);
     }
     const std::string best = isa();
@@ -40,6 +44,7 @@ int main(int argc, char** argv) {
             check(false, e.what(), t.name, 0);
         }
     }
+    std::printf("%lld bad calls, ", static_cast<long long>(bad_calls));
     std::printf("%lld passed, %lld failed\n", static_cast<long long>(passed), static_cast<long long>(failed));
 #ifdef BATCHNORM_ON_GPU  // all memory is the driver's, which goes before static objects do
     std::fflush(stdout);

@@ -203,6 +203,40 @@ TEST(errors_of_overlap) {
     batch_norm_backward(b);
 }
 
+// What Python never passes: pointers, strides and names of a caller's own making. test_any_call.cpp tries them in any combination.
+TEST(errors_of_memory_and_names) {
+    const int64_t huge = int64_t{1} << 62;
+    const auto dtype = static_cast<Dtype>(99);
+    BAD_TYPE(train, "x has no known storage type, expected one that Dtype names", a.x.dtype = dtype);
+    BAD_TYPE(inference, "x has no known storage type", a.x.dtype = static_cast<Dtype>(-1));
+    BAD_VALUE(inference, "mean has no data, expected an array of 3 values", a.mean.data = nullptr);
+    BAD_VALUE(inference, "mean has stride 4611686018427387904, expected a stride that reaches no further than can be",
+              a.mean.stride = huge);
+    BAD_VALUE(inference, "var has stride -9223372036854775808, expected", a.var.stride = std::numeric_limits<int64_t>::min());
+    BAD_VALUE(inference, "mean is not aligned, expected its address to be a multiple of its element size of 4", a.mean.data = &e.mask[1]);
+    BAD_VALUE(train, "gamma has no data", a.gamma.values.data = nullptr);
+    BAD_VALUE(samples, "gamma has row_stride 4611686018427387904, expected strides that reach no further", a.gamma.row_stride = huge);
+    BAD_VALUE(train, "running_mean has no data", a.running.mean.data = nullptr);
+    BAD_VALUE(renorm, "renorm std has no data", a.renorm.std.data = nullptr);
+    BAD_VALUE(train, "mask has no data, expected an array of 20 values", (a.positions.mask = {static_cast<std::uint8_t*>(nullptr), 20}));
+    BAD_VALUE(train, "weights has no data", (a.positions.weights = {static_cast<double*>(nullptr), 20}));
+    BAD_VALUE(train, "on_nonfinite is not known, expected one that OnNonfinite names",
+              a.running.on_nonfinite = static_cast<OnNonfinite>(3));
+    BAD_VALUE(train, "keep is not known, expected one that Keep names", a.keep = static_cast<Keep>(-1));
+    BAD_VALUE(backward, "dgamma has no data", a.dgamma.values.data = nullptr);
+    BAD_VALUE(second, "ddbeta has no data", a.ddbeta.values.data = nullptr);
+    BAD_VALUE(update, "count has no data", a.count.data = nullptr);
+    Example e;
+    Vector out(3), sums(27);
+    const std::span<double> none(static_cast<double*>(nullptr), 27);
+    REFUSED(value, "mean has no data", moments(runs(e.x), none.first(3), out));
+    REFUSED(value, "sums has no data", moment_sums(runs(e.x), none));
+    REFUSED(value, "sums has no data", merge_moment_sums(none, sums));
+    REFUSED(value, "others has no data", merge_moment_sums(sums, none));
+    REFUSED(value, "sums has no data", moments_from_sums(none, out, out, out));
+    REFUSED(value, "count has no data", moments_from_sums(sums, none.first(3), out, out));
+}
+
 TEST(errors_of_channels) {
     BAD_TYPE(inference, "mean is missing, expected it to be given", a.mean = {});
     BAD_TYPE(inference, "var is missing", a.var = {});

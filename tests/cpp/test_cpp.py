@@ -3,58 +3,22 @@ it installed statically, as a shared library, and inside the wheel."""
 
 from __future__ import annotations
 
-import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import batchnorm
 import pytest
 
+from support.builds import ENVIRONMENT, SOURCE, configure, program, run
+
 pytestmark = pytest.mark.slow
 
-SOURCE = Path(__file__).resolve().parents[2]
-
 CPP_INCLUDE = SOURCE / "cpp" / "include"
-
-# Several processes and threads at once: who waits must not spin.
-ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-
-
-@functools.cache
-def find_program(name):
-    """The program beside this Python (where pip puts it), or else on PATH, if it works."""
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    found = shutil.which(name, path=path)
-    works = found and subprocess.run([found, "--version"], capture_output=True, check=False).returncode == 0
-    return found if works else None
-
-
-def program(name):
-    found = find_program(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
-
-
-def run(*command, **environment):
-    """Run a command that must succeed; its output."""
-    done = subprocess.run(
-        [str(c) for c in command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        env=ENVIRONMENT | environment,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}"
-    return done.stdout
-
-
-def configure(source, build, *options):
-    generator = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}")
-    run(program("cmake"), *generator, "-S", source, "-B", build, *options)
 
 
 def built(build, prefix, shared):
@@ -110,13 +74,34 @@ def quickstart(cmake_dir, tmp_path):
     return tmp_path / "quickstart"
 
 
+def counts(output):
+    """How many bad calls were tried and how many checks passed, of a run without a failure."""
+    last = output.splitlines()[-1]
+    found = re.fullmatch(r"(\d+) bad calls, (\d+) passed, 0 failed", last)
+    assert found, output[-4000:]
+    return int(found[1]), int(found[2])
+
+
 def test_static_library_passes_its_tests(static_install):
-    assert run(static_install / "test_batchnorm").endswith(" passed, 0 failed\n")
+    assert counts(run(static_install / "test_batchnorm"))[1] > 10**5
     run(static_install / "train_and_serve")
 
 
 def test_a_gpus_kernels_give_the_same_bits_in_rehearsal(static_install):
     assert "0 failed" in run(static_install / "test_cuda", "a_gpu")
+
+
+def test_errors_of_the_cpp_interface(static_install, record_property):
+    bad, _ = counts(run(static_install / "test_batchnorm", "errors_"))
+    record_property("tried", bad)
+    assert bad > 200
+
+
+def test_calls_of_any_size_and_pointers(static_install, record_property):
+    kept = SOURCE / "tests" / "data" / "calls"
+    bad, _ = counts(run(static_install / "test_batchnorm", "calls_", BATCHNORM_CALLS=str(kept)))
+    record_property("tried", bad)
+    assert bad > 10**4
 
 
 def test_shared_library_passes_its_quick_tests(tree, shared_install):

@@ -1,5 +1,6 @@
 // The library as a whole: what it says of itself, threads, tuning, interrupts.
 #include <cfenv>
+#include <chrono>
 
 #include "example.h"
 
@@ -26,6 +27,12 @@ TEST(tuning_is_set_by_name) {
     CHECK(tuning() == defaults);
     set_tuning(changed);
     CHECK(tuning() == changed);
+}
+
+TEST(names_of_any_bytes_leave_the_message_whole) {
+    using namespace std::string_literals;
+    THROWS(Error, "isa is 'avx?2?', expected one of 'baseline'", set_isa("avx\0002\n"s));
+    THROWS(Error, "tuning has 'l2?_bytes', expected one of l2_bytes", set_tuning("l2\000_bytes=1"s));
 }
 
 // The caller's mode changes no bit, and is as before afterwards, flags included.
@@ -151,6 +158,24 @@ TEST(interrupted_moments_write_nothing) {
                sums.assign(sums.size(), 7);
            }));
     CHECK(mean == Vector(16, 7) && var == mean && sums == Vector(sums.size(), 7));
+}
+
+// A channel is an item by itself there, so that the poll must be asked inside of it; in every thread.
+TEST(interrupt_of_double_backward) {
+    for (const int64_t channels : {1, 40}) {
+        std::vector<double> x(size_t{1} << 21, 1), gradient(x.size()), dgamma(static_cast<size_t>(channels), 7), dbeta = dgamma;
+        const auto view = [&](std::vector<double>& v) { return View<double>::ncs(v.data(), 1, channels, (int64_t{1} << 21) / channels); };
+        Saved saved;
+        set_interrupt_poll(nullptr);
+        batch_norm_train({.x = view(x), .y = view(gradient), .activation = Activation::silu, .saved = &saved});
+        set_interrupt_poll([] { return true; });
+        DoubleBackward d{.dy = view(x), .kept = view(x), .saved = &saved, .ddx = view(x), .ddy = view(gradient)};
+        d.dgamma = dgamma, d.dbeta = dbeta, d.execution.num_threads = channels > 1 ? 3 : 1;
+        const auto begin = std::chrono::steady_clock::now();
+        THROWS(Interrupted, "interrupted", batch_norm_double_backward(d));
+        CHECK(std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(500));
+        CHECK(dgamma == Vector(dgamma.size(), 7) && dbeta == dgamma);
+    }
 }
 
 }  // namespace

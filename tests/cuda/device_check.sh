@@ -4,7 +4,7 @@
 # Builds for its GPU alone; compares every kind of call with the CPU's bytes, from C++ and from PyTorch, graphs
 # included; runs compute-sanitizer on a sample; then measures (bench/cuda.py). FOLDER, a new one unless named,
 # gets the logs and cuda.json. Needs nvcc 12.4 or newer, CMake, ninja, g++, and a Python with PyTorch for CUDA,
-# NumPy, ml_dtypes, pytest, rich, scikit-build-core and pybind11. With MEASURE=0 nothing is measured.
+# NumPy, ml_dtypes, pytest, hypothesis, rich, scikit-build-core, pybind11. With MEASURE=0 nothing is measured.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 folder=${1:-$(mktemp -d)}

@@ -132,18 +132,21 @@ def try_to_read(path):
     assert time.process_time() - start < 0.5
 
 
-def test_every_truncation(good):
+def test_every_truncation(good, record_property):
     content = good.read_bytes()
-    for length in range(len(content) - 1, 0, -max(1, len(content) // 400)):
+    lengths = range(len(content) - 1, 0, -max(1, len(content) // 400))
+    record_property("tried", len(lengths) + 1)
+    for length in lengths:
         os.truncate(good, length)
         try_to_read(good)
     good.write_bytes(content[: len(content) // 2])
     refused(good)
 
 
-def test_flipped_bits_and_other_damage(good):
+def test_flipped_bits_and_other_damage(good, long, record_property):
     content, generator = good.read_bytes(), random.Random(0)
-    for _ in range(300):
+    record_property("tried", rounds := 20_000 if long else 300)
+    for _ in range(rounds):
         damaged = bytearray(content)
         for _ in range(generator.choice((1, 1, 2, 8))):
             at = generator.randrange(len(damaged))

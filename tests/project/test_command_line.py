@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
-import batchnorm
+import batchnorm.__main__
 import numpy as np
 import pytest
 
 from support.command import command, error, output
 from support.problem import rng
+from support.refusals import MOST_SECONDS
 
 
 def numbers(text: str) -> list[list[float]]:
@@ -170,6 +172,37 @@ ERRORS = {
 @pytest.mark.parametrize("arguments", ERRORS)
 def test_errors(folder: Path, arguments: str) -> None:
     assert error(command(folder, "stats", *arguments.split())) == ERRORS[arguments]
+
+
+SOON = {
+    **{f"stats {arguments}": "error: " + text for arguments, text in ERRORS.items()},
+    "inspect missing.onnx": "missing.onnx",
+    "inspect a.npy": "a.npy",
+    "inspect broken.npy --kind nonsense": "nonsense",
+    "convert missing.npz x.npz": "missing.npz",
+    "convert a.npy x.onnx": "a.npy",
+    "fold missing.onnx x.onnx": "missing.onnx",
+    "fold a.npy x.npz": "a.npy",
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("arguments", SOON)
+def test_errors_come_soon_and_change_no_file(
+    folder: Path, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # In this process, once its modules are there.
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["batchnorm", *arguments.split()])
+    held = lambda: {path.name: path.read_bytes() for path in folder.iterdir()}  # noqa: E731
+    before, seconds = held(), []
+    while not seconds or (min(seconds) > MOST_SECONDS and len(seconds) < 4):
+        started = time.perf_counter()
+        assert batchnorm.__main__._main() == 1
+        seconds.append(time.perf_counter() - started)
+        said = capsys.readouterr()
+        assert said.out == "" and len(said.err.splitlines()) == 1 and SOON[arguments] in said.err
+    assert min(seconds) <= MOST_SECONDS and held() == before
 
 
 def test_an_error_has_the_words_of_the_command_line(pictures: Path) -> None:

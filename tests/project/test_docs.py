@@ -23,6 +23,7 @@ import batchnorm.typing
 import pytest
 from batchnorm import _core
 
+import scorecard
 from project.proofs import PROOFS
 
 pytestmark = pytest.mark.quick
@@ -217,6 +218,15 @@ def test_every_decision_has_its_page() -> None:
         text = pages[name]
         assert name.startswith(f"D{int(number):02}-") and text.startswith(f"# D{number}. "), name
         assert "**Context.**" in text and "**Choice.**" in text, name
+
+
+@needs_documents
+def test_the_page_of_reliability_has_the_rows_of_the_scorecard() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = [row.split("|")[1].strip() for row in page.splitlines() if re.match(r"\|.*\|.*\|.*\|.*\|$", row)]
+    wanted = [name for chapter, kinds in scorecard.ROWS.items() for name in (f"**{chapter}**", *kinds)]
+    absent = {kind for kind, folder in scorecard.OPTIONAL.items() if not folder.exists()}
+    assert [row for row in rows if row in wanted] == [name for name in wanted if name not in absent]
 
 
 @needs_documents

@@ -361,7 +361,7 @@ def test_the_package_stays_small() -> None:
         of_files = path.parts[0] == "io" and path.name not in states
         return "formats" if of_files or path.name == "formats.py" else path.parts[0]
 
-    rooms = {"formats": 1569, "torch": 1051, "keras": 294, "distributed.py": 135, "_gpu.py": 348, "": 3790}
+    rooms = {"formats": 1569, "torch": 1052, "keras": 294, "distributed.py": 135, "_gpu.py": 348, "": 3790}
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     for name, ceiling in rooms.items():
         own = {}
@@ -381,7 +381,7 @@ def test_the_core_stays_small() -> None:
     of_gpu = sum(count[n] for n in gpu)
     assert of_gpu <= 2644, f"{of_gpu} lines of C++ for GPUs without comments"
     total = sum(count.values()) - of_gpu
-    assert total <= 11681, f"{total} lines of C++ without comments"
+    assert total <= 11737, f"{total} lines of C++ without comments"
 
 
 @needs_source

@@ -23,6 +23,8 @@ from torch.nn import functional  # noqa: E402
 from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
+from support.refusals import refused  # noqa: E402
+
 
 def is_ours(y):
     return y.grad_fn is not None and "Normalise" in y.grad_fn.name()
@@ -98,6 +100,51 @@ def test_calls_and_errors_are_pytorchs(make, x):
         assert ours.BatchNorm2d(3, device="meta")(x).is_meta
     else:
         assert_same_step(make(nn.BatchNorm2d), make(ours.BatchNorm2d), x)
+
+
+BAD_CALLS = {
+    "list": (lambda: [[1.0]], (TypeError, AttributeError), "."),
+    "None": (lambda: None, (TypeError, AttributeError), "."),
+    "an array": (lambda: image().numpy(), (TypeError, AttributeError), "."),
+    "3-D": (lambda: image()[0], ValueError, "expected 4D input"),
+    "2-D": (lambda: image()[0, 0], ValueError, "expected 4D input"),
+    "channels": (lambda: image()[:, :2], RuntimeError, "."),
+    "one value": (lambda: image()[:1, :, :1, :1], ValueError, "more than 1 value per channel"),
+    "int64": (lambda: image().long(), NotImplementedError, "not implemented for 'Long'"),
+    "bool": (lambda: image() > 0, NotImplementedError, "not implemented for 'Bool'"),
+    "complex64": (lambda: image().to(torch.complex64), NotImplementedError, "for 'ComplexFloat'"),
+    "sparse": (lambda: image().to_sparse(), NotImplementedError, "'SparseCPU' backend"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input_changes_nothing(case, training):
+    make, error, match = BAD_CALLS[case]
+    if case == "one value" and not training:
+        return  # PyTorch takes it there
+    own, x = pair()[1].train(training), make()
+    refused(lambda: own(x), error, match, lambda: (own.state_dict(), x))
+
+
+BAD_MODULES = {
+    "activation": (lambda: ours.BatchNormAct2d(3, activation="swish"), ValueError, "activation is 'swish'"),
+    "activation kind": (lambda: ours.BatchNormAct2d(3, activation=3), TypeError, "activation is 3"),
+    "keyword": (lambda: ours.BatchNorm2d(3, offset=1), TypeError, "unexpected keyword argument 'offset'"),
+    "channels": (lambda: ours.BatchNorm2d(-3), RuntimeError, "."),
+    "channels kind": (lambda: ours.BatchNorm2d("3"), TypeError, "."),
+    "convert": (lambda: ours.convert(3), TypeError, r"expected a torch\.nn\.Module"),
+    "revert": (lambda: ours.revert(None), TypeError, r"expected a torch\.nn\.Module"),
+    "nothing to convert": (lambda: ours.convert(nn.Linear(3, 3)), ValueError, "no batch norm"),
+    "fuse": (lambda: ours.convert(small(), fuse=1), TypeError, r"fuse is 1 \(int\), expected True or False"),
+    "fold": (lambda: ours.fold(None), TypeError, r"model is None, expected a torch\.nn\.Module"),
+    "nothing to fold": (lambda: ours.fold(nn.Linear(3, 3)), ValueError, "has no batch norm"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODULES)
+def test_errors_of_modules(case):
+    refused(*BAD_MODULES[case])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -55,22 +55,21 @@ class Normalising:
         except KeyError:  # parametrized, or pruned
             weight, bias = self.weight, self.bias
         factor = 0.0 if self.momentum is None else self.momentum
-        if self.training:
-            if not self.track_running_stats:
-                mean = var = None
-            elif updates is not None:
-                updates.add_(1)
-                factor = 1.0 / float(updates) if self.momentum is None else factor
+        counts = self.training and self.track_running_stats and updates is not None
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        elif counts and self.momentum is None:
+            factor = 1.0 / (float(updates) + 1.0)
         by_batch = self.training or (mean is None and var is None)
         rectifies = here and self.rectified_by and not any(map(has_hooks, (self, *self.rectified_by)))
         activation = "relu" if rectifies else self.activation
         given = x, weight, bias, mean, var, by_batch, factor, self.eps, activation, residual
-        if not here:
-            return operator(*given)
         views = own.get("views")
-        if views is None:
+        if views is None and here:
             views = own["views"] = Views()
-        y = normalise(*given, views)
+        y = normalise(*given, views) if here else operator(*given)
+        if counts:  # last: an error changes nothing
+            updates.add_(1)
         if rectifies and not y.is_inference():
             y.is_rectified = version(y)
         return y
@@ -180,8 +179,10 @@ class SyncBatchNorm(Normalising, _BatchNorm):
         mean, var, updates = self.running_mean, self.running_var, self.num_batches_tracked
         factor = 0.0 if self.momentum is None else self.momentum
         tracked = self.track_running_stats and mean is not None
+        if tracked and updates is not None and self.momentum is None:
+            factor = 1.0 / (float(updates) + 1.0)
+        running = (mean, var, factor) if tracked else None
+        y = synchronised(x, self.weight, self.bias, running, self.eps, group)
         if tracked and updates is not None:
             updates.add_(1)
-            factor = 1.0 / float(updates) if self.momentum is None else factor
-        running = (mean, var, factor) if tracked else None
-        return synchronised(x, self.weight, self.bias, running, self.eps, group)
+        return y
