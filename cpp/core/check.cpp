@@ -60,7 +60,7 @@ std::string dims(int64_t outer, int64_t channels, int64_t inner) {
 constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 16;
 
 // Whether steps along these (size, stride) stay within what can be addressed.
-bool reachable(std::initializer_list<std::pair<int64_t, int64_t>> axes) {
+[[gnu::always_inline]] inline bool reachable(std::initializer_list<std::pair<int64_t, int64_t>> axes) {
     int64_t reach = 0, steps = 0;
     for (const auto& [extent, stride] : axes) {
         if (stride == std::numeric_limits<int64_t>::min() || __builtin_mul_overflow(extent - 1, std::abs(stride), &steps) ||
