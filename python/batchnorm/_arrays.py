@@ -28,6 +28,9 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
     if is_vector and isinstance(value, list | tuple):
         return _of_sequence(name, value)
     readable = "an array of float32, float64, float16 or bfloat16"
+    if not is_vector and dask_of(value) is not None:
+        got = f"{name} is {kind(value)}, which is lazy, expected {readable}; use {name}.compute(), or"
+        raise TypeError(f"{got} moments, dataset_moments and batchnorm.dask.batch_norm, which take Dask's")
     if hasattr(value, "__dlpack_device__"):
         try:
             device = int(value.__dlpack_device__()[0])
@@ -59,6 +62,20 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
 def is_masked(value: Any) -> bool:
     """Whether it is a masked array, without importing ``numpy.ma``: who has made one, has it."""
     return "numpy.ma" in sys.modules and isinstance(value, np.ma.MaskedArray)
+
+
+def dask_of(value: Any) -> Any:
+    """The Dask collection that a value is, or that an array of xarray holds; None of other things."""
+    if not hasattr(type(value), "__dask_graph__"):
+        return None
+    if type(value).__module__.partition(".")[0] == "xarray":
+        return value.data if isinstance(getattr(value, "chunks", None), tuple) else None
+    return value
+
+
+def per_task(num_threads: int | None) -> int:
+    """Threads of a task: one if nobody says more, as Dask's scheduler shares out the processors."""
+    return 1 if num_threads is None else num_threads
 
 
 def _has_buffer(value: Any) -> bool:

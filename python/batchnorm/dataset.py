@@ -12,9 +12,21 @@ from typing import Any
 import numpy as np
 
 from . import _core
+from ._arrays import dask_of, per_task
 from .images import CHANNEL_AXES, GREY
-from .moments import FIRST_AXIS, MeanVar, Moments, array_of, common_count, reduced_axes, refuse_group, unit
-from .progress import bar
+from .moments import (
+    FIRST_AXIS,
+    MeanVar,
+    Moments,
+    array_of,
+    common_count,
+    nodata_of,
+    of_blocks,
+    reduced_axes,
+    refuse_group,
+    unit,
+)
+from .progress import bar, idle
 from .settings import UnsaidAxis, integer, kind
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
 
@@ -155,31 +167,107 @@ def dataset_moments(
         total = moments
     delta = integer("ddof", ddof, 0, 2**53, "an int >= 0")
     chunk = integer("chunk_bytes", chunk_bytes, 1, 2**63 - 1, "an int >= 1")
+    blocks = dask_of(batches)
+    values = mask if hasattr(blocks, "chunks") and not callable(mask) else None  # as an array
     for name, function in (("read", read), ("transform", transform), ("mask", mask)):
-        if function is not None and not callable(function):
+        if function is not None and not callable(function) and function is not values:
             raise TypeError(f"{name} is {kind(function)}, expected a function, or None")
     top = unit(1 if max_value is None else max_value)
-    elements = _elements(batches)
-    form = str(total.state_dict()["data_format"])
-    cut = CHANNEL_AXES.get(form, total.channel_axis)  # also of single images
-    said = total.channels is not None or form or not isinstance(total.channel_axis, UnsaidAxis)
+    if values is not None and transform is not None:
+        got = "mask is an array and transform is given, which may change what it is of"
+        raise ValueError(f"{got}; pass a function as mask, or map_blocks(transform) of batches")
+    how = _Reading(total, chunk, read, transform, mask if values is None else None, top, num_threads)
+    elements = (batches,) if blocks is not None else _elements(batches)
     size = None if read is not None else _bytes_of(batches)
-    with bar(progress, "moments", size, of_bytes=True) as advance:
+    size = size if blocks is None else getattr(blocks, "npartitions", None)
+    with bar(progress, "moments", size, of_bytes=blocks is None) as advance:
         for element in elements:
-            made = not _is_array(element) and (read is not None or not _is_path(element))
-            for piece in _pieces_of(element, cut, chunk, read, transform):
-                x = array_of(piece if transform is None else transform(piece))
-                if isinstance(x, np.ndarray):
-                    unit(top, x.dtype)
-                    x = _batch(x, form, total.channel_axis if said else None, made)
-                total.update(x, mask=None if mask is None else mask(x), num_threads=num_threads)
-                advance(getattr(piece, "nbytes", 0))
+            if (parts := dask_of(element)) is not None:
+                total.merge(how.of_dask(parts, values, idle if blocks is None else advance))
+            else:
+                how.take(total, element, advance)
     if total.channels is None:
         hint = "all is masked or nodata, or a generator was gone through before"
         raise ValueError(f"batches holds no values that count, expected at least one; {hint}")
     result = DatasetMoments(total.mean / top, total.variance(delta) / top**2)
     result.counts, result.moments = total.counts, total
     return result
+
+
+# ---- pieces ------------------------------------------------------------------------------------------------
+
+
+class _Reading:
+    """How elements of a data set are taken in."""
+
+    def __init__(
+        self, like: Moments, chunk: int, read: Callable[[Any], Any] | None,
+        transform: Callable[[Any], Array] | None, mask: Callable[[Array], Mask] | None, top: float,
+        num_threads: int | None,
+    ) -> None:  # fmt: skip
+        state = like.state_dict()
+        self.form, self.nodata = str(state["data_format"]), state["nodata"] if state["nodata"].size else None
+        self.where = {"data_format": self.form} if self.form else {"channel_axis": like.channel_axis}
+        self.axis = CHANNEL_AXES.get(self.form, like.channel_axis)  # also of single images
+        known = like.channels is not None or self.form or not isinstance(like.channel_axis, UnsaidAxis)
+        self.said = like.channel_axis if known else None
+        self.chunk, self.read, self.transform, self.mask = chunk, read, transform, mask
+        self.top, self.num_threads = top, num_threads
+
+    def take(
+        self, total: Moments, element: Any, advance: Callable[[int], object] = idle, in_task: bool = False
+    ) -> None:
+        threads = per_task(self.num_threads) if in_task else self.num_threads
+        made = not _is_array(element) and (self.read is not None or not _is_path(element))
+        for piece in _pieces_of(element, self.axis, self.chunk, self.read, self.transform):
+            x = array_of(piece if self.transform is None else self.transform(piece))
+            if isinstance(x, np.ndarray):
+                unit(self.top, x.dtype)
+                x = _batch(x, self.form, self.said, made)
+            mask = None if self.mask is None else self.mask(x)
+            total.update(x, mask=mask, num_threads=threads)
+            advance(getattr(piece, "nbytes", 0))
+
+    def of_dask(self, x: Any, mask: Any, advance: Callable[[int], object]) -> Moments:
+        """What a Dask array or bag holds, each block or partition read by a task."""
+        from .dask import blocks_of, is_bag, reduced_bag
+
+        if is_bag(x):
+            bag: Moments = reduced_bag(x, self._of_elements, Moments.merged, advance)
+            return bag
+        x = blocks_of("batches", x)
+        where: dict[str, Any] | None = self.where
+        if self.transform is None:
+            x = _batch(x, self.form, self.said, False)
+        else:
+            where = None  # what it makes of a block may have any axes
+            axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+            for a in (a for a in axes if -x.ndim <= a < x.ndim and len(x.chunks[a]) > 1):
+                got = f"batches has {len(x.chunks[a])} blocks along axis {a}, its channels"
+                use = f"use batches.rechunk({{{a}: -1}}), or batches.map_blocks in place of transform"
+                raise ValueError(f"{got}, expected one with transform; {use}")
+        check = self.transform is None and self.mask is None
+        return of_blocks(x, where, self.nodata, self._of_block, {"mask": mask}, check=check, advance=advance)
+
+    def _of_block(self, x: Array, *, nodata: Vector | None = None, mask: Mask | None = None) -> Moments:
+        if mask is not None:
+            rest = reduced_axes(x.ndim, self.axis)
+            axes = range(x.ndim) if mask.ndim == x.ndim else rest[: mask.ndim]
+            mask = np.expand_dims(mask, [a for a in range(x.ndim) if a not in axes])
+            x = np.ma.masked_array(x, np.broadcast_to(~mask, x.shape))
+        total = Moments(**self.where, nodata=nodata_of(x.dtype, nodata))
+        self.take(total, x, in_task=True)
+        return total
+
+    def _of_elements(self, elements: Iterable[Any]) -> Moments:
+        from .dask import naming
+
+        total = Moments(**self.where, nodata=self.nodata)
+        for element in elements:
+            shown = repr(os.fspath(element)) if _is_path(element) else kind(element)
+            with naming(f"element {shown} of batches"):
+                self.take(total, element, in_task=True)
+        return total
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
@@ -250,6 +338,8 @@ def _nbytes(array: Any) -> int:
 
 def _bytes_of(batches: object) -> int | None:
     """How much there is to read, where that can be told beforehand."""
+    if dask_of(batches) is not None:
+        return None
     if _is_array(batches):
         return _nbytes(batches)
     if _is_path(batches):

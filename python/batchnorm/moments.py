@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _core, _hints
-from ._arrays import as_array, is_masked
+from ._arrays import as_array, dask_of, is_masked, per_task
 from .functional import batch_norm
+from .progress import idle
 from .settings import Settings, UnsaidAxis, flag, integer, kind, real
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
 
@@ -53,7 +55,7 @@ def moments(
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
         Any strides. Or an image of uint8, int16 or uint16. Or a masked array of these (``numpy.ma``): what it
-        masks does not count.
+        masks does not count. Or a Dask array of these, which is computed now, a task for each block.
     channel_axis : int or tuple of int, default 1
         The axis that holds the channels, as in :func:`batch_norm`. All other axes are reduced.
     data_format : str, optional
@@ -133,9 +135,17 @@ def moments(
     keep = flag("keepdims", keepdims)
     where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
     where |= {} if data_format is None else {"data_format": data_format}
-    positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
-    x, positions = _counting(x, where, _nodata(nodata), positions)
-    pair = _core.moments(x, **where, **positions, ddof=ddof, weights=weights, num_threads=num_threads)
+    positions: dict[str, Any] = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
+    if dask_of(x) is not None:
+        delta = integer("ddof", ddof, 0, 2**53, "an int >= 0")
+        total = Moments(**where, nodata=nodata)
+        total.update(x, **positions, weights=weights, num_threads=num_threads)
+        rest = reduced_axes(x.ndim, total.channel_axis)
+        none = np.full([int(np.nan_to_num(n)) for a, n in enumerate(x.shape) if a not in rest], np.nan)
+        pair = (none, none.copy()) if total.channels is None else (total.mean, total.variance(delta))
+    else:
+        x, positions = _counting(x, where, _nodata(nodata), positions)
+        pair = _core.moments(x, **where, **positions, ddof=ddof, weights=weights, num_threads=num_threads)
     others = reduced_axes(x.ndim, Settings(**where).channel_axis) if keep else ()
     return MeanVar(*(np.expand_dims(values, others) for values in pair))
 
@@ -215,8 +225,8 @@ class Moments:
         Parameters
         ----------
         x : array, at least 2 dimensions
-            As :func:`moments` takes it. Sums of integers are exact: however such data is cut into batches,
-            the result is the same. A batch without values changes nothing.
+            As :func:`moments` takes it, a Dask array too. Sums of integers are exact: however such data is
+            cut into batches, the result is the same. A batch without values changes nothing.
         mask : bool array, optional
             Which values count, as in :func:`moments`.
         lengths : int array of shape (N,), optional
@@ -238,7 +248,11 @@ class Moments:
         TypeError, ValueError
             As :func:`moments`; also other channels than before. Nothing is changed then, nor by Ctrl-C.
         """
-        positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
+        positions: dict[str, Any] = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
+        if (blocks := dask_of(x)) is not None:
+            one = partial(_of_block, where=self._where, num_threads=per_task(num_threads))
+            positions |= {"weights": weights}
+            return self.merge(of_blocks(blocks, self._where, self._nodata, one, positions))
         x, positions = _counting(x, self._where, self._nodata, positions)
         sums = _core.moment_sums(x, **self._where, **positions, weights=weights, num_threads=num_threads)
         return self._add("x", sums, _core.channel_shape(x, **self._where))
@@ -269,12 +283,12 @@ class Moments:
         return self.copy().merge(other) if isinstance(other, Moments) else NotImplemented
 
     @staticmethod
-    def merged(accumulators: Iterable[Moments]) -> Moments:
+    def merged(accumulators: Iterable[Moments | Vector]) -> Moments:
         """A new accumulator of everything that some others have seen.
 
         Parameters
         ----------
-        accumulators : iterable of Moments
+        accumulators : iterable of Moments, or of what their :meth:`to_array` gives
             At least one; they stay as they are.
 
         Returns
@@ -289,10 +303,27 @@ class Moments:
         """
         total: Moments | None = None
         for one in accumulators:
+            one = Moments.from_array(one) if isinstance(one, np.ndarray) else one
             first = total is None and isinstance(one, Moments)
             total = one.copy() if first else (total or Moments()).merge(one)
         if total is None:
             raise ValueError("accumulators is empty, expected at least one Moments")
+        return total
+
+    @staticmethod
+    def _side_by_side(parts: Any, lengths: Sequence[tuple[int, ...]]) -> Moments:
+        """Accumulators of different channels as one; `parts` has an axis for each of the channels'."""
+        total: Moments = next((p for p in parts.flat if p.channels is not None), parts.flat[0])
+        if parts.size == 1 or total.channels is None:
+            return total
+        total = total.copy()
+        sums = np.empty(parts.shape, object)
+        for place in np.ndindex(parts.shape):
+            own, shape = parts[place]._sums, [n[i] for n, i in zip(lengths, place, strict=True)]
+            own = np.zeros(3 * _PARTS * math.prod(shape)) if own is None else own
+            sums[place] = own.reshape(-1, *shape)
+        whole = np.block(sums.tolist())
+        total._sums, total._shape = whole.ravel(), whole.shape[1:]
         return total
 
     def copy(self) -> Moments:
@@ -435,7 +466,7 @@ class Moments:
         Parameters
         ----------
         array : array of float64, 1 dimension
-            Copied.
+            Of either byte order. Copied.
 
         Returns
         -------
@@ -446,13 +477,14 @@ class Moments:
         TypeError, ValueError
             No such array: its kind, dtype, version or length is wrong, or no accumulator has such values.
         """
-        if not isinstance(array, np.ndarray) or array.dtype != np.float64:
+        if not isinstance(array, np.ndarray) or array.dtype.newbyteorder("=") != np.float64:
             raise TypeError(f"array is {getattr(array, 'dtype', kind(array))}, expected an array of float64")
+        array = array.astype(np.float64)
         try:
             version, channels, k = map(int, array[:3])
             with np.errstate(invalid="ignore"):  # a number that no int can be is none of an accumulator's
                 axes, shape = array[3 : 3 + 2 * k].astype(int).reshape(2, k).tolist()
-            sums = array[3 + 2 * k :].copy()
+            sums = array[3 + 2 * k :]
             count, _, squares = sums.reshape(3, _PARTS, channels)
             good = version == _VERSION and min(shape) >= 0 and channels == math.prod(shape)
             good = good and bool(np.isfinite(count).all()) and count.any() == (channels > 0)
@@ -462,7 +494,8 @@ class Moments:
             good = False
         if not good:
             first = array.ravel()[:5].tolist()
-            raise ValueError(f"array begins with {first}, expected what Moments.to_array() gives")
+            what = f"array begins with {first}, expected what Moments.to_array() gives"
+            raise ValueError(what + _difference(array))
         if channels:
             new._sums, new._shape = sums, tuple(shape)
         return new
@@ -522,6 +555,43 @@ class Moments:
         new = cls(channel_axis=axis, data_format=data_format, nodata=nodata if nodata.size else None)
         new._sums, new._shape = found._sums, found._shape
         return new
+
+
+# ---- Dask ------------------------------------------------------------------------------------------------
+
+
+def of_blocks(
+    x: Any, where: dict[str, Any] | None, nodata: Vector | None, one: Callable[..., Moments],
+    positions: Mapping[str, Any], *, check: bool = True, advance: Callable[[int], object] = idle,
+) -> Moments:  # fmt: skip
+    """What ``one(block, nodata=, ...)`` makes of a Dask array's blocks, as one accumulator.
+
+    Without `where` they are of the same channels whatever their place.
+    """
+    from .dask import blocks_of, channels_of, positions_of, reduced
+
+    x = blocks_of("x", x)
+    channels = () if where is None else channels_of(x, where)
+    operands = positions_of(x, channels, **positions)
+    if positions.get("lengths_axis") is not None:
+        one = partial(one, lengths_axis=positions["lengths_axis"])
+    if nodata is not None and nodata.ndim and channels and not np.isnan(nodata).all():
+        _check_nodata(nodata, tuple(x.shape[a] for a in channels))
+        operands["nodata"] = nodata, channels
+    elif nodata is not None:
+        one = partial(one, nodata=nodata.flat[0] if channels else nodata)
+    parts = reduced(x, channels, one, Moments.merged, operands, check=check, advance=advance)
+    return Moments._side_by_side(parts, [x.chunks[a] for a in channels])
+
+
+def _of_block(x: Array, *, where: dict[str, Any], nodata: Vector | None = None, **options: Any) -> Moments:
+    return Moments(**where, nodata=nodata_of(x.dtype, nodata)).update(x, **options)
+
+
+def nodata_of(dtype: np.dtype[Any], nodata: Vector | None) -> Vector | None:
+    """Of some of the channels; NaN alone says of integers that they have none."""
+    none = nodata is not None and nodata.ndim and dtype.kind in "iu" and np.isnan(nodata).all()
+    return None if none else nodata
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------
@@ -601,10 +671,14 @@ def _counting(
     return x, {"mask": counted}
 
 
-def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int, ...]) -> Mask:
-    """Where x holds what stands for no data; `others` are the axes that are not the channels'."""
+def _check_nodata(nodata: Vector, shape: tuple[int, ...]) -> None:
     if nodata.ndim and nodata.shape != shape:
         raise ValueError(f"nodata has shape {nodata.shape}, expected a number, or {shape}, one per channel")
+
+
+def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int, ...]) -> Mask:
+    """Where x holds what stands for no data; `others` are the axes that are not the channels'."""
+    _check_nodata(nodata, shape)
     whole, none = x.dtype.kind in "iu", np.isnan(nodata)
     with np.errstate(over="ignore", invalid="ignore"):
         value = nodata.astype(x.dtype)
@@ -627,6 +701,19 @@ def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int
             hint = f"{float(x[low].min()):.9g}, the end of a range: is that what stands for no data?"
             _hints.warn(f"{got}, which hold {hint}")
     return match
+
+
+def _difference(array: Vector) -> str:
+    """What is wrong with a flat state, as far as its head tells."""
+    if array.ndim != 1 or array.size < 5:
+        return f"; it has shape {array.shape}"
+    version, channels, axes = array[:3].tolist()
+    if array[:1].byteswap().item() == _VERSION:
+        return "; its bytes are in the other order: pass array.view(array.dtype.newbyteorder())"
+    if version != _VERSION:
+        return f" in version {_VERSION}: it is of another release, or no such array"
+    size = 3 + 2 * axes + 3 * _PARTS * channels
+    return f"; it has {array.size} values, and begins as one of {size:.16g}" if size != array.size else ""
 
 
 _FORMAT_1 = ("axis", "data_format", "count", "sum", "sum_sq")
