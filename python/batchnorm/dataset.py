@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import math
 import os
@@ -20,8 +21,7 @@ from .moments import (
     Moments,
     array_of,
     common_count,
-    nodata_of,
-    of_blocks,
+    of_dask,
     reduced_axes,
     refuse_group,
     unit,
@@ -183,7 +183,7 @@ def dataset_moments(
     with bar(progress, "moments", size, of_bytes=blocks is None) as advance:
         for element in elements:
             if (parts := dask_of(element)) is not None:
-                total.merge(how.of_dask(parts, values, idle if blocks is None else advance))
+                total.merge(how.of_dask(parts, total, values, idle if blocks is None else advance))
             else:
                 how.take(total, element, advance)
     if total.channels is None:
@@ -205,19 +205,14 @@ class _Reading:
         transform: Callable[[Any], Array] | None, mask: Callable[[Array], Mask] | None, top: float,
         num_threads: int | None,
     ) -> None:  # fmt: skip
-        state = like.state_dict()
-        self.form, self.nodata = str(state["data_format"]), state["nodata"] if state["nodata"].size else None
-        self.where = {"data_format": self.form} if self.form else {"channel_axis": like.channel_axis}
+        self.form = str(like.state_dict()["data_format"])
         self.axis = CHANNEL_AXES.get(self.form, like.channel_axis)  # also of single images
         known = like.channels is not None or self.form or not isinstance(like.channel_axis, UnsaidAxis)
         self.said = like.channel_axis if known else None
         self.chunk, self.read, self.transform, self.mask = chunk, read, transform, mask
         self.top, self.num_threads = top, num_threads
 
-    def take(
-        self, total: Moments, element: Any, advance: Callable[[int], object] = idle, in_task: bool = False
-    ) -> None:
-        threads = per_task(self.num_threads) if in_task else self.num_threads
+    def take(self, total: Moments, element: Any, advance: Callable[[int], object] = idle) -> None:
         made = not _is_array(element) and (self.read is not None or not _is_path(element))
         for piece in _pieces_of(element, self.axis, self.chunk, self.read, self.transform):
             x = array_of(piece if self.transform is None else self.transform(piece))
@@ -225,49 +220,45 @@ class _Reading:
                 unit(self.top, x.dtype)
                 x = _batch(x, self.form, self.said, made)
             mask = None if self.mask is None else self.mask(x)
-            total.update(x, mask=mask, num_threads=threads)
+            total.update(x, mask=mask, num_threads=self.num_threads)
             advance(getattr(piece, "nbytes", 0))
 
-    def of_dask(self, x: Any, mask: Any, advance: Callable[[int], object]) -> Moments:
-        """What a Dask array or bag holds, each block or partition read by a task."""
-        from .dask import blocks_of, is_bag, reduced_bag
+    def of_element(self, total: Moments, element: Any) -> None:
+        """The same of an element of a Dask bag."""
+        from .dask import naming
 
-        if is_bag(x):
-            bag: Moments = reduced_bag(x, self._of_elements, Moments.merged, advance)
-            return bag
-        x = blocks_of("batches", x)
-        where: dict[str, Any] | None = self.where
-        if self.transform is None:
-            x = _batch(x, self.form, self.said, False)
-        else:
-            where = None  # what it makes of a block may have any axes
-            axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-            for a in (a for a in axes if -x.ndim <= a < x.ndim and len(x.chunks[a]) > 1):
-                got = f"batches has {len(x.chunks[a])} blocks along axis {a}, its channels"
-                use = f"use batches.rechunk({{{a}: -1}}), or batches.map_blocks in place of transform"
-                raise ValueError(f"{got}, expected one with transform; {use}")
-        check = self.transform is None and self.mask is None
-        return of_blocks(x, where, self.nodata, self._of_block, {"mask": mask}, check=check, advance=advance)
+        shown = repr(os.fspath(element)) if _is_path(element) else kind(element)
+        with naming(f"element {shown} of batches"):
+            self.take(total, element)
 
-    def _of_block(self, x: Array, *, nodata: Vector | None = None, mask: Mask | None = None) -> Moments:
+    def of_block(self, total: Moments, x: Array, mask: Mask | None = None) -> None:
+        """The same of a block of a Dask array and an array that masks it."""
         if mask is not None:
             rest = reduced_axes(x.ndim, self.axis)
             axes = range(x.ndim) if mask.ndim == x.ndim else rest[: mask.ndim]
             mask = np.expand_dims(mask, [a for a in range(x.ndim) if a not in axes])
             x = np.ma.masked_array(x, np.broadcast_to(~mask, x.shape))
-        total = Moments(**self.where, nodata=nodata_of(x.dtype, nodata))
-        self.take(total, x, in_task=True)
-        return total
+        self.take(total, x)
 
-    def _of_elements(self, elements: Iterable[Any]) -> Moments:
-        from .dask import naming
+    def of_dask(self, x: Any, total: Moments, mask: Any, advance: Callable[[int], object]) -> Moments:
+        """What a Dask array or bag holds, each block or partition read by a task."""
+        from .dask import blocks_of, is_bag
 
-        total = Moments(**self.where, nodata=self.nodata)
-        for element in elements:
-            shown = repr(os.fspath(element)) if _is_path(element) else kind(element)
-            with naming(f"element {shown} of batches"):
-                self.take(total, element, in_task=True)
-        return total
+        how = copy.copy(self)
+        how.num_threads = per_task(self.num_threads)
+        if is_bag(x):
+            return of_dask(x, total, how.of_element, {}, advance=advance)
+        x = blocks_of("batches", x)
+        if self.transform is None:
+            x = _batch(x, self.form, self.said, False)
+        else:  # what it makes of a block may have any axes
+            axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+            for a in (a for a in axes if -x.ndim <= a < x.ndim and len(x.chunks[a]) > 1):
+                got = f"batches has {len(x.chunks[a])} blocks along axis {a}, its channels"
+                use = f"use batches.rechunk({{{a}: -1}}), or batches.map_blocks in place of transform"
+                raise ValueError(f"{got}, expected one with transform; {use}")
+        check, flat = self.transform is None and self.mask is None, self.transform is not None
+        return of_dask(x, total, how.of_block, {"mask": mask}, flat=flat, check=check, advance=advance)
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------

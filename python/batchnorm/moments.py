@@ -250,9 +250,10 @@ class Moments:
         """
         positions: dict[str, Any] = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
         if (blocks := dask_of(x)) is not None:
-            one = partial(_of_block, where=self._where, num_threads=per_task(num_threads))
-            positions |= {"weights": weights}
-            return self.merge(of_blocks(blocks, self._where, self._nodata, one, positions))
+            from .dask import blocks_of
+
+            take = partial(Moments.update, lengths_axis=lengths_axis, num_threads=per_task(num_threads))
+            return self.merge(of_dask(blocks_of("x", blocks), self, take, positions | {"weights": weights}))
         x, positions = _counting(x, self._where, self._nodata, positions)
         sums = _core.moment_sums(x, **self._where, **positions, weights=weights, num_threads=num_threads)
         return self._add("x", sums, _core.channel_shape(x, **self._where))
@@ -560,38 +561,49 @@ class Moments:
 # ---- Dask ------------------------------------------------------------------------------------------------
 
 
-def of_blocks(
-    x: Any, where: dict[str, Any] | None, nodata: Vector | None, one: Callable[..., Moments],
-    positions: Mapping[str, Any], *, check: bool = True, advance: Callable[[int], object] = idle,
+def of_dask(
+    x: Any, like: Moments, take: Callable[..., object], positions: Mapping[str, Any], *, flat: bool = False,
+    check: bool = True, advance: Callable[[int], object] = idle,
 ) -> Moments:  # fmt: skip
-    """What ``one(block, nodata=, ...)`` makes of a Dask array's blocks, as one accumulator.
+    """An accumulator, of `like`'s options, of all blocks of a Dask array or elements of a bag.
 
-    Without `where` they are of the same channels whatever their place.
+    Each goes into one of a task's own by ``take(total, block, mask=, ...)``. `flat` blocks are of the same
+    channels wherever they are.
     """
-    from .dask import blocks_of, channels_of, positions_of, reduced
+    from .dask import channels_of, is_bag, positions_of, reduced, reduced_bag
 
-    x = blocks_of("x", x)
-    channels = () if where is None else channels_of(x, where)
+    new = like.copy()
+    new._sums, new._shape = None, ()
+    if is_bag(x):
+        bag: Moments = reduced_bag(x, partial(_of_elements, new, take), Moments.merged, advance)
+        return bag
+    nodata = new._nodata
+    channels = () if flat else channels_of(x, new._where)
     operands = positions_of(x, channels, **positions)
-    if positions.get("lengths_axis") is not None:
-        one = partial(one, lengths_axis=positions["lengths_axis"])
-    if nodata is not None and nodata.ndim and channels and not np.isnan(nodata).all():
+    if nodata is not None and nodata.ndim and channels:
         _check_nodata(nodata, tuple(x.shape[a] for a in channels))
-        operands["nodata"] = nodata, channels
-    elif nodata is not None:
-        one = partial(one, nodata=nodata.flat[0] if channels else nodata)
+        new._nodata = np.asarray(np.nan) if np.isnan(nodata).all() else nodata
+        operands |= {"nodata": (nodata, channels)} if new._nodata is nodata else {}
+    one = partial(_of_block, new, take)
     parts = reduced(x, channels, one, Moments.merged, operands, check=check, advance=advance)
     return Moments._side_by_side(parts, [x.chunks[a] for a in channels])
 
 
-def _of_block(x: Array, *, where: dict[str, Any], nodata: Vector | None = None, **options: Any) -> Moments:
-    return Moments(**where, nodata=nodata_of(x.dtype, nodata)).update(x, **options)
+def _of_block(
+    new: Moments, take: Callable[..., object], x: Array, *, nodata: Vector | None = None, **positions: Any
+) -> Moments:
+    total = new.copy()
+    if nodata is not None:  # of this block's channels; NaN says of integers that they have none
+        total._nodata = None if x.dtype.kind in "iu" and np.isnan(nodata).all() else nodata
+    take(total, x, **positions)
+    return total
 
 
-def nodata_of(dtype: np.dtype[Any], nodata: Vector | None) -> Vector | None:
-    """Of some of the channels; NaN alone says of integers that they have none."""
-    none = nodata is not None and nodata.ndim and dtype.kind in "iu" and np.isnan(nodata).all()
-    return None if none else nodata
+def _of_elements(new: Moments, take: Callable[..., object], elements: Iterable[Any]) -> Moments:
+    total = new.copy()
+    for element in elements:
+        take(total, element)
+    return total
 
 
 # ---- arguments ---------------------------------------------------------------------------------------------

@@ -464,7 +464,7 @@ ERRORS = [
     (lambda: moments(X.astype(int)), TypeError, "^x has dtype int64, expected float32"),
     (lambda: moments(X, nodata=[1, 2]), ValueError, r"nodata has shape \(2,\), expected a number, or \(3,\)"),
     (lambda: moments(PIXELS, nodata=np.nan), ValueError, "nodata is nan, expected a value that uint8"),
-    (lambda: moments(PIXELS, channel_axis=-1, nodata=[np.nan] * 3), ValueError, "nodata is nan, expec"),
+    (lambda: moments(PIXELS, channel_axis=-1, nodata=[np.nan] * 3), ValueError, "nodata is nan"),
     (lambda: moments(X, mask=np.ones((8, 3, 5), bool)), ValueError,
      r"mask has shape \(8, 3, 5\), and length 5 along axis 2 of x, expected 6, or 1"),
     (lambda: moments(X, mask=np.ones((1,) * 4, bool)), ValueError,
