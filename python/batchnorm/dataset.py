@@ -77,9 +77,9 @@ def dataset_moments(
     ----------
     batches : array, path of an .npy file, or iterable of these
         An array may be larger than memory: ``numpy.memmap``, or anything with ``shape``, ``dtype`` and
-        slices, such as a dataset of h5py or zarr or an array of dask. Files are memory-mapped, never
-        unpickled. An iterable, a generator for example, is gone through once. With ``read`` or ``transform``
-        it may hold anything.
+        slices, such as a dataset of h5py or zarr. Files are memory-mapped, never unpickled. An iterable, a
+        generator for example, is gone through once. With ``read`` or ``transform`` it may hold anything. A
+        Dask array is read by its blocks, a Dask bag of such elements by its partitions, a task for each.
     channel_axis : int or tuple of int, default 1
         The axis that holds the channels of the arrays, as in :func:`batch_norm`.
     data_format : str, optional
@@ -99,7 +99,7 @@ def dataset_moments(
         images from pairs.
     mask : callable, optional
         Called with each piece as it is taken in, a single image with a batch axis; returns a ``mask`` for it
-        as in :func:`moments`, True where a value counts.
+        as in :func:`moments`, True where a value counts. Of a Dask array also an array, NumPy's or Dask's.
     nodata : float, or one per channel, optional
         Values equal to it do not count, as in :func:`moments`.
     max_value : float, optional
@@ -107,17 +107,18 @@ def dataset_moments(
         :func:`normalize_images` wants them. The accumulator keeps the data's own units.
     chunk_bytes : int
         Arrays larger than this are read in pieces of at most so many bytes, cut along the axis outermost in
-        memory that is not the channels'. One row of it may be more and is then cut further.
+        memory that is not the channels'. One row of it may be more and is then cut further. Blocks of Dask
+        are cut, too.
     moments : Moments, optional
         An accumulator to go on with, changed in place; ``channel_axis`` and ``nodata`` are then its own.
-        After Ctrl-C or an error it holds the pieces finished so far.
+        After Ctrl-C or an error it holds the pieces finished so far, but none of a Dask array or bag.
     group : None
         Statistics over processes: see :meth:`Moments.to_array`.
     progress : None or bool
         Show a progress bar on stderr; needs the package rich. None: if that is there and stderr is a
         terminal.
     num_threads : int, optional
-        As in :func:`batch_norm`.
+        As in :func:`batch_norm`; with Dask of each task, where absent means 1.
 
     Returns
     -------

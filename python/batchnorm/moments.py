@@ -55,7 +55,8 @@ def moments(
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
         Any strides. Or an image of uint8, int16 or uint16. Or a masked array of these (``numpy.ma``): what it
-        masks does not count. Or a Dask array of these, which is computed now, a task for each block.
+        masks does not count. Or a Dask array of these, computed now, a task for each block, and then the
+        arrays below may be Dask's as well.
     channel_axis : int or tuple of int, default 1
         The axis that holds the channels, as in :func:`batch_norm`. All other axes are reduced.
     data_format : str, optional
@@ -80,7 +81,7 @@ def moments(
     group : None
         Statistics over processes: see :meth:`Moments.to_array`.
     num_threads : int, optional
-        As in :func:`batch_norm`.
+        As in :func:`batch_norm`; with Dask of each task, where absent means 1.
 
     Returns
     -------
