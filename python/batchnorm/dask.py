@@ -165,15 +165,12 @@ def _tried(
 
 
 def _blockwise(
-    function: Callable[..., Any],
-    x: _Blocks,
-    operands: Mapping[str, Operand],
-    arrays: list[_Blocks],
+    function: Callable[..., Any], x: _Blocks, operands: Mapping[str, Operand], arrays: list[_Blocks],
     **how: Any,
-) -> _Blocks:
+) -> _Blocks:  # fmt: skip
     """`function` of each block and of the operands' parts for it."""
     axes = {name: operand[1] for name, operand in operands.items()}
-    return da.map_blocks(partial(_of_block, function, axes), x, *arrays, **how)
+    return da.map_blocks(partial(_of_block, function, axes), x, *arrays, token="batchnorm", **how)
 
 
 def _of_block(
@@ -224,7 +221,7 @@ def reduced(
     with _watched(cells, x.npartitions, advance) as cells:
         tree = da.reduction(
             cells, _same, merge, combine=merge, axis=others, dtype=object, concatenate=True,
-            meta=np.empty((0,) * len(channels), object),
+            meta=np.empty((0,) * len(channels), object), name="batchnorm-moments",
         )  # fmt: skip
         return np.asarray(tree.compute(), object)
 
@@ -333,13 +330,25 @@ def batch_norm(
         Statistics per channel, such as :func:`batchnorm.moments` returns them. Finite; ``var >= 0``.
     gamma, beta : array of float32 or float64, shape (C,) or (N, C), optional
         Scale and shift.
-    eps, channel_axis, data_format, activation, slope, dtype, out_format
-        As in :func:`batchnorm.batch_norm`.
+    eps : float, default 1e-5
+        As in :func:`batchnorm.batch_norm`, and so are the others.
+    channel_axis : int or tuple of int, default 1
+        As there.
+    data_format : str, optional
+        As there.
+    activation : {None, "relu", "leaky_relu", "relu6", "sigmoid", "tanh", "silu"}
+        As there.
+    slope : float, optional
+        As there.
     residual : dask array like the result, optional
         Added before the activation.
     mask, lengths : array or dask array, optional
         As there. With ``lengths`` the steps are in one block.
     lengths_axis : int, optional
+        As there.
+    dtype : dtype, optional
+        As there.
+    out_format : str, optional
         As there.
     num_threads : int, optional
         Threads of each task; absent means 1, as the scheduler shares out the processors.

@@ -251,9 +251,12 @@ def test_pieces_of_a_sample_have_the_same_bits_however_samples_are_cut(dtype):
     x = data((30, 4, 9, 5), dtype)
     one = x[0].nbytes
     want = dataset_moments(x, chunk_bytes=one).moments
-    for n in (30, 7, (1, 12, 17), 1):
+    three = dataset_moments(x, chunk_bytes=3 * one).moments
+    for n in (30, 7, (1, 12, 17), 1, 15, 3):
         lazy = da.from_array(x, chunks=(n, 4, 9, 5))
         assert same(dataset_moments(lazy, chunk_bytes=one).moments, want)
+        if all(size % 3 == 0 for size in lazy.chunks[0]):
+            assert same(dataset_moments(lazy, chunk_bytes=3 * one).moments, three)
         assert same(dataset_moments(lazy.rechunk((13, 3, 9, 5)), chunk_bytes=one).moments, want) or True
 
 
