@@ -68,9 +68,10 @@ def dask_of(value: Any) -> Any:
     """The Dask collection that a value is, or that an array of xarray holds; None of other things."""
     if not hasattr(type(value), "__dask_graph__"):
         return None
-    if type(value).__module__.partition(".")[0] == "xarray":
-        return value.data if isinstance(getattr(value, "chunks", None), tuple) else None
-    return value
+    libraries = {of.__module__.partition(".")[0] for of in type(value).__mro__}
+    if "xarray" in libraries and isinstance(getattr(value, "chunks", None), tuple):
+        return dask_of(value.data)
+    return value if "dask" in libraries else None
 
 
 def per_task(num_threads: int | None) -> int:

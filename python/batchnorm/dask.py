@@ -139,13 +139,14 @@ def _aligned(name: str, operand: Operand, x: _Blocks) -> _Blocks:
     return value.rechunk(chunks)
 
 
-def _example(x: Any, axes: tuple[int, ...], empty: int) -> Array:
-    """An ndarray like an operand, or x, without values: of length 0 along axis `empty` of x."""
-    known = [0 if np.isnan(n) else int(n) for n in x.shape]
-    shape = [0 if a == empty and n != 1 else n for a, n in zip(axes, known, strict=True)]
-    if isinstance(x, np.ndarray):
-        return x[tuple(slice(0, n) for n in shape)]
-    return _native(np.zeros(shape, x.dtype))
+def _example(x: _Blocks, value: Any, axes: tuple[int, ...], empty: int) -> Array:
+    """An ndarray like an operand, or x itself, without values: of length 0 along axis `empty` of x."""
+    known = [0 if np.isnan(n) else int(n) for n in value.shape]
+    whole = [a == empty and n in (0, x.shape[a]) for a, n in zip(axes, known, strict=True)]
+    shape = [0 if none else n for none, n in zip(whole, known, strict=True)]
+    if isinstance(value, np.ndarray):
+        return value[tuple(slice(0, n) for n in shape)]
+    return _native(np.zeros(shape, value.dtype))
 
 
 def _tried(
@@ -153,12 +154,13 @@ def _tried(
 ) -> Any:
     """`function` of x and its operands without values: what is wrong with them is wrong with all blocks."""
     empty = next(a for a in range(x.ndim) if a not in channels)
-    like = {name: _example(*operand, empty) for name, operand in operands.items()}
-    none = _example(x, tuple(range(x.ndim)), empty)
+    like = {name: _example(x, *operand, empty) for name, operand in operands.items()}
+    none = _example(x, x, tuple(range(x.ndim)), empty)
     try:
         return function(none, **like)
     except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace(str(none.shape), str(x.shape))) from None
+        text = str(error).replace(str(none.shape), str(x.shape))
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from None
 
 
 # ---- blocks ------------------------------------------------------------------------------------------------
@@ -194,10 +196,11 @@ def naming(what: str) -> Iterator[None]:
     """Errors say of what part of the data they are."""
     try:
         yield
-    except (TypeError, ValueError, MemoryError) as error:
-        raise type(error)(f"{what}: {error}") from error
     except Exception as error:
-        raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error
+        of = type(error)
+        if of in (TypeError, ValueError, MemoryError):
+            raise of(f"{what}: {error}") from error
+        raise RuntimeError(f"{what}: {of.__name__}: {error}") from error
 
 
 def reduced(

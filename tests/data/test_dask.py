@@ -428,11 +428,12 @@ def test_normalize_images(data_format, out_format, dtype):
             assert same_bits(y.compute(), full)
 
 
-def test_batch_norm():
-    x = data((7, 4, 8, 9))
+@pytest.mark.parametrize("samples", [7, 1])
+def test_batch_norm(samples):
+    x = data((samples, 4, 8, 9))
     mean, var, gamma, beta = rng("vectors").uniform(0.5, 2, (4, 4))
-    each = rng("each").uniform(0.5, 2, (7, 4)).astype(np.float32)
-    residual, lengths = data(x.shape, seed=1), np.array([8, 0, 3, 1, 5, 8, 2])
+    each = rng("each").uniform(0.5, 2, (samples, 4)).astype(np.float32)
+    residual, lengths = data(x.shape, seed=1), np.array([8, 0, 3, 1, 5, 8, 2])[:samples]
     options = [
         {}, {"gamma": gamma, "beta": beta}, {"gamma": each, "beta": beta, "eps": 0.5},
         {"residual": residual, "activation": "relu"}, {"activation": "leaky_relu", "slope": 0.3},
@@ -525,6 +526,8 @@ ERRORS = [
      r"^block \((0|1), 0, 0\) of x, of shape \(4, 3, 6\): ZeroDivisionError: division by zero"),
     (lambda: dataset_moments(db.from_sequence(["no.npy"])), RuntimeError,
      "^element 'no.npy' of batches: FileNotFoundError"),
+    (lambda: dataset_moments(WHOLE, transform=lambda x: b"\xff".decode()), RuntimeError,
+     r"^block .*: UnicodeDecodeError: "),
     (lambda: dataset_moments(db.from_sequence([3])), TypeError, r"^element 3 \(int\) of batches: an element"),
     (lambda: dataset_moments(X, max_value=-1), ValueError, "max_value is -1"),
     (lambda: dataset_moments(PIXELS, channel_axis=-1, max_value=0.5), ValueError, "max_value is 0.5"),
@@ -558,7 +561,11 @@ def test_errors_come_before_anything_is_computed():
         raise AssertionError("computed")
 
     lazy = da.map_blocks(never, X, dtype=X.dtype, meta=np.empty((0, 0, 0), X.dtype))
+    huge = da.map_blocks(never, da.zeros((1, 3, 10**9), chunks=(1, 3, 10**9)), dtype=float, meta=np.empty(0))
     for call, words in (
+        (lambda: moments(huge, nodata=[1, 2]), "nodata"),
+        (lambda: moments(huge, mask=np.ones((1, 1, 2), bool)), "mask"),
+        (lambda: moments(huge, num_threads=-1), "num_threads"),
         (lambda: moments(lazy, nodata=[1, 2]), "nodata"),
         (lambda: moments(lazy, channel_axis=7), "channel_axis"),
         (lambda: moments(lazy, mask=np.ones((2, 2), bool)), "mask"),
