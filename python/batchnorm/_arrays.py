@@ -66,7 +66,7 @@ def is_masked(value: Any) -> bool:
 
 def dask_of(value: Any) -> Any:
     """The Dask collection that a value is, or that an array of xarray holds; None of other things."""
-    if not hasattr(type(value), "__dask_graph__"):
+    if type(value) is np.ndarray or not hasattr(type(value), "__dask_graph__"):
         return None
     libraries = {of.__module__.partition(".")[0] for of in type(value).__mro__}
     if "xarray" in libraries and isinstance(getattr(value, "chunks", None), tuple):

@@ -409,6 +409,22 @@ def test_arrays_of_xarray_and_zarr(tmp_path):
     assert same(Moments().update(labelled), Moments().update(x))
 
 
+def test_what_knows_dask_and_holds_none_of_it_is_an_ordinary_array():
+    class Quantity:
+        def __init__(self, x):
+            self.x = x
+
+        def __dask_graph__(self):
+            return None
+
+        def __array__(self, dtype=None, copy=None):
+            return self.x
+
+    x = data((12, 3, 6))
+    assert same_bits(moments(Quantity(x)).var, moments(x).var)
+    assert same_bits(batch_norm(Quantity(x), np.zeros(3), np.ones(3)), batch_norm(x, np.zeros(3), np.ones(3)))
+
+
 # ---- functions of each block -------------------------------------------------------------------------------
 
 
