@@ -133,20 +133,18 @@ def moments(
             weights=weights, num_threads=num_threads,
         )  # fmt: skip
         return _filled(MeanVar, pair)
+    if dask_of(x) is not None:
+        delta, keep = integer("ddof", ddof, 0, 2**53, "an int >= 0"), flag("keepdims", keepdims)
+        total = Moments(channel_axis=channel_axis, data_format=data_format, nodata=nodata).update(
+            x, mask=mask, lengths=lengths, lengths_axis=lengths_axis, weights=weights, num_threads=num_threads
+        )
+        return _of_total(total, x, delta, keep)
     keep = flag("keepdims", keepdims)
     where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
     where |= {} if data_format is None else {"data_format": data_format}
-    positions: dict[str, Any] = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
-    if dask_of(x) is not None:
-        delta = integer("ddof", ddof, 0, 2**53, "an int >= 0")
-        total = Moments(**where, nodata=nodata)
-        total.update(x, **positions, weights=weights, num_threads=num_threads)
-        rest = reduced_axes(x.ndim, total.channel_axis)
-        none = np.full([int(np.nan_to_num(n)) for a, n in enumerate(x.shape) if a not in rest], np.nan)
-        pair = (none, none.copy()) if total.channels is None else (total.mean, total.variance(delta))
-    else:
-        x, positions = _counting(x, where, _nodata(nodata), positions)
-        pair = _core.moments(x, **where, **positions, ddof=ddof, weights=weights, num_threads=num_threads)
+    positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
+    x, positions = _counting(x, where, _nodata(nodata), positions)
+    pair = _core.moments(x, **where, **positions, ddof=ddof, weights=weights, num_threads=num_threads)
     others = reduced_axes(x.ndim, Settings(**where).channel_axis) if keep else ()
     return MeanVar(*(np.expand_dims(values, others) for values in pair))
 
@@ -312,22 +310,6 @@ class Moments:
             raise ValueError("accumulators is empty, expected at least one Moments")
         return total
 
-    @staticmethod
-    def _side_by_side(parts: Any, lengths: Sequence[tuple[int, ...]]) -> Moments:
-        """Accumulators of different channels as one; `parts` has an axis for each of the channels'."""
-        total: Moments = next((p for p in parts.flat if p.channels is not None), parts.flat[0])
-        if parts.size == 1 or total.channels is None:
-            return total
-        total = total.copy()
-        sums = np.empty(parts.shape, object)
-        for place in np.ndindex(parts.shape):
-            own, shape = parts[place]._sums, [n[i] for n, i in zip(lengths, place, strict=True)]
-            own = np.zeros(3 * _PARTS * math.prod(shape)) if own is None else own
-            sums[place] = own.reshape(-1, *shape)
-        whole = np.block(sums.tolist())
-        total._sums, total._shape = whole.ravel(), whole.shape[1:]
-        return total
-
     def copy(self) -> Moments:
         """An accumulator of the same state that goes its own way.
 
@@ -344,6 +326,22 @@ class Moments:
             self._sums = sums if self._sums is None else _core.merged_moment_sums(self._sums, sums)
             self._shape = shape
         return self
+
+    @staticmethod
+    def _side_by_side(parts: Any, lengths: Sequence[tuple[int, ...]]) -> Moments:
+        """Accumulators of different channels as one; `parts` has an axis for each of the channels'."""
+        total: Moments = next((p for p in parts.flat if p.channels is not None), parts.flat[0])
+        if parts.size == 1 or total.channels is None:
+            return total
+        total = total.copy()
+        sums = np.empty(parts.shape, object)
+        for place in np.ndindex(parts.shape):
+            own, shape = parts[place]._sums, [n[i] for n, i in zip(lengths, place, strict=True)]
+            own = np.zeros(3 * _PARTS * math.prod(shape)) if own is None else own
+            sums[place] = own.reshape(-1, *shape)
+        whole = np.block(sums.tolist())
+        total._sums, total._shape = whole.ravel(), whole.shape[1:]
+        return total
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -468,7 +466,7 @@ class Moments:
         Parameters
         ----------
         array : array of float64, 1 dimension
-            Of either byte order. Copied.
+            In any order of bytes. Copied.
 
         Returns
         -------
@@ -481,7 +479,7 @@ class Moments:
         """
         if not isinstance(array, np.ndarray) or array.dtype.newbyteorder("=") != np.float64:
             raise TypeError(f"array is {getattr(array, 'dtype', kind(array))}, expected an array of float64")
-        array = array.astype(np.float64)
+        array = array.astype(np.float64)  # of another machine's order of bytes, too
         try:
             version, channels, k = map(int, array[:3])
             with np.errstate(invalid="ignore"):  # a number that no int can be is none of an accumulator's
@@ -588,6 +586,14 @@ def of_dask(
     one = partial(_of_block, new, take)
     parts = reduced(x, channels, one, Moments.merged, operands, check=check, advance=advance)
     return Moments._side_by_side(parts, [x.chunks[a] for a in channels])
+
+
+def _of_total(total: Moments, x: Any, ddof: int, keepdims: bool) -> MeanVar:
+    """What `moments` returns of a Dask array."""
+    others = reduced_axes(x.ndim, total.channel_axis)
+    none = np.full([int(n) for a, n in enumerate(x.shape) if a not in others], np.nan)
+    pair = (none, none.copy()) if total.channels is None else (total.mean, total.variance(ddof))
+    return MeanVar(*(np.expand_dims(values, others if keepdims else ()) for values in pair))
 
 
 def _of_block(

@@ -587,6 +587,7 @@ def test_errors_come_before_anything_is_computed():
         (lambda: moments(lazy, mask=np.ones((2, 2), bool)), "mask"),
         (lambda: normalised(lazy, ZEROS, -ONES), "var"),
         (lambda: moments(lazy, num_threads=-1), "num_threads"),
+        (lambda: moments(lazy, ddof=-1), "ddof"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()
