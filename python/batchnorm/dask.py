@@ -203,7 +203,7 @@ def naming(what: str) -> Iterator[None]:
         raise RuntimeError(f"{what}: {of.__name__}: {error}") from error
 
 
-def reduced(
+def merged_blocks(
     x: _Blocks, channels: tuple[int, ...], of_block: Callable[..., Any],
     merged: Callable[[Iterable[Any]], Any], operands: Mapping[str, Operand], *, check: bool,
     advance: Callable[[int], object] = idle,
@@ -248,7 +248,7 @@ def _merged_cells(merged: Callable[[Iterable[Any]], Any], cells: Any, axis: Any,
     return np.expand_dims(found, tuple(axis)) if keepdims else found
 
 
-def reduced_bag(
+def merged_partitions(
     bag: Any, of_elements: Callable[[Iterable[Any]], Any], merged: Callable[[Iterable[Any]], Any],
     advance: Callable[[int], object],
 ) -> Any:  # fmt: skip

@@ -569,12 +569,12 @@ def of_dask(
     Each goes into one of a task's own by ``take(total, block, mask=, ...)``. `flat` blocks are of the same
     channels wherever they are.
     """
-    from .dask import channels_of, is_bag, positions_of, reduced, reduced_bag
+    from .dask import channels_of, is_bag, merged_blocks, merged_partitions, positions_of
 
     new = like.copy()
     new._sums, new._shape = None, ()
     if is_bag(x):
-        bag: Moments = reduced_bag(x, partial(_of_elements, new, take), Moments.merged, advance)
+        bag: Moments = merged_partitions(x, partial(_of_elements, new, take), Moments.merged, advance)
         return bag
     nodata = new._nodata
     channels = () if flat else channels_of(x, new._where)
@@ -584,7 +584,7 @@ def of_dask(
         new._nodata = np.asarray(np.nan) if np.isnan(nodata).all() else nodata
         operands |= {"nodata": (nodata, channels)} if new._nodata is nodata else {}
     one = partial(_of_block, new, take)
-    parts = reduced(x, channels, one, Moments.merged, operands, check=check, advance=advance)
+    parts = merged_blocks(x, channels, one, Moments.merged, operands, check=check, advance=advance)
     return Moments._side_by_side(parts, [x.chunks[a] for a in channels])
 
 
