@@ -13,6 +13,7 @@ Dask's arrays as they are, and xarray's that hold one. This module serves them, 
 from __future__ import annotations
 
 import contextlib
+import numbers
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -50,9 +51,11 @@ def blocks_of(name: str, value: Any) -> _Blocks:
     found = dask_of(value)
     if isinstance(found, da.Array):
         return found
-    ways = {"DataFrame": f"{name}.to_dask_array()", "Delayed": "dask.array.from_delayed"}
-    use = ways.get(type(found).__name__)
-    raise TypeError(f"{name} is {kind(value)}, expected a dask array{f'; use {use}' if use else ''}")
+    remedies = {
+        "DataFrame": f"; use {name}.to_dask_array()", "Delayed": "; use dask.array.from_delayed",
+        "Bag": "; dataset_moments takes bags",
+    }  # fmt: skip
+    raise TypeError(f"{name} is {kind(value)}, expected a dask array{remedies.get(type(found).__name__, '')}")
 
 
 def is_bag(value: Any) -> bool:
@@ -60,7 +63,7 @@ def is_bag(value: Any) -> bool:
     return bags is not None and isinstance(value, bags.Bag)
 
 
-def channels_of(x: _Blocks, where: Mapping[str, Any]) -> tuple[int, ...]:
+def channels_of(x: _Blocks, where: Mapping[str, Any], of: str = "x") -> tuple[int, ...]:
     """The channel axes of a dask array, in increasing order; an error if `where` does not fit it."""
     known = [1 if np.isnan(n) else n for n in x.shape]
     _core.channel_shape(np.broadcast_to(_native(np.zeros((), x.dtype)), known), **where)
@@ -68,14 +71,14 @@ def channels_of(x: _Blocks, where: Mapping[str, Any]) -> tuple[int, ...]:
     channels = tuple(sorted(a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))))
     for a in channels:
         if np.isnan(x.shape[a]):
-            got = f"x has blocks of unknown length along axis {a}, its channels"
-            raise ValueError(f"{got}, expected known ones; call x.compute_chunk_sizes() first")
+            got = f"{of} has blocks of unknown length along axis {a}, its channels"
+            raise ValueError(f"{got}, expected known ones; call {of}.compute_chunk_sizes() first")
     return channels
 
 
 def positions_of(
-    x: _Blocks, channels: tuple[int, ...], *, mask: Any = None, weights: Any = None, lengths: Any = None,
-    lengths_axis: int | None = None,
+    x: _Blocks, channels: tuple[int, ...], of: str = "x", *, mask: Any = None, weights: Any = None,
+    lengths: Any = None, lengths_axis: int | None = None,
 ) -> dict[str, Operand]:  # fmt: skip
     """What says which positions count, each with the axes of x that it covers, by its rank."""
     rest = tuple(a for a in range(x.ndim) if a not in channels)
@@ -85,20 +88,19 @@ def positions_of(
     for name, value in (("mask", mask), ("weights", weights), ("lengths", lengths)):
         if value is None:
             continue
-        value = _array("a bool or number array over the positions of x", name, value, name != "mask")
+        value = _array(f"a bool or number array over the positions of {of}", name, value, name != "mask")
         if name == "mask" and value.dtype != bool:
-            got = f"mask has dtype {value.dtype}, expected a bool array over the positions of x"
+            got = f"mask has dtype {value.dtype}, expected a bool array over the positions of {of}"
             raise TypeError(f"{got}, True where they count; use mask.astype(bool)")
         if value.ndim not in by_rank:
             shapes = [str(tuple(x.shape[a] for a in axes)) for axes in by_rank.values()]
             raise ValueError(f"{name} has shape {value.shape}, expected {' or '.join(dict.fromkeys(shapes))}")
         found[name] = value, by_rank[value.ndim]
-    if lengths is not None:
-        steps = rest[1:] if lengths_axis is None else (lengths_axis,)
-        for a in steps:
-            if isinstance(a, int) and -x.ndim <= a < x.ndim and len(x.chunks[a]) > 1:
-                got = f"x has {len(x.chunks[a])} blocks along axis {a}, whose steps lengths counts"
-                raise ValueError(f"{got}, expected one; use x.rechunk({{{a}: -1}}), or pass mask=")
+    a = rest[1] if lengths_axis is None and len(rest) == 2 else lengths_axis  # else an error of the core's
+    if lengths is not None and isinstance(a, numbers.Integral) and -x.ndim <= a < x.ndim:
+        if len(x.chunks[a]) > 1:
+            got = f"{of} has {len(x.chunks[a])} blocks along axis {a}, whose steps lengths counts"
+            raise ValueError(f"{got}, expected one; use {of}.rechunk({{{a}: -1}}), or pass mask=")
     return found
 
 
@@ -112,31 +114,43 @@ def _array(expected: str, name: str, value: Any, is_vector: bool = False) -> Any
     return value
 
 
-def _aligned(name: str, operand: Operand, x: _Blocks) -> _Blocks:
-    """A dask array of x's rank, in x's blocks, with length 1 along what the operand does not cover."""
+def _is_cut(name: str, value: Any, axis: int, x: _Blocks, a: int, of: str) -> bool:
+    """Whether an operand is cut along an axis as x is along `a`; else it has length 1, for all of it."""
+    size, n, here = value.shape[axis], x.shape[a], f"along axis {a} of {of}"
+    if size == n or size == 1:
+        return bool(size == n)
+    if not np.isnan(size):
+        expected = f"{n}, or 1"
+        if np.isnan(n):
+            expected = f"blocks of unknown length as {of} has; call {of}.compute_chunk_sizes() first"
+        got = f"{name} has shape {value.shape}, and length {size} {here}"
+        raise ValueError(f"{got}, expected {expected}")
+    got, blocks = f"{name} has {value.numblocks[axis]} blocks of unknown length {here}", x.numblocks[a]
+    if not np.isnan(n):
+        raise ValueError(f"{got}, expected length {n}; call {name}.compute_chunk_sizes() first")
+    if value.numblocks[axis] != blocks:
+        use = f"call {of}.compute_chunk_sizes() and {name}.compute_chunk_sizes() first"
+        raise ValueError(f"{got}, expected {blocks} as {of} has; {use}")
+    return True
+
+
+def _aligned(name: str, operand: Operand, x: _Blocks, of: str) -> tuple[_Blocks, tuple[int, ...]]:
+    """An operand as a dask array of x's rank, and the axes along which it is in x's blocks.
+
+    Along the others its length is 1.
+    """
     value, axes = operand
     if value.ndim != len(axes):
         expected = tuple(x.shape[a] for a in axes)
-        raise ValueError(f"{name} has shape {value.shape}, expected {expected} to match x {x.shape}")
-    for size, a in zip(value.shape, axes, strict=True):
-        alike = size == x.shape[a] or (np.isnan(x.shape[a]) and isinstance(value, da.Array))
-        if size != 1 and not alike:
-            how = f"{x.shape[a]}, or 1"
-            if np.isnan(x.shape[a]):
-                how = "a dask array of the same blocks, as x's are of unknown length; or call "
-                how += "x.compute_chunk_sizes() first"
-            got = f"{name} has shape {value.shape}, and length {size} along axis {a} of x"
-            raise ValueError(f"{got}, expected {how}")
+        raise ValueError(f"{name} has shape {value.shape}, expected {expected} to match {of} {x.shape}")
+    cut = tuple(a for axis, a in enumerate(axes) if _is_cut(name, value, axis, x, a, of))
     order = np.argsort(axes).tolist()
-    covered = sorted(axes)
     value = value.transpose(order)[tuple(slice(None) if a in axes else None for a in range(x.ndim))]
-    own = dict(zip(covered, (value.shape[a] for a in covered), strict=True))
-    chunks = tuple(x.chunks[a] if own.get(a, 1) != 1 else (1,) for a in range(x.ndim))
+    chunks = {a: x.chunks[a] if a in cut else (1,) for a in range(x.ndim)}
     if not isinstance(value, da.Array):
-        return da.from_array(value, chunks=chunks)
-    if value.numblocks == tuple(map(len, chunks)) and any(np.isnan(c).any() for c in value.chunks):
-        return value
-    return value.rechunk(chunks)
+        return da.from_array(value, chunks=tuple(chunks.values())), cut
+    known = {a: sizes for a, sizes in chunks.items() if not np.isnan(value.shape[a])}
+    return value.rechunk(known), cut
 
 
 def _example(x: _Blocks, value: Any, axes: tuple[int, ...], empty: int) -> Array:
@@ -160,6 +174,8 @@ def _tried(
         return function(none, **like)
     except (TypeError, ValueError) as error:
         text = str(error).replace(str(none.shape), str(x.shape))
+        for name, (value, _) in operands.items():
+            text = text.replace(str(like[name].shape), str(value.shape))
         raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from None
 
 
@@ -167,22 +183,35 @@ def _tried(
 
 
 def _blockwise(
-    function: Callable[..., Any], x: _Blocks, operands: Mapping[str, Operand], arrays: list[_Blocks],
-    **how: Any,
+    function: Callable[..., Any], x: _Blocks, channels: tuple[int, ...], operands: Mapping[str, Operand],
+    aligned: Mapping[str, tuple[_Blocks, tuple[int, ...]]], of: str, **how: Any,
 ) -> _Blocks:  # fmt: skip
     """`function` of each block and of the operands' parts for it."""
-    axes = {name: operand[1] for name, operand in operands.items()}
-    return da.map_blocks(partial(_of_block, function, axes), x, *arrays, token="batchnorm", **how)
+    axes = {name: (operands[name][1], cut) for name, (_, cut) in aligned.items()}
+    arrays = [array for array, _ in aligned.values()]
+    call = partial(_call_with_parts, function, {a: x.chunks[a] for a in channels}, axes, of)
+    return da.map_blocks(call, x, *arrays, token="batchnorm", **how)
 
 
-def _of_block(
-    function: Callable[..., Any], axes: Mapping[str, tuple[int, ...]], x: Any, *operands: Any, block_id: Any
-) -> Any:
-    parts = {}
-    for (name, of), value in zip(axes.items(), operands, strict=True):
-        value = value[tuple(slice(None) if a in of else 0 for a in range(x.ndim))]
-        parts[name] = value.transpose(np.argsort(np.argsort(of)))
-    with naming(f"block {block_id} of x, of shape {x.shape}"):
+def _call_with_parts(
+    function: Callable[..., Any], chunks: Mapping[int, tuple[int, ...]],
+    axes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]], of: str, x: Any, *operands: Any,
+    block_id: Any,
+) -> Any:  # fmt: skip
+    with naming(f"block {block_id} of {of}, of shape {x.shape}"):
+        for a, sizes in chunks.items():
+            if x.ndim <= a or x.shape[a] != sizes[block_id[a]]:
+                use = "pass chunks= to the map_blocks that made it"
+                raise ValueError(f"expected {sizes[block_id[a]]} along axis {a} as its chunks say; {use}")
+        parts = {}
+        for (name, (covered, cut)), value in zip(axes.items(), operands, strict=True):
+            for a in cut:
+                if value.shape[a] != x.shape[a]:
+                    got = f"{name} has length {value.shape[a]} along axis {a} there"
+                    raise ValueError(f"{got}, expected {x.shape[a]}, as {of} has")
+            if x.size:
+                value = value[tuple(slice(None) if a in covered else 0 for a in range(x.ndim))]
+                parts[name] = value.transpose(np.argsort(np.argsort(covered)))
         return function(_native(x), **parts)
 
 
@@ -198,27 +227,31 @@ def naming(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         of = type(error)
-        if of in (TypeError, ValueError, MemoryError):
+        plain = of.__module__ == "builtins" and issubclass(of, OSError)
+        if plain or of in (TypeError, ValueError, MemoryError):
             raise of(f"{what}: {error}") from error
+        if isinstance(error, OSError):
+            raise OSError(f"{what}: {of.__name__}: {error}") from error
         raise RuntimeError(f"{what}: {of.__name__}: {error}") from error
 
 
 def merged_blocks(
     x: _Blocks, channels: tuple[int, ...], of_block: Callable[..., Any],
-    merged: Callable[[Iterable[Any]], Any], operands: Mapping[str, Operand], *, check: bool,
-    advance: Callable[[int], object] = idle,
+    merged: Callable[[Iterable[Any]], Any], operands: Mapping[str, Operand], *, empty: Any, of: str,
+    check: bool, advance: Callable[[int], object] = idle,
 ) -> Any:  # fmt: skip
     """What `of_block` makes of each block, merged in a tree over all but the channel axes.
 
-    An array of objects, one for each block of channels. With `check`, `of_block` is first called without
-    values, for errors before anything is computed.
+    An array of objects, one for each block of channels. `empty` is of a block without values. With `check`,
+    `of_block` is first called without values, for errors before anything is computed.
     """
-    arrays = [_aligned(name, operand, x) for name, operand in operands.items()]
+    aligned = {name: _aligned(name, operand, x, of) for name, operand in operands.items()}
     if check:
         _tried(of_block, x, channels, operands)
     ones = tuple((1,) * n for n in x.numblocks)
     meta = np.empty((0,) * x.ndim, object)
-    cells = _blockwise(partial(_cell, of_block), x, operands, arrays, dtype=object, meta=meta, chunks=ones)
+    how = {"dtype": object, "meta": meta, "chunks": ones}
+    cells = _blockwise(partial(_cell, of_block, empty), x, channels, operands, aligned, of, **how)
     others = tuple(a for a in range(x.ndim) if a not in channels)
     merge = partial(_merged_cells, merged)
     with _watched(cells, x.npartitions, advance) as cells:
@@ -229,9 +262,9 @@ def merged_blocks(
         return np.asarray(tree.compute(), object)
 
 
-def _cell(of_block: Callable[..., Any], x: Any, **operands: Any) -> Any:
+def _cell(of_block: Callable[..., Any], empty: Any, x: Any, **operands: Any) -> Any:
     cell = np.empty((1,) * x.ndim, object)
-    cell[(0,) * x.ndim] = of_block(x, **operands)
+    cell[(0,) * x.ndim] = of_block(x, **operands) if x.size else empty
     return cell
 
 
@@ -303,15 +336,18 @@ def mapped(
     order: tuple[int, ...],
 ) -> _Blocks:  # fmt: skip
     """`function` of each block, lazily; axis i of the result is axis ``order[i]`` of x."""
-    arrays = [_aligned(name, operand, x) for name, operand in operands.items()]
+    aligned = {name: _aligned(name, operand, x, "x") for name, operand in operands.items()}
     dtype = _tried(function, x, channels, operands).dtype
     back = tuple(np.argsort(order).tolist())
     how = {"dtype": dtype, "chunks": x.chunks, "meta": np.empty((0,) * x.ndim, dtype)}
-    return _blockwise(partial(_turned, function, back), x, operands, arrays, **how).transpose(order)
+    turned = partial(_turned, function, dtype, back)
+    return _blockwise(turned, x, channels, operands, aligned, "x", **how).transpose(order)
 
 
-def _turned(function: Callable[..., Array], order: tuple[int, ...], x: Array, **operands: Any) -> Array:
-    return function(x, **operands).transpose(order)
+def _turned(
+    function: Callable[..., Array], dtype: Any, order: tuple[int, ...], x: Array, **operands: Any
+) -> Array:
+    return function(x, **operands).transpose(order) if x.size else np.empty(x.shape, dtype)
 
 
 @_core.entrance
@@ -383,7 +419,8 @@ def batch_norm(
     for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
         if value is not None:
             value = _array("an array of float32 or float64, one value per channel", name, value, True)
-            each = name in ("gamma", "beta") and value.ndim == len(channels) + 1
+            value = value.copy() if isinstance(value, np.ndarray) else value  # it is read later
+            each = name in ("gamma", "beta") and value.ndim == len(channels) + 1 and 0 not in channels
             axes = (0, *channels) if each else channels
             if value.ndim != len(axes):
                 shape = tuple(x.shape[a] for a in channels)

@@ -98,7 +98,7 @@ def normalize_images(
     to_axis = CHANNEL_AXES[expected("out_format", out_format)]
     if dask_of(x) is not None:
         options: dict[str, Any] = {"max_value": max_value, "data_format": data_format, "dtype": dtype}
-        return _of_blocks(x, mean, std, out, num_threads, out_format=out_format, **options)
+        return _normalize_lazily(x, mean, std, out, num_threads, out_format=out_format, **options)
     images = _images(array_of(x), max_value, data_format, to_axis)
     channels, info = images.shape[from_axis], np.iinfo(images.dtype)
     if channels == 0:
@@ -125,7 +125,9 @@ def normalize_images(
     return out if out is not None else y[0] if one is None else y
 
 
-def _of_blocks(x: Any, mean: Any, std: Any, out: Any, num_threads: int | None, **options: Any) -> Array:
+def _normalize_lazily(
+    x: Any, mean: Any, std: Any, out: Any, num_threads: int | None, **options: Any
+) -> Array:
     """The same of a Dask array, lazily."""
     from .dask import blocks_of, mapped
 
@@ -134,9 +136,10 @@ def _of_blocks(x: Any, mean: Any, std: Any, out: Any, num_threads: int | None, *
     if out is not None:
         raise TypeError("out is given and x is a Dask array, whose result is one: drop out, and store() it")
     channel, to = (x.ndim + CHANNEL_AXES[options[name]] for name in ("data_format", "out_format"))
-    known = [0 if np.isnan(n) or a == (channel == 0) else int(n) for a, n in enumerate(x.shape)]
+    empty = 1 if channel == 0 else 0
+    known = [0 if np.isnan(n) or a == empty else int(n) for a, n in enumerate(x.shape)]
     normalize_images(np.zeros(known, x.dtype), mean, std, **options)  # for its errors
-    operands = {name: (np.asarray(v), (channel,)) for name, v in (("mean", mean), ("std", std))}
+    operands = {name: (np.array(v), (channel,)) for name, v in (("mean", mean), ("std", std))}
     order = [a for a in range(x.ndim) if a != channel]
     order.insert(to, channel)
     result: Array = mapped(x, (channel,), partial(normalize_images, **options), operands, tuple(order))

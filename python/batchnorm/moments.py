@@ -133,17 +133,20 @@ def moments(
             weights=weights, num_threads=num_threads,
         )  # fmt: skip
         return _filled(MeanVar, pair)
-    if dask_of(x) is not None:
+    where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
+    where |= {} if data_format is None else {"data_format": data_format}
+    if (blocks := dask_of(x)) is not None:
+        from .dask import blocks_of, channels_of
+
+        channels_of(blocks_of("x", blocks), where)
         delta, keep = integer("ddof", ddof, 0, 2**53, "an int >= 0"), flag("keepdims", keepdims)
         total = Moments(channel_axis=channel_axis, data_format=data_format, nodata=nodata).update(
             x, mask=mask, lengths=lengths, lengths_axis=lengths_axis, weights=weights, num_threads=num_threads
         )
         return _of_total(total, x, delta, keep)
     keep = flag("keepdims", keepdims)
-    where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
-    where |= {} if data_format is None else {"data_format": data_format}
     positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
-    x, positions = _counting(x, where, _nodata(nodata), positions)
+    x, positions = _counting(x, where, _nodata(nodata), positions, num_threads)
     pair = _core.moments(x, **where, **positions, ddof=ddof, weights=weights, num_threads=num_threads)
     others = reduced_axes(x.ndim, Settings(**where).channel_axis) if keep else ()
     return MeanVar(*(np.expand_dims(values, others) for values in pair))
@@ -252,8 +255,8 @@ class Moments:
             from .dask import blocks_of
 
             take = partial(Moments.update, lengths_axis=lengths_axis, num_threads=per_task(num_threads))
-            return self.merge(of_dask(blocks_of("x", blocks), self, take, positions | {"weights": weights}))
-        x, positions = _counting(x, self._where, self._nodata, positions)
+            return update_of_dask(self, blocks_of("x", blocks), take, positions | {"weights": weights})
+        x, positions = _counting(x, self._where, self._nodata, positions, num_threads)
         sums = _core.moment_sums(x, **self._where, **positions, weights=weights, num_threads=num_threads)
         return self._add("x", sums, _core.channel_shape(x, **self._where))
 
@@ -319,9 +322,12 @@ class Moments:
         """
         return copy.copy(self)
 
-    def _add(self, name: str, sums: Vector, shape: tuple[int, ...]) -> Moments:
+    def _check_channels(self, name: str, shape: tuple[int, ...]) -> None:
         if self._sums is not None and shape != self._shape:
             raise ValueError(f"{name} has channels of shape {shape}, expected {self._shape} as before")
+
+    def _add(self, name: str, sums: Vector, shape: tuple[int, ...]) -> Moments:
+        self._check_channels(name, shape)
         if sums[: math.prod(shape)].any():  # the counts; a batch without values brings no channels either
             self._sums = sums if self._sums is None else _core.merged_moment_sums(self._sums, sums)
             self._shape = shape
@@ -338,7 +344,7 @@ class Moments:
         for place in np.ndindex(parts.shape):
             own, shape = parts[place]._sums, [n[i] for n, i in zip(lengths, place, strict=True)]
             own = np.zeros(3 * _PARTS * math.prod(shape)) if own is None else own
-            sums[place] = own.reshape(-1, *shape)
+            sums[place] = own.reshape(3 * _PARTS, *shape)
         whole = np.block(sums.tolist())
         total._sums, total._shape = whole.ravel(), whole.shape[1:]
         return total
@@ -560,32 +566,37 @@ class Moments:
 # ---- Dask ------------------------------------------------------------------------------------------------
 
 
-def of_dask(
-    x: Any, like: Moments, take: Callable[..., object], positions: Mapping[str, Any], *, flat: bool = False,
-    check: bool = True, advance: Callable[[int], object] = idle,
+def update_of_dask(
+    total: Moments, x: Any, take: Callable[..., object], positions: Mapping[str, Any], *, of: str = "x",
+    flat: bool = False, check: bool = True, advance: Callable[[int], object] = idle,
 ) -> Moments:  # fmt: skip
-    """An accumulator, of `like`'s options, of all blocks of a Dask array or elements of a bag.
+    """`total`, which takes in all blocks of a Dask array or elements of a bag, the argument `of`.
 
-    Each goes into one of a task's own by ``take(total, block, mask=, ...)``. `flat` blocks are of the same
-    channels wherever they are.
+    Each goes into an accumulator of a task's own by ``take(accumulator, block, mask=, ...)``. `flat` blocks
+    are of the same channels wherever they are.
     """
     from .dask import channels_of, is_bag, merged_blocks, merged_partitions, positions_of
 
-    new = like.copy()
+    new = total.copy()
     new._sums, new._shape = None, ()
     if is_bag(x):
-        bag: Moments = merged_partitions(x, partial(_of_elements, new, take), Moments.merged, advance)
-        return bag
-    nodata = new._nodata
-    channels = () if flat else channels_of(x, new._where)
-    operands = positions_of(x, channels, **positions)
-    if nodata is not None and nodata.ndim and channels:
-        _check_nodata(nodata, tuple(x.shape[a] for a in channels))
-        new._nodata = np.asarray(np.nan) if np.isnan(nodata).all() else nodata
-        operands |= {"nodata": (nodata, channels)} if new._nodata is nodata else {}
-    one = partial(_of_block, new, take)
-    parts = merged_blocks(x, channels, one, Moments.merged, operands, check=check, advance=advance)
-    return Moments._side_by_side(parts, [x.chunks[a] for a in channels])
+        found = merged_partitions(x, partial(_moments_of_elements, new, take), Moments.merged, advance)
+    else:
+        nodata = new._nodata
+        channels = () if flat else channels_of(x, new._where, of)
+        shape = tuple(x.shape[a] for a in channels)
+        operands = positions_of(x, channels, of, **positions)
+        if channels:
+            total._check_channels(of, shape)
+        if nodata is not None and nodata.ndim and channels:
+            _check_nodata(nodata, shape)
+            new._nodata = np.asarray(np.nan) if np.isnan(nodata).all() else nodata
+            operands |= {"nodata": (nodata, channels)} if new._nodata is nodata else {}
+        how: dict[str, Any] = {"empty": new, "of": of, "check": check, "advance": advance}
+        one = partial(_moments_of_block, new, take)
+        parts = merged_blocks(x, channels, one, Moments.merged, operands, **how)
+        found = Moments._side_by_side(parts, [x.chunks[a] for a in channels])
+    return total if found._sums is None else total._add(of, found._sums, found._shape)
 
 
 def _of_total(total: Moments, x: Any, ddof: int, keepdims: bool) -> MeanVar:
@@ -596,17 +607,18 @@ def _of_total(total: Moments, x: Any, ddof: int, keepdims: bool) -> MeanVar:
     return MeanVar(*(np.expand_dims(values, others if keepdims else ()) for values in pair))
 
 
-def _of_block(
+def _moments_of_block(
     new: Moments, take: Callable[..., object], x: Array, *, nodata: Vector | None = None, **positions: Any
 ) -> Moments:
     total = new.copy()
     if nodata is not None:  # of this block's channels; NaN says of integers that they have none
         total._nodata = None if x.dtype.kind in "iu" and np.isnan(nodata).all() else nodata
-    take(total, x, **positions)
+    with _hints.muted():  # what is true of a block may not be of the whole
+        take(total, x, **positions)
     return total
 
 
-def _of_elements(new: Moments, take: Callable[..., object], elements: Iterable[Any]) -> Moments:
+def _moments_of_elements(new: Moments, take: Callable[..., object], elements: Iterable[Any]) -> Moments:
     total = new.copy()
     for element in elements:
         take(total, element)
@@ -670,7 +682,7 @@ def _nodata(nodata: object) -> Vector | None:
 
 
 def _counting(
-    x: Any, where: dict[str, Any], nodata: Vector | None, positions: dict[str, Any]
+    x: Any, where: dict[str, Any], nodata: Vector | None, positions: dict[str, Any], num_threads: int | None
 ) -> tuple[Array, dict[str, Any]]:
     """x without a mask of its own, and the positions that count of it."""
     if not isinstance(x, np.ndarray):
@@ -686,7 +698,8 @@ def _counting(
         return x, positions
     if any(value is not None for value in positions.values()):
         ones = np.ones(x.shape, np.float32)  # the identity gives 0 where nothing counts
-        counted &= batch_norm(ones, np.zeros(shape), np.ones(shape), eps=0, **where, **positions) != 0
+        how = {"eps": 0, "num_threads": num_threads, **where, **positions}
+        counted &= batch_norm(ones, np.zeros(shape), np.ones(shape), **how) != 0
     return x, {"mask": counted}
 
 

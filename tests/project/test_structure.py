@@ -337,7 +337,7 @@ def test_the_package_stays_small() -> None:
         of_files = path.parts[0] == "io" and path.name not in states
         return "formats" if of_files or path.name == "formats.py" else path.parts[0]
 
-    rooms = {"formats": 1569, "torch": 1039, "keras": 294, "dask.py": 255, "": 3868}
+    rooms = {"formats": 1569, "torch": 1039, "keras": 294, "dask.py": 286, "": 3927}
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     for name, ceiling in rooms.items():
         own = {}

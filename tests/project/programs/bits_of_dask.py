@@ -47,8 +47,11 @@ def cluster():
 
 
 def main(everything):
-    ways = [{"scheduler": "synchronous"}, *({"scheduler": "threads", "num_workers": n} for n in (1, 2, 4))]
-    contexts = [functools.partial(dask.config.set, way) for way in ways]
+    settings = [
+        {"scheduler": "synchronous"},
+        *({"scheduler": "threads", "num_workers": n} for n in (1, 2, 4)),
+    ]
+    contexts = [functools.partial(dask.config.set, chosen) for chosen in settings]
     if everything:
         contexts += [lambda: dask.config.set(scheduler="processes", num_workers=2), cluster]
     found = {}
