@@ -97,8 +97,8 @@ def positions_of(
             raise ValueError(f"{name} has shape {value.shape}, expected {' or '.join(dict.fromkeys(shapes))}")
         found[name] = value, by_rank[value.ndim]
     a = rest[1] if lengths_axis is None and len(rest) == 2 else lengths_axis  # else an error of the core's
-    if lengths is not None and isinstance(a, numbers.Integral) and -x.ndim <= a < x.ndim:
-        if len(x.chunks[a]) > 1:
+    if lengths is not None and isinstance(a, numbers.Integral) and not isinstance(a, bool):
+        if -x.ndim <= a < x.ndim and len(x.chunks[a]) > 1:
             got = f"{of} has {len(x.chunks[a])} blocks along axis {a}, whose steps lengths counts"
             raise ValueError(f"{got}, expected one; use {of}.rechunk({{{a}: -1}}), or pass mask=")
     return found

@@ -719,6 +719,7 @@ ERRORS = [
     (lambda: moments(WHOLE, lengths=np.full(8, 7)), ValueError,
      r"^block \((0|1), 0, 0\) of x, of shape \(4, 3, 6\): lengths"),
     (lambda: moments(WHOLE, lengths=np.ones(8, int), lengths_axis="w"), TypeError, "lengths_axis is 'w'"),
+    (lambda: moments(X, lengths=np.ones(8, int), lengths_axis=True), TypeError, "lengths_axis is True"),
     (lambda: moments(X, lengths=np.ones(8, int), lengths_axis=np.int64(2)), ValueError,
      r"x has 2 blocks along axis 2, whose steps lengths counts, expected one; use x.rechunk\({2: -1}\), or"),
     (lambda: normalised(X, ZEROS, ONES, lengths=np.ones(8, int), lengths_axis=np.int8(-1)), ValueError,
