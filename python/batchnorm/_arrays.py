@@ -65,6 +65,9 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
     if is_vector and isinstance(value, list | tuple):
         return _of_sequence(name, value)
     readable = "an array of float32, float64, float16 or bfloat16"
+    if not is_vector and dask_of(value) is not None:
+        got = f"{name} is {kind(value)}, which is lazy, expected {readable}; use {name}.compute(), or"
+        raise TypeError(f"{got} moments, dataset_moments and batchnorm.dask.batch_norm, which take Dask's")
     if hasattr(value, "__dlpack_device__"):
         try:
             device = int(value.__dlpack_device__()[0])
@@ -96,6 +99,21 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
 def is_masked(value: Any) -> bool:
     """Whether it is a masked array, without importing ``numpy.ma``: who has made one, has it."""
     return "numpy.ma" in sys.modules and isinstance(value, np.ma.MaskedArray)
+
+
+def dask_of(value: Any) -> Any:
+    """The Dask collection that a value is, or that an array of xarray holds; None of other things."""
+    if type(value) is np.ndarray or not hasattr(type(value), "__dask_graph__"):
+        return None
+    libraries = {of.__module__.partition(".")[0] for of in type(value).__mro__}
+    if "xarray" in libraries and isinstance(getattr(value, "chunks", None), tuple):
+        return dask_of(value.data)
+    return value if "dask" in libraries else None
+
+
+def per_task(num_threads: int | None) -> int:
+    """Threads of a task: one if nobody says more, as Dask's scheduler shares out the processors."""
+    return 1 if num_threads is None else num_threads
 
 
 def _has_buffer(value: Any) -> bool:

@@ -7,12 +7,13 @@ where a str is none of some words, ``kind`` for what a value is.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import difflib
 import inspect
 import numbers
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from itertools import accumulate
 from operator import attrgetter
@@ -127,12 +128,27 @@ _WORDS = (
 _CLOSE = 0.85  # of a guess; below it "momentum" is close to "moments"
 
 
+_wanted = contextvars.ContextVar("_wanted", default=True)
+
+
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called into this package, however deep the call is by now."""
+    if not _wanted.get():
+        return
     frame, level = inspect.currentframe(), 1
     while frame and str(frame.f_globals.get("__name__")).startswith("batchnorm."):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+@contextlib.contextmanager
+def muted() -> Iterator[None]:
+    """Without the warnings of `warn` in this thread."""
+    before = _wanted.set(False)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
 
 
 def _find(word: str, table: Mapping[str, str]) -> str:

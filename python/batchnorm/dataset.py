@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import math
 import os
@@ -12,9 +13,20 @@ from typing import Any
 import numpy as np
 
 from . import _core
+from ._arrays import dask_of, per_task
 from .images import CHANNEL_AXES, GREY
-from .moments import FIRST_AXIS, MeanVar, Moments, array_of, common_count, reduced_axes, refuse_group, unit
-from .progress import bar
+from .moments import (
+    FIRST_AXIS,
+    MeanVar,
+    Moments,
+    array_of,
+    common_count,
+    reduced_axes,
+    refuse_group,
+    unit,
+    update_of_dask,
+)
+from .progress import bar, idle
 from .settings import UnsaidAxis, integer, kind
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
 
@@ -65,9 +77,9 @@ def dataset_moments(
     ----------
     batches : array, path of an .npy file, or iterable of these
         An array may be larger than memory: ``numpy.memmap``, or anything with ``shape``, ``dtype`` and
-        slices, such as a dataset of h5py or zarr or an array of dask. Files are memory-mapped, never
-        unpickled. An iterable, a generator for example, is gone through once. With ``read`` or ``transform``
-        it may hold anything.
+        slices, such as a dataset of h5py or zarr. Files are memory-mapped, never unpickled. An iterable, a
+        generator for example, is gone through once. With ``read`` or ``transform`` it may hold anything. A
+        Dask array is read by its blocks, a Dask bag of such elements by its partitions, a task for each.
     channel_axis : int or tuple of int, default 1
         The axis that holds the channels of the arrays, as in :func:`batch_norm`.
     data_format : str, optional
@@ -84,10 +96,12 @@ def dataset_moments(
     transform : callable, optional
         Applied to each piece before it is taken in; returns an array that :meth:`Moments.update` takes.
         Elements that are neither arrays nor paths go to it as they are, so ``lambda b: b[0]`` picks the
-        images from pairs.
+        images from pairs. Blocks of Dask are not cut along ``channel_axis`` then; if they are cut along
+        others than the first axis too, it leaves the channels where they are.
     mask : callable, optional
         Called with each piece as it is taken in, a single image with a batch axis; returns a ``mask`` for it
-        as in :func:`moments`, True where a value counts.
+        as in :func:`moments`, True where a value counts. Of a Dask array also an array, NumPy's or Dask's; a
+        function wants blocks that hold all channels.
     nodata : float, or one per channel, optional
         Values equal to it do not count, as in :func:`moments`.
     max_value : float, optional
@@ -95,17 +109,18 @@ def dataset_moments(
         :func:`normalize_images` wants them. The accumulator keeps the data's own units.
     chunk_bytes : int
         Arrays larger than this are read in pieces of at most so many bytes, cut along the axis outermost in
-        memory that is not the channels'. One row of it may be more and is then cut further.
+        memory that is not the channels'. One row of it may be more and is then cut further. Blocks of Dask
+        are cut, too, along the first such axis.
     moments : Moments, optional
         An accumulator to go on with, changed in place; ``channel_axis`` and ``nodata`` are then its own.
-        After Ctrl-C or an error it holds the pieces finished so far.
+        After Ctrl-C or an error it holds the pieces finished so far, but none of a Dask array or bag.
     group : None
         Statistics over processes: ``moments.allreduce(group)`` of the result, :meth:`Moments.allreduce`.
     progress : None or bool
         Show a progress bar on stderr; needs the package rich. None: if that is there and stderr is a
         terminal.
     num_threads : int, optional
-        As in :func:`batch_norm`.
+        As in :func:`batch_norm`; with Dask of each task, where absent means 1.
 
     Returns
     -------
@@ -155,31 +170,151 @@ def dataset_moments(
         total = moments
     delta = integer("ddof", ddof, 0, 2**53, "an int >= 0")
     chunk = integer("chunk_bytes", chunk_bytes, 1, 2**63 - 1, "an int >= 1")
+    blocks = dask_of(batches)
+    values = mask if hasattr(blocks, "chunks") and not callable(mask) else None  # as an array
     for name, function in (("read", read), ("transform", transform), ("mask", mask)):
-        if function is not None and not callable(function):
+        if function is not None and not callable(function) and function is not values:
             raise TypeError(f"{name} is {kind(function)}, expected a function, or None")
     top = unit(1 if max_value is None else max_value)
-    elements = _elements(batches)
-    form = str(total.state_dict()["data_format"])
-    cut = CHANNEL_AXES.get(form, total.channel_axis)  # also of single images
-    said = total.channels is not None or form or not isinstance(total.channel_axis, UnsaidAxis)
+    if values is not None and transform is not None:
+        got = "mask is an array and transform is given, which may change what it is of"
+        raise ValueError(f"{got}; pass a function as mask, or map_blocks(transform) of batches")
+    how = _Reading(total, chunk, read, transform, mask if values is None else None, top, num_threads)
+    elements = (batches,) if blocks is not None else _elements(batches)
     size = None if read is not None else _bytes_of(batches)
-    with bar(progress, "moments", size, of_bytes=True) as advance:
+    size = size if blocks is None else getattr(blocks, "npartitions", None)
+    with bar(progress, "moments", size, of_bytes=blocks is None) as advance:
         for element in elements:
-            made = not _is_array(element) and (read is not None or not _is_path(element))
-            for piece in _pieces_of(element, cut, chunk, read, transform):
-                x = array_of(piece if transform is None else transform(piece))
-                if isinstance(x, np.ndarray):
-                    unit(top, x.dtype)
-                    x = _batch(x, form, total.channel_axis if said else None, made)
-                total.update(x, mask=None if mask is None else mask(x), num_threads=num_threads)
-                advance(getattr(piece, "nbytes", 0))
+            if (parts := dask_of(element)) is not None:
+                how.take_dask(total, parts, values, idle if blocks is None else advance)
+            else:
+                how.take(total, element, advance)
     if total.channels is None:
         hint = "all is masked or nodata, or a generator was gone through before"
         raise ValueError(f"batches holds no values that count, expected at least one; {hint}")
     result = DatasetMoments(total.mean / top, total.variance(delta) / top**2)
     result.counts, result.moments = total.counts, total
     return result
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+class _Reading:
+    """How elements of a data set are taken in."""
+
+    def __init__(
+        self, like: Moments, chunk: int, read: Callable[[Any], Any] | None,
+        transform: Callable[[Any], Array] | None, mask: Callable[[Array], Mask] | None, top: float,
+        num_threads: int | None,
+    ) -> None:  # fmt: skip
+        self.form = str(like.state_dict()["data_format"])
+        self.axis = CHANNEL_AXES.get(self.form, like.channel_axis)  # also of single images
+        known = like.channels is not None or self.form or not isinstance(like.channel_axis, UnsaidAxis)
+        self.said = like.channel_axis if known else None
+        self.chunk, self.read, self.transform, self.mask = chunk, read, transform, mask
+        self.top, self.num_threads = top, num_threads
+        self.by_strides = True  # how pieces are cut
+        self.cut: tuple[int, ...] = ()  # axes along which there are several blocks
+
+    def take(self, total: Moments, element: Any, advance: Callable[[int], object] = idle) -> None:
+        made = not _is_array(element) and (self.read is not None or not _is_path(element))
+        for piece in self.pieces(element):
+            x = piece if self.transform is None else self.transformed(piece, self.transform)
+            if isinstance(x, np.ndarray):
+                unit(self.top, x.dtype)
+                x = _batch(x, self.form, self.said, made)
+            mask = None if self.mask is None else self.mask(x)
+            total.update(x, mask=mask, num_threads=self.num_threads)
+            advance(getattr(piece, "nbytes", 0))
+
+    def pieces(self, element: Any) -> Iterator[Any]:
+        """What an element of the data set is taken in as."""
+        expected = "arrays or paths of .npy files; pass read= or transform= to make arrays of other things"
+        what = "an element of batches"
+        if self.read is not None and not _is_array(element):
+            element, what, expected = self.read(element), "what read returned", "an array"
+            expected += "; use numpy.asarray there"
+        elif _is_path(element):
+            element = _open_npy(element)
+        _refuse_lazy(what, element)
+        if self.transform is None and not _is_array(element):
+            element = array_of(element)
+        if _is_array(element):
+            yield from map(np.asanyarray, _pieces(element, self.axis, self.chunk, self.by_strides))
+        elif self.transform is not None:
+            yield element
+        else:
+            raise TypeError(f"{what} is {kind(element)}, expected {expected}")
+
+    def transformed(self, x: Any, transform: Callable[[Any], Any]) -> Any:
+        """What `transform` makes of a piece; an error if that may hold some of the channels alone."""
+        y = transform(x)
+        _refuse_lazy("what transform returned", y)
+        y = array_of(y)
+        axes: list[int] = np.atleast_1d(self.axis).tolist()
+
+        def channels(array: Any) -> list[int]:
+            return [array.shape[a] for a in axes if -array.ndim <= a < array.ndim]
+
+        for a in self.cut if isinstance(y, np.ndarray) else ():
+            some = a != 0 and channels(y) != channels(x)
+            if not some and x.shape[a] in channels(y):  # as many by chance? what a piece of other length says
+                other = transform(np.take(x, [0] * (1 if x.shape[a] > 1 else 2), axis=a))
+                some = channels(array_of(other)) != channels(y)
+            if some:
+                got = f"transform made shape {y.shape} of {x.shape}, perhaps of some of the channels"
+                got += f", as batches has several blocks along axis {a}"
+                use = f"use batches.rechunk({{{a}: -1}}), or batches.transpose(...) in place of transform"
+                raise ValueError(f"{got}, expected one; {use}")
+        return y
+
+    def take_element(self, total: Moments, element: Any) -> None:
+        """The same of an element of a Dask bag."""
+        from .dask import naming
+
+        shown = repr(os.fspath(element)) if _is_path(element) else kind(element)
+        with naming(f"element {shown} of batches"):
+            self.take(total, element)
+
+    def take_block(self, total: Moments, x: Array, mask: Mask | None = None) -> None:
+        """The same of a block of a Dask array and an array that masks it."""
+        if mask is not None:
+            rest = reduced_axes(x.ndim, self.axis)
+            axes = range(x.ndim) if mask.ndim == x.ndim else rest[: mask.ndim]
+            mask = np.expand_dims(mask, [a for a in range(x.ndim) if a not in axes])
+            x = np.ma.masked_array(x, np.broadcast_to(~mask, x.shape))
+        self.take(total, x)
+
+    def take_dask(self, total: Moments, x: Any, mask: Any, advance: Callable[[int], object]) -> None:
+        """The same of a Dask array or bag, each block or partition read by a task."""
+        from .dask import blocks_of, is_bag
+
+        how = copy.copy(self)
+        how.num_threads = per_task(self.num_threads)
+        if is_bag(x):
+            update_of_dask(total, x, how.take_element, {}, of="batches", advance=advance)
+            return
+        x = blocks_of("batches", x)
+        x = _batch(x, self.form, self.said, False) if self.transform is None else x
+        if self.transform is not None or self.mask is not None:
+            self.check_whole(x)
+        how.by_strides, how.cut = False, tuple(a for a, n in enumerate(x.numblocks) if n > 1)
+        options: dict[str, Any] = {"of": "batches", "flat": self.transform is not None, "advance": advance}
+        options["check"] = self.transform is None and self.mask is None  # these want to see values
+        update_of_dask(total, x, how.take_block, {"mask": mask}, **options)
+
+    def check_whole(self, x: Any) -> None:
+        """An error if blocks, which `transform` or `mask` is called with, are cut along the channels."""
+        name, of, use = "mask", "its channels", "pass what it makes of the Dask array: mask=f(batches)"
+        if self.transform is not None:
+            name, of = "transform", "where what transform makes has its channels"
+            use = "if it keeps the shape batches.map_blocks(transform)"
+        for a in np.atleast_1d(self.axis).tolist():
+            if -x.ndim <= a < x.ndim and len(x.chunks[a]) > 1:
+                got = f"batches has {len(x.chunks[a])} blocks along axis {a}, {of}, expected one"
+                rechunk = f"use batches.rechunk({{{a}: -1}})"
+                raise ValueError(f"{got}, as {name} is called with each block; {rechunk}, or {use}")
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------
@@ -205,24 +340,11 @@ def _elements(batches: object) -> Iterable[object]:
     return batches
 
 
-def _pieces_of(
-    element: Any, axis: ChannelAxis, chunk: int, read: Callable[[Any], Any] | None, transform: object
-) -> Iterator[Any]:
-    """What an element of the data set is taken in as."""
-    expected = "arrays or paths of .npy files; pass read= or transform= to make arrays of other things"
-    what = "an element of batches"
-    if read is not None and not _is_array(element):
-        element, what, expected = read(element), "what read returned", "an array; use numpy.asarray there"
-    elif _is_path(element):
-        element = _open_npy(element)
-    if transform is None and not _is_array(element):
-        element = array_of(element)
-    if _is_array(element):
-        yield from map(np.asanyarray, _pieces(element, axis, chunk))
-    elif transform is not None:
-        yield element
-    else:
-        raise TypeError(f"{what} is {kind(element)}, expected {expected}")
+def _refuse_lazy(what: str, value: object) -> None:
+    """Of a Dask collection each slice would compute its blocks again."""
+    if dask_of(value) is not None:
+        got = f"{what} is {kind(value)}, which is lazy, expected an array"
+        raise TypeError(f"{got}; use .compute() there, or pass batches=[...] of Dask arrays")
 
 
 def _batch(x: Array, form: str, axis: ChannelAxis | None, made: bool) -> Array:
@@ -250,6 +372,8 @@ def _nbytes(array: Any) -> int:
 
 def _bytes_of(batches: object) -> int | None:
     """How much there is to read, where that can be told beforehand."""
+    if dask_of(batches) is not None:
+        return None
     if _is_array(batches):
         return _nbytes(batches)
     if _is_path(batches):
@@ -258,20 +382,22 @@ def _bytes_of(batches: object) -> int | None:
     return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
 
 
-def _pieces(x: Any, axis: ChannelAxis, chunk: int) -> Iterator[Any]:
-    """Views of x, at most `chunk` bytes each, cut along the axis that is outermost in memory."""
+def _pieces(x: Any, axis: ChannelAxis, chunk: int, by_strides: bool) -> Iterator[Any]:
+    """Views of x, at most `chunk` bytes each, cut along the axis outermost in memory, or along the first."""
     size = _nbytes(x)
     axes = [a for a in reduced_axes(x.ndim, axis) if x.shape[a] > 1] if x.ndim else []
     if size <= chunk or not axes:
         yield x
         return
-    cut = max(axes, key=lambda a: (abs(x.strides[a]), -a)) if isinstance(x, np.ndarray) else axes[0]
+    cut = axes[0]
+    if by_strides and isinstance(x, np.ndarray):
+        cut = max(axes, key=lambda a: (abs(x.strides[a]), -a))
     row = size // x.shape[cut]
     step = max(1, chunk // max(row, 1))
     for start in range(0, x.shape[cut], step):
         piece = x[(slice(None),) * cut + (slice(start, start + step),)]
         if row > chunk:
-            yield from _pieces(piece, axis, chunk)
+            yield from _pieces(piece, axis, chunk, by_strides)
         else:
             yield piece
 

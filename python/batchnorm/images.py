@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from . import _core
-from ._arrays import is_masked
+from ._arrays import dask_of, is_masked, per_task
 from .functional import batch_norm
 from .moments import array_of, unit
 from .settings import kind, real, word
@@ -41,7 +42,7 @@ def normalize_images(
     ----------
     x : array of uint8, int16 or uint16, shape (N, H, W, C), or (H, W, C) for one image
         Any strides: crops and memory-mapped files are welcome. With ``data_format="NCHW"`` (N, C, H, W) or
-        (C, H, W).
+        (C, H, W). Or a Dask array of these; the result is then one, made block by block when it is computed.
     mean, std : sequence of C floats, or array of real numbers of shape (C,)
         In units of the scaled image, where ``max_value`` is 1: ``[0.485, 0.456, 0.406]`` and ``[0.229, 0.224,
         0.225]`` of ImageNet, or what ``dataset_moments(..., max_value=255)`` gives of images of your own.
@@ -95,6 +96,9 @@ def normalize_images(
     expected = word(*CHANNEL_AXES)
     from_axis = CHANNEL_AXES[expected("data_format", data_format)]
     to_axis = CHANNEL_AXES[expected("out_format", out_format)]
+    if dask_of(x) is not None:
+        options: dict[str, Any] = {"max_value": max_value, "data_format": data_format, "dtype": dtype}
+        return _normalize_lazily(x, mean, std, out, num_threads, out_format=out_format, **options)
     images = _images(array_of(x), max_value, data_format, to_axis)
     channels, info = images.shape[from_axis], np.iinfo(images.dtype)
     if channels == 0:
@@ -119,6 +123,27 @@ def normalize_images(
         out=out[one] if isinstance(out, np.ndarray) else out,
     )  # fmt: skip
     return out if out is not None else y[0] if one is None else y
+
+
+def _normalize_lazily(
+    x: Any, mean: Any, std: Any, out: Any, num_threads: int | None, **options: Any
+) -> Array:
+    """The same of a Dask array, lazily."""
+    from .dask import blocks_of, mapped
+
+    options["num_threads"] = per_task(num_threads)
+    x = blocks_of("x", x)
+    if out is not None:
+        raise TypeError("out is given and x is a Dask array, whose result is one: drop out, and store() it")
+    channel, to = (x.ndim + CHANNEL_AXES[options[name]] for name in ("data_format", "out_format"))
+    empty = 1 if channel == 0 else 0
+    known = [0 if np.isnan(n) or a == empty else int(n) for a, n in enumerate(x.shape)]
+    normalize_images(np.zeros(known, x.dtype), mean, std, **options)  # for its errors
+    operands = {name: (np.array(v), (channel,)) for name, v in (("mean", mean), ("std", std))}
+    order = [a for a in range(x.ndim) if a != channel]
+    order.insert(to, channel)
+    result: Array = mapped(x, (channel,), partial(normalize_images, **options), operands, tuple(order))
+    return result
 
 
 def _images(x: Any, max_value: float | None, data_format: str, to_axis: int) -> Array:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _core, _hints
-from ._arrays import as_array, is_masked, on_gpu
+from ._arrays import as_array, dask_of, is_masked, on_gpu, per_task
 from .distributed import reduced, telling
 from .functional import batch_norm
+from .progress import idle
 from .settings import Settings, UnsaidAxis, flag, integer, kind, real
 from .typing import Array, ChannelAxis, DataFormatName, Group, Mask, Vector
 
@@ -54,7 +56,8 @@ def moments(
     ----------
     x : array of float32, float64, float16 or bfloat16, at least 2 dimensions
         Any strides. Or an image of uint8, int16 or uint16. Or a masked array of these (``numpy.ma``): what it
-        masks does not count.
+        masks does not count. Or a Dask array of these, computed now, a task for each block, and then the
+        arrays below may be Dask's as well.
     channel_axis : int or tuple of int, default 1
         The axis that holds the channels, as in :func:`batch_norm`. All other axes are reduced.
     data_format : str, optional
@@ -80,7 +83,7 @@ def moments(
         Other processes that hold parts of the batch, as in :func:`batch_norm_train`: the moments are those of
         the whole batch, the same on all. To merge what each has seen by itself, :meth:`Moments.allreduce`.
     num_threads : int, optional
-        As in :func:`batch_norm`.
+        As in :func:`batch_norm`; with Dask of each task, where absent means 1.
 
     Returns
     -------
@@ -130,15 +133,24 @@ def moments(
             weights=weights, group=group, num_threads=num_threads,
         )  # fmt: skip
         return _filled(MeanVar, pair)
+    where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
+    where |= {} if data_format is None else {"data_format": data_format}
+    if (blocks := dask_of(x)) is not None:
+        from .dask import blocks_of, channels_of
+
+        channels_of(blocks_of("x", blocks), where)
+        delta, keep = integer("ddof", ddof, 0, 2**53, "an int >= 0"), flag("keepdims", keepdims)
+        total = Moments(channel_axis=channel_axis, data_format=data_format, nodata=nodata).update(
+            x, mask=mask, lengths=lengths, lengths_axis=lengths_axis, weights=weights, num_threads=num_threads
+        )
+        return _of_total(total if group is None else total.allreduce(group), x, delta, keep)
     if on_gpu(x) and nodata is not None:
         raise ValueError(f"nodata is {kind(nodata)}, which is not served on a GPU; pass mask=x != nodata")
     with telling(group):
         keep = flag("keepdims", keepdims)
-        where: dict[str, Any] = {} if channel_axis is FIRST_AXIS else {"channel_axis": channel_axis}
-        where |= {} if data_format is None else {"data_format": data_format}
         positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
         if not on_gpu(x):
-            x, positions = _counting(x, where, _nodata(nodata), positions)
+            x, positions = _counting(x, where, _nodata(nodata), positions, num_threads)
     pair = _core.moments(
         x, **where, **positions, ddof=ddof, weights=weights, group=group, num_threads=num_threads
     )
@@ -224,8 +236,8 @@ class Moments:
         Parameters
         ----------
         x : array, at least 2 dimensions
-            As :func:`moments` takes it. Sums of integers are exact: however such data is cut into batches,
-            the result is the same. A batch without values changes nothing.
+            As :func:`moments` takes it, a Dask array too. Sums of integers are exact: however such data is
+            cut into batches, the result is the same. A batch without values changes nothing.
         mask : bool array, optional
             Which values count, as in :func:`moments`.
         lengths : int array of shape (N,), optional
@@ -247,8 +259,13 @@ class Moments:
         TypeError, ValueError
             As :func:`moments`; also other channels than before. Nothing is changed then, nor by Ctrl-C.
         """
-        positions = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
-        x, positions = _counting(x, self._where, self._nodata, positions)
+        positions: dict[str, Any] = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis}
+        if (blocks := dask_of(x)) is not None:
+            from .dask import blocks_of
+
+            take = partial(Moments.update, lengths_axis=lengths_axis, num_threads=per_task(num_threads))
+            return update_of_dask(self, blocks_of("x", blocks), take, positions | {"weights": weights})
+        x, positions = _counting(x, self._where, self._nodata, positions, num_threads)
         sums = _core.moment_sums(x, **self._where, **positions, weights=weights, num_threads=num_threads)
         return self._add("x", sums, _core.channel_shape(x, **self._where))
 
@@ -278,12 +295,12 @@ class Moments:
         return self.copy().merge(other) if isinstance(other, Moments) else NotImplemented
 
     @staticmethod
-    def merged(accumulators: Iterable[Moments]) -> Moments:
+    def merged(accumulators: Iterable[Moments | Vector]) -> Moments:
         """A new accumulator of everything that some others have seen.
 
         Parameters
         ----------
-        accumulators : iterable of Moments
+        accumulators : iterable of Moments, or of what their :meth:`to_array` gives
             At least one; they stay as they are.
 
         Returns
@@ -298,6 +315,7 @@ class Moments:
         """
         total: Moments | None = None
         for one in accumulators:
+            one = Moments.from_array(one) if isinstance(one, np.ndarray) else one
             first = total is None and isinstance(one, Moments)
             total = one.copy() if first else (total or Moments()).merge(one)
         if total is None:
@@ -359,13 +377,32 @@ class Moments:
         """
         return copy.copy(self)
 
-    def _add(self, name: str, sums: Vector, shape: tuple[int, ...]) -> Moments:
+    def _check_channels(self, name: str, shape: tuple[int, ...]) -> None:
         if self._sums is not None and shape != self._shape:
             raise ValueError(f"{name} has channels of shape {shape}, expected {self._shape} as before")
+
+    def _add(self, name: str, sums: Vector, shape: tuple[int, ...]) -> Moments:
+        self._check_channels(name, shape)
         if sums[: math.prod(shape)].any():  # the counts; a batch without values brings no channels either
             self._sums = sums if self._sums is None else _core.merged_moment_sums(self._sums, sums)
             self._shape = shape
         return self
+
+    @staticmethod
+    def _side_by_side(parts: Any, lengths: Sequence[tuple[int, ...]]) -> Moments:
+        """Accumulators of different channels as one; `parts` has an axis for each of the channels'."""
+        total: Moments = next((p for p in parts.flat if p.channels is not None), parts.flat[0])
+        if parts.size == 1 or total.channels is None:
+            return total
+        total = total.copy()
+        sums = np.empty(parts.shape, object)
+        for place in np.ndindex(parts.shape):
+            own, shape = parts[place]._sums, [n[i] for n, i in zip(lengths, place, strict=True)]
+            own = np.zeros(3 * _PARTS * math.prod(shape)) if own is None else own
+            sums[place] = own.reshape(3 * _PARTS, *shape)
+        whole = np.block(sums.tolist())
+        total._sums, total._shape = whole.ravel(), whole.shape[1:]
+        return total
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -519,7 +556,8 @@ class Moments:
             good = False
         if not good:
             first = array.ravel()[:5].tolist()
-            raise ValueError(f"array begins with {first}, expected what Moments.to_array() gives")
+            what = f"array begins with {first}, expected what Moments.to_array() gives"
+            raise ValueError(what + _difference(array))
         if channels:
             new._sums, new._shape = sums, tuple(shape)
         return new
@@ -581,6 +619,68 @@ class Moments:
         return new
 
 
+# ---- Dask ------------------------------------------------------------------------------------------------
+
+
+def update_of_dask(
+    total: Moments, x: Any, take: Callable[..., object], positions: Mapping[str, Any], *, of: str = "x",
+    flat: bool = False, check: bool = True, advance: Callable[[int], object] = idle,
+) -> Moments:  # fmt: skip
+    """`total`, which takes in all blocks of a Dask array or elements of a bag, the argument `of`.
+
+    Each goes into an accumulator of a task's own by ``take(accumulator, block, mask=, ...)``. `flat` blocks
+    are of the same channels wherever they are.
+    """
+    from .dask import channels_of, is_bag, merged_blocks, merged_partitions, positions_of
+
+    new = total.copy()
+    new._sums, new._shape = None, ()
+    if is_bag(x):
+        found = merged_partitions(x, partial(_moments_of_elements, new, take), Moments.merged, advance)
+    else:
+        nodata = new._nodata
+        channels = () if flat else channels_of(x, new._where, of)
+        shape = tuple(x.shape[a] for a in channels)
+        operands = positions_of(x, channels, of, **positions)
+        if channels:
+            total._check_channels(of, shape)
+        if nodata is not None and nodata.ndim and channels:
+            _check_nodata(nodata, shape)
+            new._nodata = np.asarray(np.nan) if np.isnan(nodata).all() else nodata
+            operands |= {"nodata": (nodata, channels)} if new._nodata is nodata else {}
+        how: dict[str, Any] = {"empty": new, "of": of, "check": check, "advance": advance}
+        one = partial(_moments_of_block, new, take)
+        parts = merged_blocks(x, channels, one, Moments.merged, operands, **how)
+        found = Moments._side_by_side(parts, [x.chunks[a] for a in channels])
+    return total if found._sums is None else total._add(of, found._sums, found._shape)
+
+
+def _of_total(total: Moments, x: Any, ddof: int, keepdims: bool) -> MeanVar:
+    """What `moments` returns of a Dask array."""
+    others = reduced_axes(x.ndim, total.channel_axis)
+    none = np.full([int(n) for a, n in enumerate(x.shape) if a not in others], np.nan)
+    pair = (none, none.copy()) if total.channels is None else (total.mean, total.variance(ddof))
+    return MeanVar(*(np.expand_dims(values, others if keepdims else ()) for values in pair))
+
+
+def _moments_of_block(
+    new: Moments, take: Callable[..., object], x: Array, *, nodata: Vector | None = None, **positions: Any
+) -> Moments:
+    total = new.copy()
+    if nodata is not None:  # of this block's channels; NaN says of integers that they have none
+        total._nodata = None if x.dtype.kind in "iu" and np.isnan(nodata).all() else nodata
+    with _hints.muted():  # what is true of a block may not be of the whole
+        take(total, x, **positions)
+    return total
+
+
+def _moments_of_elements(new: Moments, take: Callable[..., object], elements: Iterable[Any]) -> Moments:
+    total = new.copy()
+    for element in elements:
+        take(total, element)
+    return total
+
+
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
@@ -637,7 +737,7 @@ def _nodata(nodata: object) -> Vector | None:
 
 
 def _counting(
-    x: Any, where: dict[str, Any], nodata: Vector | None, positions: dict[str, Any]
+    x: Any, where: dict[str, Any], nodata: Vector | None, positions: dict[str, Any], num_threads: int | None
 ) -> tuple[Array, dict[str, Any]]:
     """x without a mask of its own, and the positions that count of it."""
     if not isinstance(x, np.ndarray):
@@ -653,14 +753,19 @@ def _counting(
         return x, positions
     if any(value is not None for value in positions.values()):
         ones = np.ones(x.shape, np.float32)  # the identity gives 0 where nothing counts
-        counted &= batch_norm(ones, np.zeros(shape), np.ones(shape), eps=0, **where, **positions) != 0
+        how = {"eps": 0, "num_threads": num_threads, **where, **positions}
+        counted &= batch_norm(ones, np.zeros(shape), np.ones(shape), **how) != 0
     return x, {"mask": counted}
+
+
+def _check_nodata(nodata: Vector, shape: tuple[int, ...]) -> None:
+    if nodata.ndim and nodata.shape != shape:
+        raise ValueError(f"nodata has shape {nodata.shape}, expected a number, or {shape}, one per channel")
 
 
 def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int, ...]) -> Mask:
     """Where x holds what stands for no data; `others` are the axes that are not the channels'."""
-    if nodata.ndim and nodata.shape != shape:
-        raise ValueError(f"nodata has shape {nodata.shape}, expected a number, or {shape}, one per channel")
+    _check_nodata(nodata, shape)
     whole, none = x.dtype.kind in "iu", np.isnan(nodata)
     with np.errstate(over="ignore", invalid="ignore"):
         value = nodata.astype(x.dtype)
@@ -683,6 +788,19 @@ def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int
             hint = f"{float(x[low].min()):.9g}, the end of a range: is that what stands for no data?"
             _hints.warn(f"{got}, which hold {hint}")
     return match
+
+
+def _difference(array: Vector) -> str:
+    """What is wrong with a flat state, as far as its head tells."""
+    if array.ndim != 1 or array.size < 5:
+        return f"; it has shape {array.shape}"
+    version, channels, axes = array[:3].tolist()
+    if array[:1].byteswap().item() == _VERSION:
+        return "; its bytes are in the other order: pass array.view(array.dtype.newbyteorder())"
+    if version != _VERSION:
+        return f" in version {_VERSION}: it is of another release, or no such array"
+    size = 3 + 2 * axes + 3 * _PARTS * channels
+    return f"; it has {array.size} values, and begins as one of {size:.16g}" if size != array.size else ""
 
 
 _FORMAT_1 = ("axis", "data_format", "count", "sum", "sum_sq")

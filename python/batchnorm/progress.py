@@ -9,7 +9,11 @@ from typing import Any
 
 from .settings import flag
 
-__all__ = ["bar"]
+__all__ = ["bar", "idle"]
+
+
+def idle(n: int) -> None:
+    """What a bar that is not shown is told."""
 
 
 @contextlib.contextmanager
@@ -20,7 +24,7 @@ def bar(
     show = None if show is None else flag("progress", show)
     progress = _made(show, of_bytes) if show or (show is None and sys.stderr.isatty()) else None
     if progress is None:
-        yield lambda n: None
+        yield idle
         return
     with progress:
         task = progress.add_task(what, total=total)

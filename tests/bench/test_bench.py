@@ -275,6 +275,12 @@ def test_group():
     assert done.returncode == 0 and done.stdout.count("float64") == 2, done.stderr
 
 
+def test_blocks():
+    pytest.importorskip("dask", reason="dask is not installed (extra dask)")
+    done = program("blocks.py", "--tiny", "--rounds", "1")
+    assert done.returncode == 0 and "32 x 3 x 8 x 8" in done.stdout, done.stderr
+
+
 def test_features():
     done = program("features.py", "--set", "tiny", "--rounds", "3")
     assert done.returncode == 0, done.stderr

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
+import operator
 import pickle
 import random
 import re
@@ -379,6 +381,36 @@ def test_state_through_a_file(tmp_path, options):
     assert same(again, full.update(np.round(x)))
 
 
+def test_flat_states_are_merged_as_accumulators_are():
+    x = batches(6, mean=1e4)
+    parts = moments_of(x)
+    flat = [m.to_array() for m in parts]
+    want = Moments.merged(parts)
+    assert same(Moments.merged(flat), want) and same(Moments.merged([*parts[:3], *flat[3:]]), want)
+
+    def two(a, b):
+        return Moments.merged([a, b]).to_array()
+
+    for seed in range(4):
+        random.Random(seed).shuffle(flat)
+        assert same(Moments.from_array(functools.reduce(two, flat)), want)
+        assert same(functools.reduce(operator.add, map(Moments.from_array, flat)), want)
+        assert same(Moments.from_array(functools.reduce(two, flat, Moments().to_array())), want)
+
+
+def test_the_flat_state_of_another_byte_order():
+    total = merged(batches(3, mean=1e4))
+    flat = total.to_array()
+    for order in "<>":
+        sent = flat.astype(flat.dtype.newbyteorder(order)).tobytes()
+        assert same(Moments.from_array(np.frombuffer(sent, order + "f8")), total)
+        other = {"<": ">", ">": "<"}[order]
+        with pytest.raises(ValueError, match=r"in the other order: pass array.view\(array.dtype"):
+            Moments.from_array(np.frombuffer(sent, other + "f8"))
+        wrong = np.frombuffer(sent, other + "f8")
+        assert same(Moments.from_array(wrong.view(wrong.dtype.newbyteorder())), total)
+
+
 def test_the_flat_state_begins_with_version_and_channels():
     total = Moments(channel_axis=(1, -1)).update(rng("flat").random((5, 3, 2, 4)))
     flat = total.to_array()
@@ -429,9 +461,12 @@ GOOD = 1, 3, 1, 1, 3
 BAD_ARRAYS = [
     ([1.0, 3], TypeError, "array is of type list, expected an array of float64"),
     (flat(*GOOD).astype(np.float32), TypeError, "array is float32"),
-    (flat(2, 3, 1, 1, 3), ValueError, r"array begins with \[2.0, 3.0, 1.0, 1.0, 3.0\], expected"),
+    (flat(2, 3, 1, 1, 3), ValueError,
+     r"array begins with \[2.0, 3.0, 1.0, 1.0, 3.0\], expected .* in version 1: it is of another release"),
+    (flat(*GOOD)[:-1], ValueError, "gives; it has 31 values, and begins as one of 32$"),
+    (flat(*GOOD)[:2], ValueError, r"gives; it has shape \(2,\)$"),
     *((array, ValueError, GIVES) for array in (
-        flat(*GOOD)[:-1], flat(*GOOD)[None], np.ones(2), flat(1, 3, 1, 1, 4), flat(1, 4, 1, 1, 3),
+        flat(*GOOD)[None], np.ones(2), flat(1, 3, 1, 1, 4), flat(1, 4, 1, 1, 3),
         flat(1, 3, 0), flat(1, 3, -2, 1, 3), flat(1, 1, 1e300, 1, 1), flat(1, 1, 2, 1, 2, -1, -1),
         flat(1, np.nan, 1, 1, 3, size=3), flat(np.inf, 3, 1, 1, 3), flat(1, 3, 2, 0, 1, 1, 3),
         np.full(30, 1e300), flat(1, 3, 1, 1e300, 3),
@@ -489,7 +524,8 @@ BAD_CALLS = [
     (lambda m: m + Moments().update(np.ones((2, 4))), ValueError, r"shape \(4,\)"),
     (lambda m: m + 1, TypeError, "unsupported operand"),
     (lambda m: Moments.merged([m, 2]), TypeError, r"other is 2 \(int\), expected a Moments"),
-    (lambda m: Moments.merged([np.ones(3), m]), TypeError, "of type numpy.ndarray, expected a Moments"),
+    (lambda m: Moments.merged([np.ones(5), m]), ValueError, "array begins with .* Moments.to_array"),
+    (lambda m: Moments.merged([m, [1.0]]), TypeError, "other is of type list, expected a Moments"),
     (lambda m: Moments.merged([]), ValueError, "accumulators is empty"),
     (lambda m: m.variance(-1), ValueError, "ddof is -1, expected an int >= 0"),
     (lambda m: m.variance(8), ValueError, "ddof is 8, expected less than 8"),

@@ -165,6 +165,29 @@ PROOFS: dict[str, tuple[str, ...]] = {
         "data/test_dataset.py::test_read_gets_every_path",
         "data/test_dataset.py::test_statistics_in_units_of_max_value",
     ),
+    "Dask arrays: a task a block, masks too, one thread each, errors that name the block": (
+        "data/test_dask.py::test_blocks_are_merged_as_batches_are",
+        "data/test_dask.py::test_masked_values_of_any_kind",
+        "data/test_dask.py::test_each_block_is_read_once_and_soon_let_go",
+        "data/test_dask.py::test_threads_of_a_task",
+        "data/test_dask.py::test_errors",
+    ),
+    "Dask arrays and bags as data sets; the same bits on every scheduler, in any order": (
+        "data/test_dask.py::test_bits_depend_on_neither_scheduler_nor_order_nor_tree",
+        "data/test_dask.py::test_a_cluster_has_the_same_bits_also_when_workers_die",
+        "data/test_dask.py::test_pieces_of_a_sample_have_the_same_bits_however_samples_are_cut",
+        "data/test_dask.py::test_a_bag_of_files",
+    ),
+    "Images and inference of Dask arrays, lazily, block by block": (
+        "data/test_dask.py::test_normalize_images",
+        "data/test_dask.py::test_batch_norm",
+        "data/test_dask.py::test_batch_norm_of_integers",
+    ),
+    "Flat states to send and merge: versioned, of either byte order": (
+        "data/test_accumulator.py::test_flat_states_are_merged_as_accumulators_are",
+        "data/test_accumulator.py::test_the_flat_state_of_another_byte_order",
+        "data/test_accumulator.py::test_bad_arrays",
+    ),
     "The same bits for any threads, instruction set, alignment; every digit at any mean": (
         "operations/test_determinism.py::test_levels_and_threads",
         "operations/test_determinism.py::test_address_of_input",

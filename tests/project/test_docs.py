@@ -106,7 +106,9 @@ def test_docstring_of_a_module(module: object) -> None:
     assert run([doctest.DocTestParser().get_doctest(text, {}, "module", None, None)]) >= 2
 
 
-@pytest.mark.parametrize(("name", "needs"), [("torch", ("torch",)), ("keras", ("torch", "keras"))])
+@pytest.mark.parametrize(
+    ("name", "needs"), [("torch", ("torch",)), ("keras", ("torch", "keras")), ("dask", ("dask",))]
+)
 def test_docstrings_for_other_libraries(name: str, needs: tuple[str, ...]) -> None:
     os.environ.setdefault("KERAS_BACKEND", "torch")
     for each in needs:
@@ -266,9 +268,10 @@ def test_a_feature_is_there(feature: str) -> None:
     assert names
     for name, arguments in names:
         room = name.partition(".")[0]
-        if room in ("torch", "keras"):
+        if room in ("torch", "keras", "dask"):
             os.environ.setdefault("KERAS_BACKEND", "torch")
-            pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+            if room != "dask":
+                pytest.importorskip("torch", reason="torch is not installed (extra torch)")
             pytest.importorskip(room, reason=f"{room} is not installed (extra {room})")
             importlib.import_module(f"batchnorm.{room}")
         thing: object = batchnorm

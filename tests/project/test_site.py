@@ -52,9 +52,10 @@ def test_the_pages_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     """Block by block in one namespace, as a reader would; sessions must print what they show."""
     if "plot_statistics" in page.read_text():
         pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra demo)")
-    for needed in re.findall(r"^import (keras|torch)$", page.read_text(), re.M):
+    for needed in re.findall(r"^import (keras|torch|dask)(?:\.array as da)?$", page.read_text(), re.M):
         os.environ.setdefault("KERAS_BACKEND", "torch")
-        pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+        if needed != "dask":
+            pytest.importorskip("torch", reason="torch is not installed (extra torch)")
         pytest.importorskip(needed, reason=f"{needed} is not installed (extra {needed})")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
@@ -125,10 +126,11 @@ def test_every_public_name_is_in_the_api() -> None:
     assert sorted(listed) == sorted(set(batchnorm.formats.__all__) - {"FORMATS"})
 
 
-@pytest.mark.parametrize("room", ["torch", "keras"])
+@pytest.mark.parametrize("room", ["torch", "keras", "dask"])
 def test_every_name_for_other_libraries_is_in_the_api(room: str) -> None:
     os.environ.setdefault("KERAS_BACKEND", "torch")
-    pytest.importorskip("torch", reason="torch is not installed (extra torch)")
+    if room != "dask":
+        pytest.importorskip("torch", reason="torch is not installed (extra torch)")
     pytest.importorskip(room, reason=f"{room} is not installed (extra {room})")
     module = importlib.import_module(f"batchnorm.{room}")
     text = (DOCS / "api" / f"{room}.rst").read_text()
@@ -174,6 +176,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         "rich",
         "torch",
         "keras",
+        "dask",
     ):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed (extra docs)")

@@ -217,7 +217,7 @@ ROWS = (
     ("functional",),
     ("settings",),
     ("running", "parameter", "runtime", "fold", "tune", "progress", "distributed"),
-    ("moments", "dataset", "images", "_gpu"),
+    ("moments", "dataset", "images", "_gpu", "dask"),
     ("diagnose",),
     ("io",),
     ("layer",),
@@ -361,7 +361,15 @@ def test_the_package_stays_small() -> None:
         of_files = path.parts[0] == "io" and path.name not in states
         return "formats" if of_files or path.name == "formats.py" else path.parts[0]
 
-    rooms = {"formats": 1569, "torch": 1052, "keras": 294, "distributed.py": 135, "_gpu.py": 348, "": 3790}
+    rooms = {
+        "formats": 1569,
+        "torch": 1052,
+        "keras": 294,
+        "distributed.py": 135,
+        "_gpu.py": 348,
+        "dask.py": 286,
+        "": 4100,
+    }
     count = {p: python_lines(p) for p in PYTHON.rglob("*.py")}
     for name, ceiling in rooms.items():
         own = {}

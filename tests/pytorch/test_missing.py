@@ -1,4 +1,4 @@
-"""Without PyTorch or Keras their rooms say what to install, and the package does not ask for either."""
+"""Without PyTorch, Keras or Dask their rooms say what to install; the package asks for none of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pytest
 pytestmark = pytest.mark.quick
 
 
-@pytest.mark.parametrize(("room", "name"), [("torch", "PyTorch"), ("keras", "Keras 3")])
+ROOMS = [("torch", "PyTorch"), ("keras", "Keras 3"), ("dask", "Dask")]
+
+
+@pytest.mark.parametrize(("room", "name"), ROOMS)
 def test_what_is_missing_is_said(room: str, name: str) -> None:
     program = f"import sys; sys.modules['{room}'] = None; import batchnorm.{room}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -19,7 +22,7 @@ def test_what_is_missing_is_said(room: str, name: str) -> None:
     assert expected in done.stderr.splitlines()[-1]
 
 
-def test_the_package_imports_neither() -> None:
-    program = "import sys, batchnorm; print([n for n in ('torch', 'keras') if n in sys.modules])"
+def test_the_package_imports_none() -> None:
+    program = "import sys, batchnorm; print([n for n in ('torch', 'keras', 'dask') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
