@@ -30,14 +30,13 @@ public:
         Saved saved, other;
         switch (which) {
             case 0:
-                return call([this, f = forward(nullptr)] { batch_norm(f); });
+                return call([f = forward(nullptr)] { batch_norm(f); });
             case 1:
             case 2:
             case 3:
-                return call([this, f = forward(odd() ? nullptr : &saved)] { batch_norm_train(f); });
+                return call([f = forward(odd() ? nullptr : &saved)] { batch_norm_train(f); });
             case 4:
-                return call(
-                    [this, f = forward(odd() ? nullptr : &saved), s = channels<false>(), batch = below(2) == 1] { save(f, s, batch); });
+                return call([f = forward(odd() ? nullptr : &saved), s = channels<false>(), batch = below(2) == 1] { save(f, s, batch); });
             case 5: {
                 const UpdateRunningArgs a{
                     .running = running(), .mean = channels<false>(), .var = channels<false>(), .count = channels<false>()};
