@@ -1,0 +1,315 @@
+"""Puts each fault of faults.txt into a copy of the sources and looks whether the tests notice it.
+
+    python tests/mutation/run.py [--only 3 17 40-60] [--short] [--again] [--folder build/mutation]
+
+In C++ one build has all faults, and the environment variable BATCHNORM_FAULTS switches on the one that is
+tried; in Python the text of the copy is changed. A fault is noticed if a test fails, crashes or does not end
+that passes without it. First come the tests nearest to the fault. What they do not notice is put in together,
+and all others run, file by file: a file that fails tells which of the faults it notices one by one. Results
+stay in the folder: what has been run is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from faults import DEFINED_IN, DEFINITION, ROOT, Fault, faulty, read, switched
+
+# Which tests come first, by the beginning of the fault's file; then come all others.
+FIRST = {
+    "cpp/kernels/image": "cpp data/test_images.py data/test_counting.py",
+    "cpp/kernels/activation": "cpp operations/test_activations.py operations/test_double_backward.py",
+    "cpp/kernels": "cpp operations/test_golden.py operations/test_layouts.py operations/test_moments.py"
+    " data/test_counting.py data/test_images.py operations/test_numerics.py",
+    "cpp/core/second": "operations/test_double_backward.py",
+    "cpp/core/memory": "cpp operations/test_process.py",
+    "cpp/core/limits": "operations/test_process.py",
+    "cpp/core/parallel": "cpp operations/test_process.py",
+    "cpp/core/check": "cpp operations/test_errors.py operations/test_inplace.py layer/test_errors.py",
+    "cpp/core/running": "cpp operations/test_running.py layer/test_statistics.py",
+    "cpp/core": "cpp operations/test_golden.py operations/test_running.py operations/test_saved.py"
+    " data/test_counting.py operations/test_moments.py operations/test_numerics.py",
+    "cpp/bind": "operations/test_errors.py operations/test_saved.py operations/test_arrays.py"
+    " data/test_counting.py operations/test_layouts.py operations/test_inplace.py",
+    "python/batchnorm/torch": "pytorch",
+    "python/batchnorm/keras": "keras3",
+    "python/batchnorm/io": "io",
+    "python/batchnorm/fold": "operations/test_fold.py io/test_folding.py",
+    "python/batchnorm/images": "data/test_images.py",
+    "python/batchnorm/dataset": "data",
+    "python/batchnorm/moments": "data operations/test_moments.py",
+    "python/batchnorm/running": "layer operations/test_running.py",
+    "python/batchnorm": "layer",
+}
+# Tests that build the library themselves, or look at what is no function of it, see no fault.
+NEVER = ("tests/cpp", "tests/project/test_structure.py", "tests/project/test_site.py", "tests/bench",
+         "tests/project/test_release.py", "tests/project/test_instructions.py", "tests/mutation",
+         "tests/project/test_mutation.py")  # fmt: skip
+# Takes the place of what an editable installation puts before everything else, also in tests' own processes.
+SITE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n"
+PLUGIN = """
+import json, os
+from pathlib import Path
+FOLDER = Path(os.environ["BATCHNORM_MUTATION"])
+failed, seconds = set(), {}
+
+def pytest_collection_modifyitems(items):
+    if "BATCHNORM_FAULTS" in os.environ:
+        bad = set(json.loads((FOLDER / "baseline.json").read_text())["failed"])
+        items[:] = [item for item in items if item.nodeid not in bad]
+
+def pytest_runtest_logreport(report):
+    file = report.nodeid.partition("::")[0]
+    seconds[file] = seconds.get(file, 0) + report.duration
+    if report.failed:
+        failed.add(report.nodeid)
+
+def pytest_sessionfinish():
+    (FOLDER / "last.json").write_text(json.dumps({"failed": sorted(failed), "seconds": seconds}))
+"""
+CPP_TESTS = "test_batchnorm"  # the executable, beside the files of pytest
+
+
+class Tree:
+    """A copy of the sources with the faults of C++ in it, and its build."""
+
+    def __init__(self, folder: Path, faults: list[Fault], prefix: list[str]) -> None:
+        self.folder, self.faults, self.prefix = folder, faults, prefix
+        self.sources, self.build = folder / "tree", folder / "build"
+
+    # ---- making it ---------------------------------------------------------------------------------------
+
+    def make(self) -> None:
+        """Copies what git knows or would know, puts the faults of C++ in, and builds."""
+        listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for name in {name for name in names.split("\0") if name and (ROOT / name).is_file()}:
+            data = (ROOT / name).read_bytes()
+            if own := [f for f in self.faults if f.file == name and not f.is_python]:
+                data = switched(own, data.decode()).encode()
+            if name == DEFINED_IN:
+                data = switched(own, (ROOT / name).read_text()).encode() + DEFINITION.encode()
+            if name == "cpp/CMakeLists.txt":  # the same bits in half the time
+                data = data.replace(b"-O3", b"-O2")
+            self._put(name, data)
+        site = self.folder / "site"
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(SITE)
+        (site / "mutation_plugin.py").write_text(PLUGIN)
+        where = [sys.executable, "-m", "pybind11", "--cmakedir"]
+        pybind11 = subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip()
+        options = ["-DBATCHNORM_PYTHON=ON", "-DBATCHNORM_TESTS=ON", f"-Dpybind11_DIR={pybind11}",
+                   f"-DPython_EXECUTABLE={sys.executable}"]  # fmt: skip
+        if shutil.which("ccache"):
+            options.append("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache")
+        self._do("cmake", "-G", "Ninja", "-S", self.sources, "-B", self.build, *options)
+        self._do("cmake", "--build", self.build)
+        self._do("cmake", "--install", self.build, "--prefix", self.sources / "python" / "batchnorm")
+
+    def _put(self, name: str, data: bytes) -> None:
+        target = self.sources / name
+        if target.is_file() and target.read_bytes() == data:
+            return  # its time stays, so that the next build compiles what has changed
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        target.chmod((ROOT / name).stat().st_mode)
+
+    def _do(self, *command: object) -> None:
+        done = subprocess.run([*self.prefix, *map(str, command)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit((done.stdout + done.stderr)[-8000:])
+
+    # ---- running tests -----------------------------------------------------------------------------------
+
+    def run(self, tests: Sequence[str], faults: Sequence[Fault] | None, limit: float) -> str:
+        """Who notices these faults, put in together, among some files of tests: "" is nobody."""
+        path = f"{self.folder / 'site'}{os.pathsep}{self.sources / 'python'}"
+        environment = {
+            **os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive",
+            "BATCHNORM_MUTATION": str(self.folder),
+        }  # fmt: skip
+        if faults is not None:
+            environment["BATCHNORM_FAULTS"] = " ".join(str(fault.number) for fault in faults)
+        for command, of_cpp in self._commands(tests, faults is None):
+            whole = [*self.prefix, "timeout", "--kill-after=5", f"{limit:.0f}", *command]
+            with self._changed(faults or ()):
+                done = subprocess.run(
+                    whole, cwd=self.sources, env=environment, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+                )  # fmt: skip
+            if done.returncode not in (0, 5):  # 5: no tests
+                return f"{CPP_TESTS}: " * of_cpp + who(done.returncode, done.stdout)
+        return ""
+
+    def _commands(self, tests: Sequence[str], every: bool) -> Iterator[tuple[list[str], bool]]:
+        if CPP_TESTS in tests:
+            yield [str(self.build / CPP_TESTS), "--quick"], True
+        if files := [name for name in tests if name != CPP_TESTS]:
+            options = ["-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "mutation_plugin",
+                       "-m", "not slow", *["-x"] * (not every)]  # fmt: skip
+            yield [sys.executable, "-m", "pytest", *options, *files], False
+        if CPP_TESTS in tests:
+            yield [str(self.build / CPP_TESTS)], True
+
+    @contextlib.contextmanager
+    def _changed(self, faults: Iterable[Fault]) -> Iterator[None]:
+        before: dict[Path, str] = {}
+        try:
+            for fault in (fault for fault in faults if fault.is_python):
+                path = self.sources / fault.file
+                before.setdefault(path, path.read_text())
+                path.write_text(faulty(fault, path.read_text()))
+            yield
+        finally:
+            for path, text in before.items():
+                path.write_text(text)
+
+    # ---- what there is to run ----------------------------------------------------------------------------
+
+    def baseline(self) -> None:
+        """What fails, and how long each file takes, without a fault."""
+        paths = self.sources.glob("tests/**/test_*.py")
+        found = sorted(path.relative_to(self.sources).as_posix() for path in paths)
+        failed: set[str] = set()
+        seconds: dict[str, float] = {}
+        for name in (name for name in found if not name.startswith(NEVER)):
+            noticed = self.run([name], None, 1800)
+            last = json.loads((self.folder / "last.json").read_text())
+            if noticed and not last["failed"]:
+                raise SystemExit(f"{name} without a fault: {noticed}")
+            failed.update(last["failed"])
+            seconds[name] = sum(last["seconds"].values())
+            print(f"{seconds[name]:6.1f} s  {name}", flush=True)
+        seconds[CPP_TESTS] = 40
+        if noticed := self.run([CPP_TESTS], None, 1800):
+            raise SystemExit(f"without a fault: {noticed}")
+        result = {"failed": sorted(failed), "seconds": seconds}
+        (self.folder / "baseline.json").write_text(json.dumps(result, indent=1))
+        for name in sorted(failed):
+            print(f"left out, as it fails without a fault: {name}")
+
+    def seconds(self) -> dict[str, float]:
+        return dict(json.loads((self.folder / "baseline.json").read_text())["seconds"])
+
+    def first(self, fault: Fault) -> list[str]:
+        seconds = self.seconds()
+        prefix = next(each for each in FIRST if fault.file.startswith(each))
+        places = [CPP_TESTS if place == "cpp" else f"tests/{place}" for place in FIRST[prefix].split()]
+        return [name for place in places for name in seconds if name.startswith(place)]
+
+    def near(self, fault: Fault) -> str:
+        """Who notices a fault among the tests nearest to it."""
+        tests = self.first(fault)
+        return self.run(tests, [fault], self.limit(tests))
+
+    def limit(self, tests: Iterable[str]) -> float:
+        seconds = self.seconds()
+        return 120 + 10 * sum(seconds[name] for name in tests)
+
+    def far(self, faults: list[Fault]) -> Iterator[tuple[Fault, str]]:
+        """Who else notices some faults: all are put in together, and taken out where they are noticed."""
+        seconds = self.seconds()
+        left = list(faults)
+        for name in sorted(seconds, key=seconds.__getitem__):
+            if not left or not (seen := self.run([name], left, self.limit([name]))):
+                continue
+            print(f"{name} notices some: {seen}", flush=True)
+            for fault in [f for f in left if name not in self.first(f)]:
+                if noticed := self.run([name], [fault], self.limit([name])):
+                    left.remove(fault)
+                    yield fault, noticed
+
+
+def who(code: int, output: str) -> str:
+    """The test that failed, from pytest's or the C++ tests' output."""
+    if code in (124, 137):
+        return "does not end"
+    lines = [line for line in output.splitlines() if line.strip()]
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:] or [""]
+    text = failed[0].removeprefix("FAILED ").removeprefix("ERROR ").partition(" - ")[0]
+    return (text if code == 1 else f"exit status {code}: {text}")[:160]
+
+
+def numbers(ranges: list[str]) -> set[int]:
+    chosen: set[int] = set()
+    for each in ranges:
+        first, _, last = each.partition("-")
+        chosen.update(range(int(first), int(last or first) + 1))
+    return chosen
+
+
+def report(faults: list[Fault], results: dict[str, Any]) -> None:
+    tried, noticed, missed = Counter[str](), Counter[str](), list[Fault]()
+    for fault in (f for f in faults if str(f.number) in results and not f.equal):
+        area = "Python" if fault.is_python else fault.file.split("/")[1]
+        tried[area] += 1
+        noticed[area] += bool(results[str(fault.number)]["noticed"])
+        missed += [] if results[str(fault.number)]["noticed"] else [fault]
+    print(f"\n{'':8} faults  noticed")
+    for name in ("kernels", "core", "bind", "Python"):
+        print(f"{name:8} {tried[name]:6}  {noticed[name]:7}")
+    share = 100 * noticed.total() / max(tried.total(), 1)
+    print(f"{'all':8} {tried.total():6}  {noticed.total():7}  {share:.1f} %")
+    for fault in missed:
+        print(f"not noticed: {fault}: {fault.text!r} -> {fault.instead!r}")
+    for fault in (f for f in faults if f.equal):
+        print(f"changes nothing: {fault}: {fault.equal}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", default=[], help="numbers of faults, or ranges of them")
+    parser.add_argument("--short", action="store_true", help="the tests nearest to each fault alone")
+    parser.add_argument("--again", action="store_true", help="also what has been run and was not noticed")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutation")
+    parser.add_argument("--prefix", default="", help="a command that runs others, such as 'nice -n 19'")
+    parser.add_argument("--report", action="store_true", help="nothing is run: the results there are")
+    options = parser.parse_args()
+    faults, chosen, folder = read(), numbers(options.only), options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    if options.report:
+        report(faults, results)
+        return 0
+
+    def note(fault: Fault, noticed: str, everywhere: bool) -> None:
+        print(f"{fault}: {noticed or 'not noticed'} ({time.monotonic() - began:.0f} s)", flush=True)
+        results[str(fault.number)] = {"noticed": noticed, "everywhere": everywhere}
+        file.write_text(json.dumps(results, indent=1))
+
+    began = time.monotonic()
+    tree = Tree(folder, faults, shlex.split(options.prefix))
+    tree.make()
+    if not (folder / "baseline.json").exists():
+        tree.baseline()
+    mine = [fault for fault in faults if not fault.equal and (not chosen or fault.number in chosen)]
+    for fault in mine:
+        known = results.get(str(fault.number))
+        if known is None or (options.again and not known["noticed"]):
+            note(fault, tree.near(fault), False)
+    left = [fault for fault in mine if results[str(fault.number)] == {"noticed": "", "everywhere": False}]
+    if left and not options.short:
+        for fault, noticed in tree.far(left):
+            note(fault, noticed, True)
+        for fault in left:
+            if not results[str(fault.number)]["noticed"]:
+                note(fault, "", True)
+    report(faults, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
