@@ -5,16 +5,18 @@
 In C++ one build has all faults, and the environment variable BATCHNORM_FAULTS switches on the one that is
 tried; in Python the text of the copy is changed. A fault is noticed if a test fails, crashes or does not end
 that passes without it. First come the tests nearest to the fault. What they do not notice is put in together,
-and all others run, file by file: a file that fails tells which of the faults it notices one by one. Results
-stay in the folder: what has been run is not run again.
+and every file of tests runs: those of its tests that fail then run with each fault alone. Results stay in the
+folder: what has been run is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -31,16 +33,16 @@ from faults import DEFINED_IN, DEFINITION, ROOT, Fault, faulty, read, switched
 FIRST = {
     "cpp/kernels/image": "cpp data/test_images.py data/test_counting.py",
     "cpp/kernels/activation": "cpp operations/test_activations.py operations/test_double_backward.py",
-    "cpp/kernels": "cpp operations/test_golden.py operations/test_layouts.py operations/test_moments.py"
-    " data/test_counting.py data/test_images.py operations/test_numerics.py",
+    "cpp/kernels": "operations/test_golden.py cpp operations/test_layouts.py data/test_counting.py"
+    " data/test_images.py",
     "cpp/core/second": "operations/test_double_backward.py",
     "cpp/core/memory": "cpp operations/test_process.py",
     "cpp/core/limits": "operations/test_process.py",
     "cpp/core/parallel": "cpp operations/test_process.py",
-    "cpp/core/check": "cpp operations/test_errors.py operations/test_inplace.py layer/test_errors.py",
+    "cpp/core/check": "operations/test_errors.py cpp operations/test_inplace.py layer/test_errors.py",
     "cpp/core/running": "cpp operations/test_running.py layer/test_statistics.py",
-    "cpp/core": "cpp operations/test_golden.py operations/test_running.py operations/test_saved.py"
-    " data/test_counting.py operations/test_moments.py operations/test_numerics.py",
+    "cpp/core": "operations/test_golden.py cpp operations/test_running.py operations/test_saved.py"
+    " data/test_counting.py operations/test_moments.py",
     "cpp/bind": "operations/test_errors.py operations/test_saved.py operations/test_arrays.py"
     " data/test_counting.py operations/test_layouts.py operations/test_inplace.py",
     "python/batchnorm/torch": "pytorch",
@@ -133,8 +135,10 @@ class Tree:
 
     # ---- running tests -----------------------------------------------------------------------------------
 
-    def run(self, tests: Sequence[str], faults: Sequence[Fault] | None, limit: float) -> str:
-        """Who notices these faults, put in together, among some files of tests: "" is nobody."""
+    def run(self, tests: Sequence[str], faults: Sequence[Fault] | None, all_of_them: bool = False) -> str:
+        """Who notices these faults, put in together, among some files of tests or tests: "" is nobody.
+        `last.json` has what failed, unless the process ended.
+        """
         path = f"{self.folder / 'site'}{os.pathsep}{self.sources / 'python'}"
         environment = {
             **os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive",
@@ -142,26 +146,27 @@ class Tree:
         }  # fmt: skip
         if faults is not None:
             environment["BATCHNORM_FAULTS"] = " ".join(str(fault.number) for fault in faults)
-        for command, of_cpp in self._commands(tests, faults is None):
-            whole = [*self.prefix, "timeout", "--kill-after=5", f"{limit:.0f}", *command]
+        (self.folder / "last.json").unlink(missing_ok=True)
+        for command, of_cpp in self._commands(tests, all_of_them):
+            limit = str(60 + 30 * self.seconds(tests))
             with self._changed(faults or ()):
                 done = subprocess.run(
-                    whole, cwd=self.sources, env=environment, stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
+                    [*self.prefix, "timeout", "--kill-after=5", limit, *command], cwd=self.sources,
+                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                    errors="replace", check=False,
                 )  # fmt: skip
             if done.returncode not in (0, 5):  # 5: no tests
                 return f"{CPP_TESTS}: " * of_cpp + who(done.returncode, done.stdout)
         return ""
 
-    def _commands(self, tests: Sequence[str], every: bool) -> Iterator[tuple[list[str], bool]]:
-        if CPP_TESTS in tests:
-            yield [str(self.build / CPP_TESTS), "--quick"], True
-        if files := [name for name in tests if name != CPP_TESTS]:
-            options = ["-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "mutation_plugin",
-                       "-m", "not slow", *["-x"] * (not every)]  # fmt: skip
-            yield [sys.executable, "-m", "pytest", *options, *files], False
-        if CPP_TESTS in tests:
-            yield [str(self.build / CPP_TESTS)], True
+    def _commands(self, tests: Sequence[str], all_of_them: bool) -> Iterator[tuple[list[str], bool]]:
+        options = ["-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "mutation_plugin",
+                   "-m", "not slow", *["-x"] * (not all_of_them)]  # fmt: skip
+        for of_cpp, some in itertools.groupby(tests, CPP_TESTS.__eq__):
+            if of_cpp:
+                yield [str(self.build / CPP_TESTS), *["--quick"] * (not all_of_them)], True
+            else:
+                yield [sys.executable, "-m", "pytest", *options, *some], False
 
     @contextlib.contextmanager
     def _changed(self, faults: Iterable[Fault]) -> Iterator[None]:
@@ -185,51 +190,55 @@ class Tree:
         failed: set[str] = set()
         seconds: dict[str, float] = {}
         for name in (name for name in found if not name.startswith(NEVER)):
-            noticed = self.run([name], None, 1800)
-            last = json.loads((self.folder / "last.json").read_text())
+            noticed, last = self.run([name], None, True), self._last()
             if noticed and not last["failed"]:
                 raise SystemExit(f"{name} without a fault: {noticed}")
             failed.update(last["failed"])
             seconds[name] = sum(last["seconds"].values())
             print(f"{seconds[name]:6.1f} s  {name}", flush=True)
-        seconds[CPP_TESTS] = 40
-        if noticed := self.run([CPP_TESTS], None, 1800):
+        if noticed := self.run([CPP_TESTS], None, True):
             raise SystemExit(f"without a fault: {noticed}")
-        result = {"failed": sorted(failed), "seconds": seconds}
+        result = {"failed": sorted(failed), "seconds": {**seconds, CPP_TESTS: 40}}
         (self.folder / "baseline.json").write_text(json.dumps(result, indent=1))
         for name in sorted(failed):
             print(f"left out, as it fails without a fault: {name}")
 
-    def seconds(self) -> dict[str, float]:
-        return dict(json.loads((self.folder / "baseline.json").read_text())["seconds"])
+    def _last(self) -> dict[str, Any]:
+        file = self.folder / "last.json"
+        return dict(json.loads(file.read_text())) if file.exists() else {"failed": [], "seconds": {}}
 
-    def first(self, fault: Fault) -> list[str]:
-        seconds = self.seconds()
-        prefix = next(each for each in FIRST if fault.file.startswith(each))
-        places = [CPP_TESTS if place == "cpp" else f"tests/{place}" for place in FIRST[prefix].split()]
-        return [name for place in places for name in seconds if name.startswith(place)]
+    def _known(self) -> dict[str, float]:
+        file = self.folder / "baseline.json"
+        return dict(json.loads(file.read_text())["seconds"]) if file.exists() else {}
+
+    def seconds(self, tests: Iterable[str]) -> int:
+        known = self._known()
+        return 1 + round(sum(known.get(name.partition("::")[0], 60) for name in tests))
 
     def near(self, fault: Fault) -> str:
         """Who notices a fault among the tests nearest to it."""
-        tests = self.first(fault)
-        return self.run(tests, [fault], self.limit(tests))
-
-    def limit(self, tests: Iterable[str]) -> float:
-        seconds = self.seconds()
-        return 120 + 10 * sum(seconds[name] for name in tests)
+        prefix = next(each for each in FIRST if fault.file.startswith(each))
+        places = [CPP_TESTS if place == "cpp" else f"tests/{place}" for place in FIRST[prefix].split()]
+        return self.run(
+            [name for place in places for name in self._known() if name.startswith(place)], [fault]
+        )
 
     def far(self, faults: list[Fault]) -> Iterator[tuple[Fault, str]]:
         """Who else notices some faults: all are put in together, and taken out where they are noticed."""
-        seconds = self.seconds()
-        left = list(faults)
-        for name in sorted(seconds, key=seconds.__getitem__):
-            if not left or not (seen := self.run([name], left, self.limit([name]))):
-                continue
-            print(f"{name} notices some: {seen}", flush=True)
-            for fault in [f for f in left if name not in self.first(f)]:
-                if noticed := self.run([name], [fault], self.limit([name])):
-                    left.remove(fault)
-                    yield fault, noticed
+        known, left = self._known(), list(faults)
+        for name in sorted(known, key=known.__getitem__):
+            while left and (seen := self.run([name], left, True)):
+                failed = self._last()["failed"]
+                print(f"{name} notices some: {seen} and {len(failed)} in all", flush=True)
+                tests = failed[:: max(len(failed) // 30, 1)] or [name]
+                found = {}
+                for fault in left:
+                    if noticed := self.run(tests, [fault], all_of_them=name == CPP_TESTS):
+                        found[fault] = noticed
+                yield from found.items()
+                left = [fault for fault in left if fault not in found]
+                if not found or len(tests) >= len(failed):
+                    break
 
 
 def who(code: int, output: str) -> str:
@@ -238,8 +247,9 @@ def who(code: int, output: str) -> str:
         return "does not end"
     lines = [line for line in output.splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:] or [""]
-    text = failed[0].removeprefix("FAILED ").removeprefix("ERROR ").partition(" - ")[0]
-    return (text if code == 1 else f"exit status {code}: {text}")[:160]
+    if code != 1 and (inside := re.search(r'(tests/[\w/]+\.py)", line \d+ in (test_\w+)', output)):
+        return f"{inside[1]}::{inside[2]} ends with exit status {code}"
+    return failed[0].removeprefix("FAILED ").removeprefix("ERROR ").partition(" - ")[0][:160]
 
 
 def numbers(ranges: list[str]) -> set[int]:
