@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401
+import numpy as np  # noqa: F401
+import pytest
 from faults import DEFINED_IN, DEFINITION, ROOT, Fault, faulty, read, switched
 
 # Which tests come first, by the beginning of the fault's file; then come all others.
@@ -82,6 +86,7 @@ def pytest_sessionfinish():
     (FOLDER / "last.json").write_text(json.dumps({"failed": sorted(failed), "seconds": seconds}))
 """
 CPP_TESTS = "test_batchnorm"  # the executable, beside the files of pytest
+ENDLESS = 1000  # in place of an exit status
 
 
 class Tree:
@@ -90,6 +95,7 @@ class Tree:
     def __init__(self, folder: Path, faults: list[Fault], prefix: list[str]) -> None:
         self.folder, self.faults, self.prefix = folder, faults, prefix
         self.sources, self.build = folder / "tree", folder / "build"
+        self.written = int(time.time())
 
     # ---- making it ---------------------------------------------------------------------------------------
 
@@ -139,34 +145,61 @@ class Tree:
         """Who notices these faults, put in together, among some files of tests or tests: "" is nobody.
         `last.json` has what failed, unless the process ended.
         """
-        path = f"{self.folder / 'site'}{os.pathsep}{self.sources / 'python'}"
-        environment = {
-            **os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "OMP_WAIT_POLICY": "passive",
-            "BATCHNORM_MUTATION": str(self.folder),
-        }  # fmt: skip
+        environment = {"OMP_WAIT_POLICY": "passive", "BATCHNORM_MUTATION": str(self.folder)}
         if faults is not None:
             environment["BATCHNORM_FAULTS"] = " ".join(str(fault.number) for fault in faults)
         (self.folder / "last.json").unlink(missing_ok=True)
-        for command, of_cpp in self._commands(tests, all_of_them):
-            limit = str(60 + 30 * self.seconds(tests))
+        for of_cpp, some in itertools.groupby(tests, CPP_TESTS.__eq__):
+            limit = 60 + 30 * self.seconds(tests)
             with self._changed(faults or ()):
-                done = subprocess.run(
-                    [*self.prefix, "timeout", "--kill-after=5", limit, *command], cwd=self.sources,
-                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                    errors="replace", check=False,
-                )  # fmt: skip
-            if done.returncode not in (0, 5):  # 5: no tests
-                return f"{CPP_TESTS}: " * of_cpp + who(done.returncode, done.stdout)
+                run = self._run_cpp if of_cpp else self._run_pytest
+                code, output = run([*some], environment, limit, all_of_them)
+            if code not in (0, 5):  # 5: no tests
+                return f"{CPP_TESTS}: " * of_cpp + who(code, output)
         return ""
 
-    def _commands(self, tests: Sequence[str], all_of_them: bool) -> Iterator[tuple[list[str], bool]]:
-        options = ["-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "mutation_plugin",
-                   "-m", "not slow", *["-x"] * (not all_of_them)]  # fmt: skip
-        for of_cpp, some in itertools.groupby(tests, CPP_TESTS.__eq__):
-            if of_cpp:
-                yield [str(self.build / CPP_TESTS), *["--quick"] * (not all_of_them)], True
-            else:
-                yield [sys.executable, "-m", "pytest", *options, *some], False
+    def _run_cpp(self, _: Any, environment: Any, limit: float, all_of_them: bool) -> tuple[int, str]:
+        command = [*self.prefix, str(self.build / CPP_TESTS), *["--quick"] * (not all_of_them)]
+        try:
+            done = subprocess.run(
+                command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                text=True, errors="replace", check=False, timeout=limit,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return ENDLESS, ""
+        return done.returncode, done.stdout
+
+    def _run_pytest(
+        self, tests: list[str], environment: Any, limit: float, all_of_them: bool
+    ) -> tuple[int, str]:
+        """In a fork of this process, which has imported what takes long, and not batchnorm."""
+        subprocess.run([*self.prefix, "true"], check=True)  # what the prefix waits for
+        output = self.folder / "output.txt"
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            with output.open("w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+            os.chdir(self.sources)
+            paths = [str(self.folder / "site"), str(self.sources / "python")]
+            os.environ.update(environment, PYTHONPATH=os.pathsep.join(paths))
+            sys.path[:1] = paths
+            sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
+            options = ["-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "mutation_plugin",
+                       "-W", "ignore::pytest.PytestAssertRewriteWarning", "-m", "not slow",
+                       *["-x"] * (not all_of_them)]  # fmt: skip
+            code = pytest.main([*options, *tests])
+            sys.stdout.flush()
+            os._exit(code)
+        end = time.monotonic() + limit
+        while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > end:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return ENDLESS, ""
+            time.sleep(0.02)
+        return os.waitstatus_to_exitcode(done[1]), output.read_text(errors="replace")
 
     @contextlib.contextmanager
     def _changed(self, faults: Iterable[Fault]) -> Iterator[None]:
@@ -175,11 +208,17 @@ class Tree:
             for fault in (fault for fault in faults if fault.is_python):
                 path = self.sources / fault.file
                 before.setdefault(path, path.read_text())
-                path.write_text(faulty(fault, path.read_text()))
+                self._write(path, faulty(fault, path.read_text()))
             yield
         finally:
             for path, text in before.items():
-                path.write_text(text)
+                self._write(path, text)
+
+    def _write(self, path: Path, text: str) -> None:
+        """A time of its own for each text: Python compiles a module again if its second differs."""
+        path.write_text(text)
+        self.written += 1
+        os.utime(path, (self.written, self.written))
 
     # ---- what there is to run ----------------------------------------------------------------------------
 
@@ -243,12 +282,12 @@ class Tree:
 
 def who(code: int, output: str) -> str:
     """The test that failed, from pytest's or the C++ tests' output."""
-    if code in (124, 137):
+    if code == ENDLESS:
         return "does not end"
     lines = [line for line in output.splitlines() if line.strip()]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))] or lines[-1:] or [""]
     if code != 1 and (inside := re.search(r'(tests/[\w/]+\.py)", line \d+ in (test_\w+)', output)):
-        return f"{inside[1]}::{inside[2]} ends with exit status {code}"
+        return f"{inside[1]}::{inside[2]} ends the process ({code})"
     return failed[0].removeprefix("FAILED ").removeprefix("ERROR ").partition(" - ")[0][:160]
 
 
