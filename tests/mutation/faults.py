@@ -15,7 +15,7 @@ DEFINITION = """
 #include <cstdlib>
 volatile unsigned char batchnorm_fault[1000] = {};
 __attribute__((constructor(101))) static void read_batchnorm_faults() {
-    const char* text = std::getenv("BATCHNORM_FAULTS");  // numbers, with a character between them
+    const char* text = std::getenv("MUTATION_FAULTS");  // numbers, with a character between them
     while (text != nullptr && *text != '\\0') {
         char* end = nullptr;
         batchnorm_fault[std::strtoul(text, &end, 10) % 1000] = 1;

@@ -2,7 +2,7 @@
 
     python tests/mutation/run.py [--only 3 17 40-60] [--short] [--again] [--folder build/mutation]
 
-In C++ one build has all faults, and the environment variable BATCHNORM_FAULTS switches on the one that is
+In C++ one build has all faults, and the environment variable MUTATION_FAULTS switches on the one that is
 tried; in Python the text of the copy is changed. A fault is noticed if a test fails, crashes or does not end
 that passes without it. First come the tests nearest to the fault. What they do not notice is put in together,
 and every file of tests runs: those of its tests that fail then run with each fault alone. Results stay in the
@@ -68,11 +68,11 @@ SITE = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild
 PLUGIN = """
 import json, os
 from pathlib import Path
-FOLDER = Path(os.environ["BATCHNORM_MUTATION"])
+FOLDER = Path(os.environ["MUTATION_FOLDER"])
 failed, seconds = set(), {}
 
 def pytest_collection_modifyitems(items):
-    if "BATCHNORM_FAULTS" in os.environ:
+    if "MUTATION_FAULTS" in os.environ:
         bad = set(json.loads((FOLDER / "baseline.json").read_text())["failed"])
         items[:] = [item for item in items if item.nodeid not in bad]
 
@@ -145,15 +145,16 @@ class Tree:
         """Who notices these faults, put in together, among some files of tests or tests: "" is nobody.
         `last.json` has what failed, unless the process ended.
         """
-        environment = {"OMP_WAIT_POLICY": "passive", "BATCHNORM_MUTATION": str(self.folder)}
+        environment = {"OMP_WAIT_POLICY": "passive", "MUTATION_FOLDER": str(self.folder)}
         if faults is not None:
-            environment["BATCHNORM_FAULTS"] = " ".join(str(fault.number) for fault in faults)
+            environment["MUTATION_FAULTS"] = " ".join(str(fault.number) for fault in faults)
         (self.folder / "last.json").unlink(missing_ok=True)
         for of_cpp, some in itertools.groupby(tests, CPP_TESTS.__eq__):
-            limit = 60 + 30 * self.seconds(tests)
+            some = [*some]
+            limit = 180 + 10 * self.seconds(some)
             with self._changed(faults or ()):
                 run = self._run_cpp if of_cpp else self._run_pytest
-                code, output = run([*some], environment, limit, all_of_them)
+                code, output = run(some, environment, limit, all_of_them)
             if code not in (0, 5):  # 5: no tests
                 return f"{CPP_TESTS}: " * of_cpp + who(code, output)
         return ""

@@ -144,7 +144,9 @@ def test_merged_sums_that_overflow_are_an_error():
     assert one.to_array().tolist() == sums[-1]
 
 
-@pytest.mark.parametrize("shape", [(600, 37), (3, 5, 2100), (2, 3, 4090), (700, 1, 9), (4, 300, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(600, 37), (9000, 17), (3, 5, 2100), (2, 3, 4090), (700, 1, 9), (4, 300, 16)], ids=str
+)
 @pytest.mark.parametrize("axis", [1, -1])
 def test_counts_of_a_mask_for_single_elements(shape, axis):
     x, mask = rng("counts").random(shape), rng("mask").random(shape) < 0.9

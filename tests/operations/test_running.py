@@ -304,7 +304,10 @@ def test_a_batch_in_which_no_channel_has_two_values_is_an_error(shape, options):
     with pytest.raises(ValueError, match=r"one value per channel|no channel.*two values|single value"):
         update(x, running, out=out, **options)
     assert (out == 7).all() and all(same_bits(a, b) for a, b in zip(running, before, strict=True))
-    train(x, mean=np.zeros(3), var=np.ones(3), **options)
+    for ddof in (0, 1):  # it can be normalised by given statistics, and still none can be had from it
+        given = {"mean": np.zeros(3), "var": np.ones(3), "running_ddof": ddof}
+        assert not update(x, running, **given, **options).saved.updated
+        assert all(same_bits(a, b) for a, b in zip(running, before, strict=True))
 
 
 def test_weights_that_sum_to_no_more_than_ddof():
