@@ -13,7 +13,7 @@ from batchnorm import batch_norm_train as train
 
 from support import reference, tolerances
 from support.checks import excess, same_bits
-from support.problem import DTYPES, Problem, rng
+from support.problem import ACTIVATIONS, DTYPES, Problem, rng
 
 pytestmark = pytest.mark.quick
 FLOAT32, FLOAT64 = DTYPES[:2]
@@ -240,6 +240,25 @@ def test_a_single_value_has_x_hat_0_whatever_eps(eps):
     y, saved = train(x, mask=np.array([[True, True], [True, False]]), eps=eps)
     assert y[0, 1] == 0 and y[1, 1] == 0 and np.isfinite(y).all()
     assert not backward(np.ones_like(x), saved).dx[:, 1].any()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("each", [False, True], ids=["positions", "elements"])
+def test_what_does_not_count_may_hold_anything(each, activation):
+    for shape, axis in (((6, 5, 19), 1), ((6, 19, 5), -1), ((40, 70), -1)):
+        tensors = [rng("hold", seed).standard_normal(shape).astype(FLOAT32) for seed in range(3)]
+        of = shape if each else tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
+        mask = rng("mask").random(of) < 0.7
+        results = []
+        for held in (0, np.nan, np.inf):
+            x, dy, z = (np.where(mask, t, FLOAT32.type(held)) for t in tensors)
+            for residual in (z, None):
+                call = {"channel_axis": axis, "mask": mask, "activation": activation, "residual": residual}
+                y, saved = train(x, **call)
+                got = backward(dy, saved)
+                results.append([y, saved.mean, saved.var, got.dx])
+        for i in range(2, 6):
+            assert all(same_bits(a, b) for a, b in zip(results[i], results[i % 2], strict=True))
 
 
 def test_parts_without_values_leave_the_average_alone():
