@@ -23,7 +23,7 @@ TEST(moments_of_sums) {
     const coeffs::Moments m = coeffs::from_sums(6, 14, 10, 3, 4);  // of 11, 12, 13
     CHECK(m.mean == 12 && near(m.var, 2.0 / 3, 1e-15) && !m.trusted && m.better_shift == 12);
     CHECK(coeffs::from_sums(6, 14, 10, 3, 6).trusted);
-    CHECK(coeffs::from_sums(0.3, 0.03, 1, 3, 1e9).var >= 0);  // rounding below 0
+    CHECK(coeffs::from_sums(3, 3 - 1e-9, 1, 3, 1e9).var == 0);  // rounding below 0
     const coeffs::Moments inf = coeffs::from_sums(kNaN, kNaN, kInf, 3, 4);
     CHECK(!inf.trusted && inf.better_shift == 0);
     CHECK(coeffs::from_sums(kInf, kInf, 0, 3, 4).trusted);
@@ -74,6 +74,11 @@ TEST(ratios_of_integers_are_correctly_rounded) {
     CHECK(coeffs::rounded_ratio(0, 7) == 0 && coeffs::rounded_ratio(1, 3) == 1.0 / 3);
     const coeffs::IntegerMoments m = coeffs::from_integer_sums({-6, 0}, {14, 0}, 3, 1);
     CHECK(m.mean == -2 && m.var == 1);
+    // What does not fit the doubles is in their errors: 2^53 + 1 is 3 * 3002399751580331.
+    for (const double sign : {1.0, -1.0}) {
+        CHECK(coeffs::from_integer_sums({sign * 0x1p53, sign}, {0x1p106, 0}, 3, 0).mean == sign * 3002399751580331.0);
+    }
+    CHECK(coeffs::from_integer_sums({-6, 0}, {14, 1}, 3, 0).var == 1);
 }
 
 TEST(affine_numbers) {

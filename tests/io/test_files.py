@@ -518,7 +518,7 @@ def caffe_net(layers):
     out = b""
     for name, kind, bottom, top, blobs, parameters in layers:
         layer = field(1, name.encode()) + field(2, kind.encode())
-        layer += field(3, bottom.encode()) + field(4, top.encode())
+        layer += b"".join(field(3, each.encode()) for each in bottom.split()) + field(4, top.encode())
         layer += b"".join(field(7, blob(values)) for values in blobs) + parameters(field)
         out += field(100, layer)
     return field(1, b"net") + out
@@ -618,6 +618,7 @@ def test_which_scale_belongs_to_a_batch_norm(tmp_path):
     assert of_caffe(tmp_path, bn, behind)["bn"].beta is None
     assert of_caffe(tmp_path, bn, relu, behind)["bn"].gamma is None
     assert of_caffe(tmp_path, bn, scale(GAMMA, bottom="x"))["bn"].gamma is None
+    assert of_caffe(tmp_path, bn, scale(GAMMA, bottom="b x"))["bn"].gamma is None  # by another layer's output
     with pytest.raises(ValueError, match=r"scale behind bn has other shapes, expected \(5,\)"):
         of_caffe(tmp_path, bn, scale(GAMMA[:3], bottom="b"))
 

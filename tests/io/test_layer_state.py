@@ -366,6 +366,9 @@ def test_not_strict_takes_what_there_is():
     assert layer.gamma.tobytes() == gamma.tobytes()
     assert layer.running_mean.tobytes() == state["running_mean"].tobytes()
     assert (layer.running.initial_weight == 0).all()  # given as by hand, so they are known
+    cold, some["num_updates"] = BatchNorm(C).state_dict(), np.array(5)
+    layer.load_state_dict(cold).load_state_dict(some, strict=False)
+    assert (layer.running.initial_weight == 0).all() and layer.running.num_updates == 5
     with pytest.raises(ValueError, match=r"running_var is nan"):
         layer.load_state_dict({"running_var": np.full(C, np.nan, np.float32)}, strict=False)
     plain = {**state, "eps": 1e-3, "decay": None, "warmup": False, "num_updates": 7, "on_nonfinite": "skip"}

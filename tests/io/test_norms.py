@@ -136,6 +136,24 @@ def test_there_and_back(format):
         layer.running_mean[:] = before
 
 
+def test_a_norm_keeps_its_numbers_while_the_layer_goes_on():
+    layer = trained()
+    norm, names = from_layer(layer), ("gamma", "beta", "mean", "var")
+    before = {name: getattr(norm, name).copy() for name in names}
+    layer(images(77))
+    for parameter in layer.parameters():
+        parameter.value[:] += 1
+    assert all(np.array_equal(getattr(norm, name), before[name]) for name in names)
+
+
+def test_haiku_gets_the_averages_before_their_debias_too():
+    layer = trained(decay=0.97, zero_debias=True, running_ddof=0)
+    arrays = arrays_of(from_layer(layer), "haiku")
+    for name, value in (("mean", layer.running_mean), ("var", layer.running_var)):
+        hidden = value * (1 - 0.97**layer.running.num_updates)
+        np.testing.assert_allclose(arrays[f"bn1/~/{name}_ema/hidden"], hidden, rtol=1e-6)
+
+
 @pytest.mark.parametrize("format", NAMED)
 @pytest.mark.parametrize(
     "absent", [{"scale": False}, {"center": False}, {"scale": False, "center": False}], ids=str

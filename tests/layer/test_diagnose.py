@@ -306,13 +306,15 @@ def test_several_channel_axes_are_counted_through():
     assert diagnosed(layer, kind="invalid_statistics").channels == (4,)
 
 
-def test_few_samples_of_many_values_prove_little():
+@pytest.mark.parametrize("axis", [1, -1, 0])
+def test_few_samples_of_many_values_prove_little(axis):
     """Neighbours are alike: two images may differ from the average by much."""
-    layer, rng = BatchNorm(C, decay=None), np.random.default_rng(1)
-    layer(np.random.default_rng(0).normal(size=(400, C, 9)).astype(np.float32))
+    layer, rng = BatchNorm(C, decay=None, channel_axis=axis), np.random.default_rng(1)
+    layer(np.moveaxis(np.random.default_rng(0).normal(size=(400, C, 9)).astype(np.float32), 1, axis))
     x = (1.5 + rng.normal(size=(2, C, 1000))).astype(np.float32)
-    assert diagnosed(layer, x).ok
-    assert diagnosed(layer, np.repeat(x, 50, axis=0)).codes == ("mismatched",)
+    assert diagnosed(layer, np.moveaxis(x, 1, axis)).ok
+    many = np.moveaxis(np.repeat(x, 50, axis=0), 1, axis)
+    assert diagnosed(layer, many).codes == ("mismatched",)
 
 
 def test_inputs_that_cannot_be_diagnosed():

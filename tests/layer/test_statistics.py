@@ -192,6 +192,12 @@ def test_updates_until(weight, decay, warmup, updates):
     assert updates_until(0.5, 1.0) == np.inf
 
 
+def test_updates_until_a_power_of_the_decay():
+    for decay in (0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999):
+        for n in range(1, 60):
+            assert updates_until(decay**n, decay) == n
+
+
 # ---- channels that batches leave out -----------------------------------------------------------------------
 
 
@@ -292,6 +298,16 @@ def test_weights_count_as_their_sum():
     layer(X, weights=np.array([0.05, 0.25, 0, 0, 0, 0]))  # 1.5 values: enough
     np.testing.assert_allclose(layer.running.num_values, np.full(C, 4.75 * 5 + 1.5))
     assert layer.running.num_updates == 2
+    for ddof, taken in ((0, 1), (1, 0)):  # half a value: enough to divide by it, not by it less 1
+        layer, before = BatchNorm(C, decay=0.75, running_ddof=ddof), np.zeros(C, np.float32)
+        others = np.zeros(X.shape[::2])
+        others[:2] = 1  # another channel's worth would do, so that the call is no error
+        mask = np.ones(X.shape, bool)
+        mask[2:, 0] = mask[:, 0, 1:] = False
+        layer(X, mask=mask, weights=np.where(others.any(axis=1), 0.25, 1.0))
+        assert layer.running.num_updates == 1 and (layer.running_mean[0] != before[0]) == bool(taken)
+        assert layer.running.num_values[0] == 0.5 * taken
+        assert layer.running.initial_weight.tolist() == [0.75 if taken else 1.0, 0.75, 0.75, 0.75]
 
 
 @pytest.mark.parametrize("name", ["mean", "var"])
@@ -449,6 +465,11 @@ def test_cold_statistics_warn_once_with_numbers_and_the_name():
             layer(X, **how)
         assert caught[0].filename == __file__
         layer.running.trusted = False
+    with pytest.warns(ColdStatisticsWarning, match="after 22 updates"):
+        layer(X, training=False)
+    layer.running_mean = layer.running_mean + 1  # so does half of one
+    with pytest.warns(ColdStatisticsWarning, match="after 22 updates"):
+        layer(X, training=False)
 
 
 def test_the_first_update_advises_nothing_harmful():

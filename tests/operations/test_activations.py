@@ -127,6 +127,11 @@ def test_special_values(dtype, activation, isa):
             known = [w is not None for w in want] * copies
             value, wanted = got[known, 0].astype(np.float64), np.array(want * copies, float)[known]
             assert np.array_equal(value, wanted, equal_nan=True), (value, wanted)
+        for residual in (np.zeros_like(x), None):  # by bits, if it is a piecewise linear one, or by x
+            call = {"mean": ZERO, "var": ONE, "eps": 0.0, "activation": activation, "residual": residual}
+            z, saved = train(x, **call, **slope)
+            assert np.array_equal(z, y, equal_nan=True)
+            assert np.array_equal(backward(np.ones_like(x), saved).dx, dx, equal_nan=True)
     if activation == "silu":
         assert np.signbit(y[2, 0]), "the limit from below"
 

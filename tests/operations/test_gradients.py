@@ -157,6 +157,32 @@ def test_needs_selects_without_changing_bits(options, dtype):
                     )
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, (7,)), (12, 3, (7,)), (9, 7, ()), (9, 70, (2,))], ids=str)
+def test_one_parameter_of_each_sample_beside_one_of_all(shape, last):
+    """The bits are those of the latter repeated for each sample, and its gradient is the sum of theirs."""
+    for activation, which in itertools.product((None, "relu", "leaky_relu", "silu"), (0, 1)):
+        for keep in ("x", "y") if activation in (None, "leaky_relu") else ("x",):
+            p = Problem(*shape, last=last and bool(shape[2]), activation=activation, affine="NC", keep=keep)
+            rows = [a.copy() for a in p.parameters]
+            rows[1 - which][:] = rows[1 - which][0]
+            mixed = [a if i == which else a[0].copy() for i, a in enumerate(rows)]
+            call = {"channel_axis": p.channel_axis, "activation": activation, "keep": keep}
+            y, saved = train(p.x, *mixed, **call)
+            want_y, want_saved = train(p.x, *rows, **call)
+            assert same_bits(y, want_y)
+            got, want = backward(p.dy, saved), backward(p.dy, want_saved)
+            assert same_bits(got.dx, want.dx) and same_bits(got[1 + which], want[1 + which])
+            summed = want[2 - which].sum(axis=0, dtype=np.float64)
+            size = np.abs(want[2 - which]).sum(axis=0)
+            assert (np.abs(got[2 - which] - summed) <= 2e-6 * size).all()
+            second, plain = (
+                double_backward(p.dy, s, ddx=p.x, ddgamma=g[0], ddbeta=g[1])
+                for s, g in ((saved, mixed), (want_saved, rows))
+            )
+            assert same_bits(second.ddy, plain.ddy) and same_bits(second.dx, plain.dx)
+
+
 @pytest.mark.parametrize("beta_dtype", [None, FLOAT32, FLOAT64], ids=lambda t: f"beta {t}")
 @pytest.mark.parametrize("gamma_dtype", [None, FLOAT32, FLOAT64], ids=lambda t: f"gamma {t}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -412,10 +412,29 @@ def test_images_into_an_out_with_gaps(out_format):
         "C, crop 1",
         "C, step 0",
         "C, crop 3" if out_format != "channels_first" else "C, crop 2",
+        "C, crop 2, crop 3" if out_format != "channels_first" else "C, crop 1",
     ):
         out = place(np.zeros(want.shape, np.float32), layout)
         assert batchnorm.batch_norm(x, mean, var, out=out.view, **options) is out.view
         assert same_bits(out.view, want) and out.outside_is_untouched()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("channels", [5, 70])
+def test_rows_with_gaps_in_one_tensor_alone(channels, activation):
+    shape = (3, 11, channels)
+    tensors = {name: values(FLOAT32, seed, shape) for seed, name in enumerate(("x", "dy", "residual"))}
+
+    def results(x, dy, residual, out=None, dx=None, dz=None):
+        y, saved = train(x, residual=residual, channel_axis=-1, activation=activation, out=out)
+        got = backward(dy, saved, out=dx, out_residual=dz)
+        return y, got.dx, got.dresidual, saved.mean, saved.var
+
+    want = results(**tensors)
+    for name in (*tensors, "out", "dx", "dz"):
+        placed = place(tensors.get(name, np.zeros(shape, np.float32)), "C, crop 2")
+        assert all_same_bits(results(**(tensors | {name: placed.view})), want), name
+        assert placed.outside_is_untouched()
 
 
 @pytest.mark.parametrize("layout", REFUSED)

@@ -74,6 +74,20 @@ def test_tiles_with_different_means():
         assert got.mean.tolist() == [2, 2] and got.var.tolist() == [5, 5]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_left_where_tiles_cancel(last, dtype, threads):
+    """2^60, 1 and -2^60 in tiles that are added one after another: what each addition rounds away is kept."""
+    x = np.zeros((1, 4, 34 * 16384), dtype)  # more tiles than are added in one group
+    for channel, tiles in enumerate(((5, 6, 7), (1, 20, 30), (30, 32, 33), (2, 3, 33))):
+        for tile, value in zip(tiles, (2.0**60, 1, -(2.0**60)), strict=True):
+            x[0, channel, tile * 16384 + 8000] = value
+    got = batchnorm.moments(
+        np.ascontiguousarray(np.moveaxis(x, 1, -1)) if last else x, channel_axis=-1 if last else 1
+    )
+    np.testing.assert_allclose(got.mean, 1 / x[0, 0].size, rtol=1e-15)
+
+
 @dtypes
 def test_one_value_none_and_constants(dtype):
     one = batchnorm.moments(np.arange(5, dtype=np.float32).astype(dtype)[None, :])
@@ -144,7 +158,9 @@ def test_merged_sums_that_overflow_are_an_error():
     assert one.to_array().tolist() == sums[-1]
 
 
-@pytest.mark.parametrize("shape", [(600, 37), (3, 5, 2100), (2, 3, 4090), (700, 1, 9), (4, 300, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(600, 37), (9000, 17), (3, 5, 2100), (2, 3, 4090), (700, 1, 9), (4, 300, 16)], ids=str
+)
 @pytest.mark.parametrize("axis", [1, -1])
 def test_counts_of_a_mask_for_single_elements(shape, axis):
     x, mask = rng("counts").random(shape), rng("mask").random(shape) < 0.9

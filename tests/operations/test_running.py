@@ -13,7 +13,7 @@ from batchnorm import batch_norm_train as train
 
 from support import reference, tolerances
 from support.checks import excess, same_bits
-from support.problem import DTYPES, Problem, rng
+from support.problem import ACTIVATIONS, DTYPES, Problem, rng
 
 pytestmark = pytest.mark.quick
 FLOAT32, FLOAT64 = DTYPES[:2]
@@ -242,6 +242,25 @@ def test_a_single_value_has_x_hat_0_whatever_eps(eps):
     assert not backward(np.ones_like(x), saved).dx[:, 1].any()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("each", [False, True], ids=["positions", "elements"])
+def test_what_does_not_count_may_hold_anything(each, activation):
+    for shape, axis in (((6, 5, 19), 1), ((6, 19, 5), -1), ((40, 70), -1)):
+        tensors = [rng("hold", seed).standard_normal(shape).astype(FLOAT32) for seed in range(3)]
+        of = shape if each else tuple(1 if i == axis % len(shape) else n for i, n in enumerate(shape))
+        mask = rng("mask").random(of) < 0.7
+        results = []
+        for held in (0, np.nan, np.inf):
+            x, dy, z = (np.where(mask, t, FLOAT32.type(held)) for t in tensors)
+            for residual in (z, None):
+                call = {"channel_axis": axis, "mask": mask, "activation": activation, "residual": residual}
+                y, saved = train(x, **call)
+                got = backward(dy, saved)
+                results.append([y, saved.mean, saved.var, got.dx])
+        for i in range(2, 6):
+            assert all(same_bits(a, b) for a, b in zip(results[i], results[i % 2], strict=True))
+
+
 def test_parts_without_values_leave_the_average_alone():
     x = rng("parts").standard_normal((9, 3, 4))
     mask = np.ones((9, 4), bool)
@@ -304,7 +323,10 @@ def test_a_batch_in_which_no_channel_has_two_values_is_an_error(shape, options):
     with pytest.raises(ValueError, match=r"one value per channel|no channel.*two values|single value"):
         update(x, running, out=out, **options)
     assert (out == 7).all() and all(same_bits(a, b) for a, b in zip(running, before, strict=True))
-    train(x, mean=np.zeros(3), var=np.ones(3), **options)
+    for ddof in (0, 1):  # it can be normalised by given statistics, and still none can be had from it
+        given = {"mean": np.zeros(3), "var": np.ones(3), "running_ddof": ddof}
+        assert not update(x, running, **given, **options).saved.updated
+        assert all(same_bits(a, b) for a, b in zip(running, before, strict=True))
 
 
 def test_weights_that_sum_to_no_more_than_ddof():

@@ -216,6 +216,19 @@ def test_y_is_kept_as_long_as_it_tells_x(dtype):
     assert off[:, [1, 3]].max() < 64 * u and off[:, [0, 2]].max() < 64 * u ** (2 / 3)
 
 
+def test_r_and_d_count_as_gamma_and_beta():
+    """y = gamma r x_hat + (beta + gamma d): a large d hides x as a large beta does, and so does a small r."""
+    p = Problem(8, 4, (100,))
+    mean, std = np.array([0, 1e6, 0, 0]), np.array([1, 1, 1e6, 1e-6])
+    call = {"gamma": np.full(4, 0.5), "beta": np.ones(4), "renorm": {"mean": mean, "std": std}}
+    saved = train(p.x, keep="y", **call).saved
+    assert saved.kept_channels.tolist() == [1, 2]
+    want, got = backward(p.dy, train(p.x, **call).saved), backward(p.dy, saved)
+    scale = np.abs(want.dx).max(axis=(0, 2), keepdims=True)
+    assert (np.abs(got.dx - want.dx) / scale).max() < 1e-4
+    assert np.allclose(got.dgamma, want.dgamma, rtol=1e-3)
+
+
 def test_outputs_at_the_ends_of_float16():
     p = Problem(4, 4, (100,), dtype=FLOAT16)
     saved = train(p.x, np.array([1.0, 4000.0, 1e-6, 1e-3]), keep="y").saved
