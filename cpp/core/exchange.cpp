@@ -1,7 +1,9 @@
 #include "exchange.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
+#include <utility>
 
 #include "check.h"
 
@@ -45,6 +47,18 @@ void hear(Group& group, const All& all) {
     check::rank_failed(static_cast<int>(rank), rank < texts.size() ? as_text(texts[rank]) : "");
 }
 
+// What all ranks send, `mine` among it: an mpi4py intercommunicator gathers those of the other side.
+All of_all(Group& group, const std::vector<double>& mine) {
+    All all = group.allgather(mine);
+    if (all.empty()) check::no_ranks();
+    const auto own = [&](const std::vector<double>& of_rank) {
+        return of_rank.size() == mine.size() && std::memcmp(of_rank.data(), mine.data(), mine.size() * sizeof(double)) == 0;
+    };
+    if (std::none_of(all.begin(), all.end(), own)) check::not_among_ranks();
+    hear(group, all);
+    return all;
+}
+
 }  // namespace
 
 std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale, bool has_weights, std::span<const double> sums) {
@@ -57,10 +71,8 @@ std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale,
     mine[scale] = own_scale;
     mine[weighted] = has_weights ? 1 : 0;
     mine.insert(mine.end(), sums.begin(), sums.end());
-    expected_ = false;
-    All all = group_.allgather(mine);
-    hear(group_, all);
-    if (all.empty()) check::no_ranks();
+    const int later = std::exchange(expected_, 0) - 1;
+    All all = of_all(group_, mine);
     const auto word = [](const std::vector<double>& of_rank, std::size_t i) { return i < of_rank.size() ? of_rank[i] : -1; };
     for (std::size_t rank = 0; rank < all.size(); ++rank) {
         for (std::size_t i = kind; i <= option; ++i) {
@@ -68,19 +80,18 @@ std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale,
         }
         if (all[rank].size() != all[0].size()) check::ranks_differ(static_cast<int>(rank), kWhat[option]);
     }
-    if (all[0].size() != mine.size()) check::ranks_differ(0, kWhat[option]);
     std::vector<Part> parts;
     for (std::vector<double>& of_rank : all) {
         const double of_scale = of_rank[scale];
         const bool has = of_rank[weighted] != 0;
         parts.push_back({of_scale, has, std::move(of_rank)});
     }
+    expected_ = std::max(later, 0);
     return parts;
 }
 
 void Exchange::fail(const char* message) noexcept {
-    if (!expected_) return;
-    expected_ = false;
+    if (std::exchange(expected_, 0) == 0) return;
     try {
         batchnorm::fail(group_, message);
     } catch (...) {  // its own exception says more
@@ -99,9 +110,7 @@ void fail(Group& group, std::string_view message) {
 std::vector<std::vector<double>> gather(Group& group, std::span<const double> mine) {
     std::vector<double> sent(1, 0);
     sent.insert(sent.end(), mine.begin(), mine.end());
-    All all = group.allgather(sent);
-    hear(group, all);
-    if (all.empty()) check::no_ranks();
+    All all = of_all(group, sent);
     for (std::vector<double>& of_rank : all) of_rank.erase(of_rank.begin());
     return all;
 }

@@ -754,13 +754,13 @@ class BatchNorm:
             Running statistics are used that nothing has ever updated.
         """
         state, by_batch, settings, running = self._state, True, self._state.settings, self._state.running
-        initial, saved, done, measured, renorm, waiting = state.initial, None, None, None, None, None
+        initial, saved, done, measured, renorm = state.initial, None, None, None, None
         decay: Any = 1.0
+        waiting = None if state.using or state.frozen else state.group  # where a mode is no mode
         try:
             by_batch, updating, keeping, group = self._mode(training, stats, update)
             waiting = group if by_batch or updating else None
-            if not isinstance(x, np.ndarray):
-                x = as_array("x", x, False)
+            x = x if isinstance(x, np.ndarray) else as_array("x", x, False)
             if initial is not None or settings.data_format is not None or not (by_batch or running.trusted):
                 self._prepare(x, not by_batch)
             if state.using is not None or state.history is not None:
@@ -858,9 +858,11 @@ class BatchNorm:
         state = self._state
         needs: Any = None
         used: Any = state.saved if saved is None else saved
-        waiting = state.group
+        waiting = state.group if all_reduce is True or not state.frozen else None
         try:
-            if isinstance(used, str):
+            if isinstance(used, Saved):
+                waiting = used.group if all_reduce is True or used._shares else None
+            if saved is None and isinstance(used, str):
                 raise RuntimeError(used)
             if not isinstance(used, Saved):
                 expected = "what bn(x, return_saved=True) returned with y"
@@ -883,7 +885,7 @@ class BatchNorm:
             dx, dgamma, dbeta = gradients
             if adding:
                 dgamma, dbeta = _sum("dgamma", state.dgamma, dgamma), _sum("dbeta", state.dbeta, dbeta)
-        except Exception as error:
+        except BaseException as error:
             self._explain(error, waiting=waiting)
             raise
         state.dgamma, state.dbeta, state.dresidual = dgamma, dbeta, gradients.dresidual
