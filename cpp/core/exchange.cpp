@@ -47,16 +47,14 @@ void hear(Group& group, const All& all) {
     check::rank_failed(static_cast<int>(rank), rank < texts.size() ? as_text(texts[rank]) : "");
 }
 
-// What all ranks send, `mine` among it: an mpi4py intercommunicator gathers those of the other side.
-All of_all(Group& group, const std::vector<double>& mine) {
-    All all = group.allgather(mine);
+// Throws if a rank has failed, or what all ranks sent has not `mine` among it: an mpi4py intercommunicator gathers those of the other side.
+void check_all(Group& group, const std::vector<double>& mine, const All& all) {
     if (all.empty()) check::no_ranks();
     const auto own = [&](const std::vector<double>& of_rank) {
         return of_rank.size() == mine.size() && std::memcmp(of_rank.data(), mine.data(), mine.size() * sizeof(double)) == 0;
     };
     if (std::none_of(all.begin(), all.end(), own)) check::not_among_ranks();
     hear(group, all);
-    return all;
 }
 
 }  // namespace
@@ -71,8 +69,10 @@ std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale,
     mine[scale] = own_scale;
     mine[weighted] = has_weights ? 1 : 0;
     mine.insert(mine.end(), sums.begin(), sums.end());
-    const int later = std::exchange(expected_, 0) - 1;
-    All all = of_all(group_, mine);
+    expected_ = std::max(expected_ - 1, 0);  // of which the others learn even if this one throws
+    All all = group_.allgather(mine);
+    const int later = std::exchange(expected_, 0);
+    check_all(group_, mine, all);
     const auto word = [](const std::vector<double>& of_rank, std::size_t i) { return i < of_rank.size() ? of_rank[i] : -1; };
     for (std::size_t rank = 0; rank < all.size(); ++rank) {
         for (std::size_t i = kind; i <= option; ++i) {
@@ -86,7 +86,7 @@ std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale,
         const bool has = of_rank[weighted] != 0;
         parts.push_back({of_scale, has, std::move(of_rank)});
     }
-    expected_ = std::max(later, 0);
+    expected_ = later;
     return parts;
 }
 
@@ -110,7 +110,8 @@ void fail(Group& group, std::string_view message) {
 std::vector<std::vector<double>> gather(Group& group, std::span<const double> mine) {
     std::vector<double> sent(1, 0);
     sent.insert(sent.end(), mine.begin(), mine.end());
-    All all = of_all(group, sent);
+    All all = group.allgather(sent);
+    check_all(group, sent, all);
     for (std::vector<double>& of_rank : all) of_rank.erase(of_rank.begin());
     return all;
 }

@@ -683,6 +683,36 @@ def test_failures_that_a_layer_tells(monkeypatch):
         assert message in str(second) and str(first) == f"rank 1 of the group failed: {second}"
 
 
+def test_a_failure_between_two_exchanges_is_told():
+    """y does not tell x of a channel with gamma 0, so backward exchanges twice."""
+    gamma = np.array([0, 1, 1, 1], np.float32)
+
+    class Interrupted:
+        def __init__(self, rank):
+            self.rank, self.calls = rank, 0
+
+        def allgather(self, array, /):
+            self.calls += 1
+            gathered = self.rank.allgather(array)
+            if self.calls == 2 and self.rank.rank == 1:
+                raise KeyboardInterrupt("Ctrl-C")
+            return gathered
+
+    def backward(rank):
+        _, saved = batch_norm_train(X, gamma, np.zeros(4), keep="y", group=Interrupted(rank))
+        out = np.full_like(DY, 7)
+        try:
+            batch_norm_backward(DY, saved, out=out)
+        finally:
+            assert (out == 7).all()
+
+    first, second = outcomes(2, backward)
+    assert type(second) is KeyboardInterrupt
+    assert type(first) is RuntimeError and "rank 1 of the group failed: KeyboardInterrupt: Ctrl-C" in str(
+        first
+    )
+
+
 OTHERS = {
     "decay": {"decay": 0.5},
     "decay of each channel": {"decay": np.full(4, 0.9)},
