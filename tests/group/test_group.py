@@ -896,6 +896,29 @@ def test_local_groups():
     assert LocalGroup(4).run(lambda rank: rank.rank) == [0, 1, 2, 3] and threading.active_count() == before
 
 
+def test_ctrl_c_ends_ranks_that_wait(monkeypatch):
+    later, ended = threading.Event(), threading.Event()
+
+    def one(rank):
+        if rank.rank == 0:
+            later.wait(30)
+            return
+        try:
+            rank.allgather(np.zeros(1))
+        except RuntimeError:
+            ended.set()
+
+    def join(thread):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", join)
+        with pytest.raises(KeyboardInterrupt):
+            LocalGroup(2).run(one)
+    assert ended.wait(30)
+    later.set()
+
+
 def test_torch_group_without_torch():
     done = run("""
         import sys
