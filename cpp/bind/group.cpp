@@ -14,12 +14,15 @@ bool is_a(PyObject* object, const char* name) {
 }
 
 std::vector<double> values_of_rank(py::handle array, py::ssize_t rank) {
-    const auto values = py::array_t<double, py::array::c_style | py::array::forcecast>::ensure(array);
-    if (!values || values.ndim() != 1) {
-        PyErr_Clear();
-        type_error("group", say("group.allgather returned ", kind_of(array.ptr()), " of rank ", rank,
+    const bool is_array = py::isinstance<py::array>(array);
+    const auto any = is_array ? py::reinterpret_borrow<py::array>(array) : py::array();
+    if (!is_array || any.ndim() != 1 || any.dtype().kind() != 'f' || any.dtype().itemsize() != sizeof(double)) {
+        const std::string dtype = py::str(any.dtype());
+        const std::string got = is_array ? say("an array of ", dtype, ", ", any.ndim(), "-dimensional,") : kind_of(array.ptr());
+        type_error("group", say("group.allgather returned ", got, " of rank ", rank,
                                 ", expected a one-dimensional float64 array, as that rank passed it"));
     }
+    const py::array_t<double, py::array::c_style | py::array::forcecast> values(any);  // in this machine's byte order
     return {values.data(), values.data() + values.size()};
 }
 

@@ -13,25 +13,27 @@ public:
     // Takes the GIL for it. What Python raises goes through the core as py::error_already_set.
     std::vector<std::vector<double>> allgather(std::span<const double> mine) override;
 
-    // Runs f. If that throws before it has entered the core, which tells the others itself, they learn why.
+    // Runs f. If that throws while the others wait for this process, and not in the core, which tells them itself, they learn why.
     template <class F>
     py::object told(const F& f) {
         try {
             return f();
         } catch (py::error_already_set& e) {
-            if (!entered_) tell(py::str(e.value()));
+            if (awaited_) tell(py::str(e.value()));
             throw;
         } catch (const std::exception& e) {
-            if (!entered_) tell(e.what());
+            if (awaited_) tell(e.what());
             throw;
         }
     }
-    void enter() { entered_ = true; }
+    // Whether the others come to an exchange in this call.
+    void expect(bool exchanges) { awaited_ = exchanges; }
+    void enter() { awaited_ = false; }
     void tell(const std::string& message) noexcept;
 
 private:
     py::object allgather_;
-    bool entered_ = false;
+    bool awaited_ = false;
 };
 
 }  // namespace batchnorm::bind

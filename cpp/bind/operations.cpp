@@ -331,7 +331,7 @@ void ForwardCall::see(PythonGroup* group) {
         sample_axis(s);
         f.execution.group = group;
     }
-    tensors.see(has_parts || group != nullptr || f.gamma.rows != 0 || f.beta.rows != 0);
+    tensors.see(has_parts || group != nullptr || f.gamma.rows != 0 || f.beta.rows != 0, nullptr, group != nullptr);
     positions.flatten(tensors.layout(), f.positions);
     part = size < samples ? size : 0;
     if (group != nullptr) f.execution.sample_outer = sample_rows(f.x, samples);
@@ -416,7 +416,15 @@ Keeps keep_of(const Arguments& a, const Forward& f) {
     return keeps;
 }
 
+// Whether processes have anything to tell each other in a forward, as the core decides it, of arguments that may be wrong.
+bool exchanges(const Arguments& a) {
+    if (!a.has(Name::mean) || a.has(Name::running_mean)) return true;
+    PyObject* const renorm = a[Name::renorm];
+    return PyDict_Check(renorm) != 0 && !py::reinterpret_borrow<py::dict>(renorm).attr("get")("decay").is_none();
+}
+
 py::object batch_norm_train(const Arguments& a, PythonGroup* group) {
+    if (group != nullptr) group->expect(exchanges(a));
     ForwardCall c(a, Kinds::floating);
     Forward& f = c.f;
     both_or_neither(a, Name::mean, Name::var);
@@ -431,7 +439,9 @@ py::object batch_norm_train(const Arguments& a, PythonGroup* group) {
     c.see(group);
     py::object saved = c.saved(keeps);
     if (group != nullptr) {
-        saved_of(saved.ptr(), "").group = Py_NewRef(a[Name::group]);
+        SavedObject& o = saved_of(saved.ptr(), "");
+        o.group = Py_NewRef(a[Name::group]);
+        o.shares = !f.mean;
         group->enter();
     }
     run(f.x, c.s, [&] { library::batch_norm_train(f); }, &c.positions, c.part);
@@ -593,15 +603,17 @@ void note_losses(SavedObject& o, const Kept& kept, const Backward& b) {
 }
 
 py::object batch_norm_backward(const Arguments& a, SavedObject& o, PythonGroup* group) {
+    if (group != nullptr) group->expect(o.shares != 0);
     const Needs needs = needs_of(a, o);
-    const Kept kept(o, a);
     Backward b;
+    b.all_reduce = flag(a[Name::all_reduce], "all_reduce");
+    if (group != nullptr) group->expect((needs.dx && o.shares != 0) || (b.all_reduce && (needs.dgamma || needs.dbeta)));
+    const Kept kept(o, a);
     b.saved = &o.saved;
     Owned owned;
     Tensors tensors(kept.s, kept.name, b.kept);
     refuse_unneeded(a, Name::out, needs.dx, "dx");
     refuse_unneeded(a, Name::out_residual, needs.dresidual, "dresidual");
-    b.all_reduce = flag(a[Name::all_reduce], "all_reduce");
     if (b.all_reduce && group == nullptr) {
         value_error("all_reduce", "all_reduce is True and the forward had no group, expected False; drop it");
     }
@@ -687,12 +699,13 @@ struct StatisticsCall {
         : s(subject(a, Kinds::any)), tensors(s, "x", x), arguments(a, s), num_threads(threads(a[Name::num_threads])) {
         arguments.add_to(tensors, positions);
         if (group != nullptr) sample_axis(s);
-        tensors.see(group != nullptr);
+        tensors.see(group != nullptr, nullptr, group != nullptr);
         arguments.flatten(tensors.layout(), positions);
     }
 };
 
 py::object moments(const Arguments& a, PythonGroup* group) {
+    if (group != nullptr) group->expect(true);
     const StatisticsCall c(a, group);
     const std::int64_t ddof = integer(a[Name::ddof], "ddof", "an int >= 0");
     const auto [mean, mean_values] = new_vector<double>(c.s);

@@ -246,7 +246,7 @@ constexpr Attribute kAttributes[] = {
      [](SavedObject& s) { return statistics(s, s.saved.mean()); }},
     {"var", "Population variance that normalised, like mean.", [](SavedObject& s) { return statistics(s, s.saved.var()); }},
     {"inv_std", "1 / sqrt(var + eps), like mean.", [](SavedObject& s) { return statistics(s, s.saved.inv_std()); }},
-    {"count", "Values that counted, or the sum of their weights, like mean.",
+    {"count", "Values that counted, or the sum of their weights, like mean; of given statistics those of this process.",
      [](SavedObject& s) { return statistics(s, s.saved.count()); }},
     {"r", "Factor of batch renormalisation, like mean, or None.", [](SavedObject& s) { return statistics(s, s.saved.r()); }},
     {"d", "Shift of batch renormalisation, like mean, or None.", [](SavedObject& s) { return statistics(s, s.saved.d()); }},
@@ -294,6 +294,7 @@ PyMethodDef methods[] = {{"__copy__", &itself, METH_NOARGS, nullptr},
 
 PyMemberDef members[] = {{"_owner", T_OBJECT, offsetof(SavedHead, owner), 0, nullptr},
                          {"_serial", T_LONGLONG, offsetof(SavedHead, serial), 0, nullptr},
+                         {"_shares", T_BOOL, offsetof(SavedHead, shares), READONLY, nullptr},
                          {"__dictoffset__", T_PYSSIZET, offsetof(SavedHead, dict), READONLY, nullptr},
                          {"__weaklistoffset__", T_PYSSIZET, offsetof(SavedHead, weakrefs), READONLY, nullptr},
                          {}};

@@ -34,6 +34,7 @@ struct SavedHead {
     PyObject_VAR_HEAD PyObject *dict, *weakrefs;
     PyObject* owner;   // the layer that made it, or None
     long long serial;  // its number among those
+    char shares;       // whether dx needs the other processes of the group
 };
 
 struct SavedObject : SavedHead {

@@ -170,8 +170,9 @@ bool Tensors::together(std::size_t n) {
     return !samples_first_ || layout_.samples_first(items_[0].array);
 }
 
-void Tensors::see(bool samples_first, const Layout* as_before) {
+void Tensors::see(bool samples_first, const Layout* as_before, bool any_cut) {
     samples_first_ = samples_first && items_[0].array.size() != 0;
+    any_cut_ = any_cut && samples_first_;
     as_before_ = items_[0].array.size() == 0 ? nullptr : as_before;
     if (!together(n_)) settle();
 }
@@ -234,23 +235,35 @@ py::object Tensors::copy_of_x(std::span<const int> order) const {
     return copy;
 }
 
-// Whether an x that lies like this would do. An image's result that is not made like x decides too how x is read.
-bool Tensors::x_fits(const Array& x) {
+// Whether an x that lies like this would do, with as many of the tensors.
+bool Tensors::x_fits(const Array& x, std::size_t n) {
     const Array* const before = arrays_[0];
     arrays_[0] = &x;
     const bool direct = items_[0].array.direct;
     items_[0].array.direct = x.direct;
-    const bool with_result = kind_ == Views::image && (items_[1].role == Role::given || from_ != to_);
-    const bool fits = together(with_result ? 2 : 1);
+    const bool fits = together(n);
     items_[0].array.direct = direct;
     arrays_[0] = before;
     return fits;
 }
 
-// Copies x where it has no view: in its own order, if that helps.
+// Copies x where it has no view: in its own order, if that helps. An image's result that is not made like x decides too how x is read, and
+// so does an out= with a group, if it can.
 void Tensors::settle_x() {
-    if (x_fits(subject_.x)) return;
-    std::vector<std::vector<int>> orders{memory_order(subject_.x), whole_order()};
+    const bool with_result = kind_ == Views::image && (items_[1].role == Role::given || from_ != to_);
+    if (any_cut_ && n_ > 1 && items_[1].role == Role::given && settle_x(2)) return;
+    settle_x(with_result ? 2 : 1);
+}
+
+// Whether there is a view with as many of the tensors now.
+bool Tensors::settle_x(std::size_t n) {
+    if (x_fits(subject_.x, n)) return true;
+    std::vector<std::vector<int>> orders{memory_order(subject_.x)};
+    if (any_cut_ && as_before_ == nullptr) {  // as a single sample lies, which needs no copy
+        orders.push_back(orders[0]);
+        std::stable_partition(orders[1].begin(), orders[1].end(), [](int axis) { return axis == 0; });
+    }
+    orders.push_back(whole_order());
     if (kind_ == Views::image) orders.push_back(memory_order(items_[1].array));
     for (const auto& order : orders) {
         Array copy = subject_.x;
@@ -259,15 +272,16 @@ void Tensors::settle_x() {
         copy.strides = strides.data();
         copy.direct = true;
         copy.contiguous = false;
-        if (!x_fits(copy)) continue;
+        if (!x_fits(copy, n)) continue;
         refuse_shared(items_[0]);
         replace(items_[0], copy_of_x(order));
         reordered_ = order != orders[0];
         for (std::size_t i = 1; i < n_; ++i) {
             if (items_[i].role == Role::fresh) make(items_[i]);
         }
-        return;
+        return true;
     }
+    return false;
 }
 
 void Tensors::refuse_overlap(const Item& out, const Item& other) {

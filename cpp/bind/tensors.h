@@ -23,7 +23,7 @@ public:
     void mask(const Array& elements, ConstTensor& view);
 
     // Finds the view. `samples_first`: the samples must be the slowest axis of `outer`; `as_before`: x must lie in memory like this.
-    void see(bool samples_first, const Layout* as_before = nullptr);
+    void see(bool samples_first, const Layout* as_before = nullptr, bool any_cut = false);
     const Layout& layout() const { return layout_; }
     // After the call: the array of an output, the caller's or a new one in the memory order of x. i counts from 1.
     py::object result(std::size_t i) const;
@@ -43,9 +43,10 @@ private:
     void move(Item& item);
     void check_output(const Array& out, const char* name) const;
     bool together(std::size_t n);
-    bool x_fits(const Array& x);
+    bool x_fits(const Array& x, std::size_t n);
     void settle();
     void settle_x();
+    bool settle_x(std::size_t n);
     [[noreturn]] static void refuse_overlap(const Item& out, const Item& other);
     void refuse_reordered(const Item& out) const;
     void refuse_shared(const Item& read) const;
@@ -66,7 +67,7 @@ private:
     Views kind_ = Views::alike;
     PyObject* result_dtype_ = nullptr;  // of an image; borrowed
     int from_ = 0, to_ = 0;
-    bool samples_first_ = false, reordered_ = false;  // reordered: x was copied to another order of axes
+    bool samples_first_ = false, any_cut_ = false, reordered_ = false;  // reordered: x was copied to another order of axes
     const Layout* as_before_ = nullptr;
 };
 

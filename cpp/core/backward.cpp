@@ -495,8 +495,8 @@ void backward_from_y(const Backward& b, const Saved::Impl& s, const kernels::Ker
     };
     of_x.dgamma = parameter(b.dgamma);
     of_x.dbeta = parameter(b.dbeta);
+    if (exchange != nullptr && exchanges(b)) exchange->expect();  // two in all
     backward(of_x, lost.impl, table, {}, exchange, Exchange::gradients_of_lost);
-    if (exchange != nullptr && exchanges(b)) exchange->expect();
 
     bool* const is_lost = ws.take<bool>(s.geometry.channels);
     std::fill_n(is_lost, s.geometry.channels, false);

@@ -938,4 +938,9 @@ void ranks_differ(int rank, const char* in) {
 
 void no_ranks() { fail({"group", "has gathered nothing", "an array from each rank"}); }
 
+void not_among_ranks() {
+    fail({"group", "has gathered no array that equals this rank's own", "that of each rank, this one too",
+          "use an intracommunicator, such as Merge() makes of mpi4py's Intercomm", Error::type});
+}
+
 }  // namespace batchnorm::check

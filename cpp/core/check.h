@@ -41,6 +41,7 @@ const kernels::KernelTable& active_level();
 [[noreturn]] void rank_failed(int rank, const std::string& message);
 [[noreturn]] void ranks_differ(int rank, const char* in);  // from rank 0
 [[noreturn]] void no_ranks();
+[[noreturn]] void not_among_ranks();
 // By a GPU, on which `instead` is.
 [[noreturn]] void not_served(const char* argument, const std::string& got, const std::string& instead);
 

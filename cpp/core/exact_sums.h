@@ -1,5 +1,6 @@
 // Sums that do not depend on how a batch is cut: each sample's are rounded by themselves, in tiles as ever, and added up exactly. Three
-// doubles a sum (D20); two additions in any order give the same total. What ranks of a group exchange (exchange.h). Used by the drivers.
+// doubles a sum (D20); two additions in any order give the same total, while all terms lie within 159 bits of the largest and no sum
+// overflows. What ranks of a group exchange (exchange.h). Used by the drivers.
 #pragma once
 
 #include "moment_sums.h"

@@ -1,7 +1,9 @@
 #include "exchange.h"
 
 #include <algorithm>
+#include <cstring>
 #include <string>
+#include <utility>
 
 #include "check.h"
 
@@ -45,6 +47,16 @@ void hear(Group& group, const All& all) {
     check::rank_failed(static_cast<int>(rank), rank < texts.size() ? as_text(texts[rank]) : "");
 }
 
+// Throws if a rank has failed, or what all ranks sent has not `mine` among it: an mpi4py intercommunicator gathers those of the other side.
+void check_all(Group& group, const std::vector<double>& mine, const All& all) {
+    if (all.empty()) check::no_ranks();
+    const auto own = [&](const std::vector<double>& of_rank) {
+        return of_rank.size() == mine.size() && std::memcmp(of_rank.data(), mine.data(), mine.size() * sizeof(double)) == 0;
+    };
+    if (std::none_of(all.begin(), all.end(), own)) check::not_among_ranks();
+    hear(group, all);
+}
+
 }  // namespace
 
 std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale, bool has_weights, std::span<const double> sums) {
@@ -57,10 +69,10 @@ std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale,
     mine[scale] = own_scale;
     mine[weighted] = has_weights ? 1 : 0;
     mine.insert(mine.end(), sums.begin(), sums.end());
-    expected_ = false;
+    expected_ = std::max(expected_ - 1, 0);  // of which the others learn even if this one throws
     All all = group_.allgather(mine);
-    hear(group_, all);
-    if (all.empty()) check::no_ranks();
+    const int later = std::exchange(expected_, 0);
+    check_all(group_, mine, all);
     const auto word = [](const std::vector<double>& of_rank, std::size_t i) { return i < of_rank.size() ? of_rank[i] : -1; };
     for (std::size_t rank = 0; rank < all.size(); ++rank) {
         for (std::size_t i = kind; i <= option; ++i) {
@@ -68,19 +80,18 @@ std::vector<Exchange::Part> Exchange::gather(const Same& same, double own_scale,
         }
         if (all[rank].size() != all[0].size()) check::ranks_differ(static_cast<int>(rank), kWhat[option]);
     }
-    if (all[0].size() != mine.size()) check::ranks_differ(0, kWhat[option]);
     std::vector<Part> parts;
     for (std::vector<double>& of_rank : all) {
         const double of_scale = of_rank[scale];
         const bool has = of_rank[weighted] != 0;
         parts.push_back({of_scale, has, std::move(of_rank)});
     }
+    expected_ = later;
     return parts;
 }
 
 void Exchange::fail(const char* message) noexcept {
-    if (!expected_) return;
-    expected_ = false;
+    if (std::exchange(expected_, 0) == 0) return;
     try {
         batchnorm::fail(group_, message);
     } catch (...) {  // its own exception says more
@@ -100,8 +111,7 @@ std::vector<std::vector<double>> gather(Group& group, std::span<const double> mi
     std::vector<double> sent(1, 0);
     sent.insert(sent.end(), mine.begin(), mine.end());
     All all = group.allgather(sent);
-    hear(group, all);
-    if (all.empty()) check::no_ranks();
+    check_all(group, sent, all);
     for (std::vector<double>& of_rank : all) of_rank.erase(of_rank.begin());
     return all;
 }

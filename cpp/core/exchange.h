@@ -5,6 +5,7 @@
 // the sums. A rank that has failed sends a status of 1; all then send a text, its message.
 #pragma once
 
+#include <bit>
 #include <string_view>
 #include <vector>
 
@@ -15,6 +16,24 @@ namespace batchnorm {
 class Exchange {
 public:
     enum Kind { training, measuring, gradients, gradients_of_lost };
+    // Options in a word: equal ones have equal words, and others hardly ever.
+    class Options {
+    public:
+        Options& operator<<(double value) {
+            word_ = (word_ ^ std::bit_cast<std::uint64_t>(value + 0.0)) * 0x9e3779b97f4a7c15u;
+            word_ ^= word_ >> 29;
+            return *this;
+        }
+        Options& operator<<(const ConstChannels& values) {
+            *this << static_cast<double>(values.size);
+            for (int64_t c = 0; values && c < values.size; ++c) *this << at(values, c);
+            return *this;
+        }
+        double word() const { return static_cast<double>(word_ >> 11); }
+
+    private:
+        std::uint64_t word_ = 1;
+    };
     static constexpr std::size_t kWords = 8;  // of an array, before its sums
     // What all ranks must have in common.
     struct Same {
@@ -33,18 +52,18 @@ public:
     };
 
     // expected: whether the call comes to an exchange at all.
-    Exchange(Group& group, bool expected) : group_(group), expected_(expected) {}
+    Exchange(Group& group, bool expected) : group_(group), expected_(expected ? 1 : 0) {}
 
-    // Every rank's part, in the order of ranks. Throws if a rank has failed or is in another call. Then no other exchange is expected,
-    // until expect() says so.
+    // Every rank's part, in the order of ranks. Throws if a rank has failed or is in another call. Then no other exchange is expected but
+    // those that expect() has said.
     std::vector<Part> gather(const Same& same, double scale, bool weighted, std::span<const double> sums);
-    void expect() { expected_ = true; }
+    void expect() { ++expected_; }
     // This rank fails: those that wait for it learn why.
     void fail(const char* message) noexcept;
 
 private:
     Group& group_;
-    bool expected_;
+    int expected_;  // exchanges to come, of which the others know too
     int round_ = 0;
 };
 

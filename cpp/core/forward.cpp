@@ -22,7 +22,8 @@ void lay_out(Cutter& cut, const Forward& f, const Call& call, bool keep, Saved::
     // Inference looks at nothing but the arguments.
     const int64_t n = keep || !f.mean || f.renorm.enabled ? call.parts.count * g.channels : 0;
     for (double** p : {&s.mean, &s.var, &s.inv_std, &s.count}) *p = cut.take<double>(n);
-    s.values = f.positions.weights.empty() ? s.count : cut.take<double>(n);
+    // Of a group's ranks others may have weights.
+    s.values = f.positions.weights.empty() && f.execution.group == nullptr ? s.count : cut.take<double>(n);
     s.r = s.d = nullptr;
     if (f.renorm.enabled) {
         s.r = cut.take<double>(n);
@@ -322,7 +323,7 @@ Format format_of(Dtype t) {
 
 // Whether y does not tell x of some channel: x_hat = (y - offset) / slope is off by u |x_hat| + (u |offset| + t / 2) / |slope| with u the
 // roundoff and t the smallest number of y's type (behind leaky_relu up to 1 / factor times that), which must leave two thirds of the
-// digits; and y must not overflow, |x_hat| being below sqrt(n).
+// digits; and y must not overflow, |x_hat| being below sqrt(n). Ranks with given statistics do not know n; they must agree nonetheless.
 bool is_lost(const Work& w, int64_t c) {
     const Format t = format_of(w.call.geometry.dtype);
     const double factor = w.f.activation == Activation::leaky_relu ? w.f.slope : 1;
@@ -335,7 +336,8 @@ bool is_lost(const Work& w, int64_t c) {
             const double beta = w.f.beta ? batchnorm::at(row_of(w.f.beta, sample), c) : 0;
             const double slope = std::abs(w.s.r == nullptr ? gamma : gamma * w.s.r[at]);
             const double offset = std::abs(w.s.d == nullptr ? beta : beta + gamma * w.s.d[at]);
-            const double reach = (offset + slope * std::sqrt(w.call.counts.weight(p, c))) * std::max(factor, 1.0);
+            const double n = w.f.mean && w.f.execution.group != nullptr ? 0x1p20 : w.call.counts.weight(p, c);
+            const double reach = (offset + slope * std::sqrt(n)) * std::max(factor, 1.0);
             if (!(t.roundoff * (offset + slope) + coarse <= enough * slope) || !(reach < t.largest)) return true;
         }
     }
@@ -365,6 +367,16 @@ void keep_lost(const Work& w) {
 bool learns(const Forward& f) { return f.running.mean || f.renorm.decay >= 0; }
 // Whether ranks of a group have anything to tell each other.
 bool exchanges(const Forward& f) { return !f.mean || learns(f); }
+
+// What ranks must have in common beside x: what statistics, running statistics and failures depend on.
+double options_of(const Forward& f) {
+    Exchange::Options options;
+    options << f.eps << (f.mean ? 1 : 0) << static_cast<double>(f.running.on_nonfinite) << (f.running.mean ? 1 : 0);
+    if (f.running.mean) options << f.running.decay << f.running.ddof << f.running.decays << f.running.seen;
+    options << (f.renorm.enabled ? 1 : 0);
+    if (f.renorm.enabled) options << f.renorm.rmin << f.renorm.rmax << f.renorm.dmax << f.renorm.decay << (f.renorm.mean ? 1 : 0);
+    return options.word();
+}
 
 // Mean and var of all parts, and unless it comes later, y. `all`: what makes statistics of the batch that ranks of a group hold, or null.
 template <class C>
@@ -444,7 +456,7 @@ void forward(const Forward& f, Call& call, Exchange* exchange) {
         const Work w{f, call, table, counting, s};
         std::optional<StatisticsTogether> all;
         if (exchange != nullptr) {
-            const Exchange::Same same{Exchange::training, call.geometry.dtype, call.geometry.channels, f.mean ? -1 : f.eps};
+            const Exchange::Same same{Exchange::training, call.geometry.dtype, call.geometry.channels, options_of(f)};
             all.emplace(*exchange, same, call, counting);
         }
         with_compute(call.geometry.dtype, [&]<class C>() { run<C>(w, ws, all ? &*all : nullptr); });

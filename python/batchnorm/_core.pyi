@@ -22,6 +22,7 @@ class Operation:
 class Saved:
     _owner: Any
     _serial: int
+    _shares: bool
     @property
     def mean(self) -> Vector: ...
     @property

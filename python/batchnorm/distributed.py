@@ -27,7 +27,7 @@ import numpy as np
 from . import _core
 from .typing import Group, Vector
 
-__all__ = ["Group", "LocalGroup", "LocalRank", "reduced", "tell", "telling", "torch_group"]
+__all__ = ["Group", "LocalGroup", "LocalRank", "torch_group"]
 
 _T = TypeVar("_T")
 _FIRST = 1024  # values that torch_group sends before it knows how many there are
@@ -122,11 +122,13 @@ class LocalGroup:
             raise TypeError(f"size is {type(size).__name__}, expected an int >= 1, a number of ranks")
         if size < 1:
             raise ValueError(f"size is {size}, expected an int >= 1, a number of ranks")
-        self._arrays: list[Any] = [None] * int(size)
-        self._barrier = threading.Barrier(int(size))
+        self._size = int(size)
+        self._arrays: dict[int, Vector] = {}  # of the exchange that is under way
+        self._changed = threading.Condition()
+        self._ended = False  # whether a rank has, without which no exchange comes to an end
 
     def __len__(self) -> int:
-        return len(self._arrays)
+        return self._size
 
     def __getitem__(self, rank: int) -> LocalRank:
         return LocalRank(self, range(len(self))[rank])
@@ -139,14 +141,21 @@ class LocalGroup:
         RuntimeError
             Another rank's thread ended without coming here.
         """
-        self._arrays[rank] = array
-        try:
-            self._barrier.wait()
-            gathered = list(self._arrays)
-            self._barrier.wait()  # before anyone puts the next
-        except threading.BrokenBarrierError:
-            raise RuntimeError(f"rank {rank} waited for one whose thread has ended") from None
-        return gathered
+        with self._changed:
+            arrays = self._arrays
+            arrays[rank] = array
+            if len(arrays) == self._size:
+                self._arrays = {}
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or len(arrays) == self._size)
+            if len(arrays) < self._size:
+                raise RuntimeError(f"rank {rank} waited for one whose thread has ended")
+        return [arrays[each] for each in range(self._size)]
+
+    def _end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def run(self, function: Callable[[LocalRank], _T]) -> list[_T]:
         """Call ``function(rank)`` for each rank, in a thread of its own.
@@ -164,7 +173,8 @@ class LocalGroup:
         Raises
         ------
         Exception
-            The first one that was raised. The group is of no more use then.
+            The first one that was raised. A rank whose function returns while others wait for it makes theirs
+            raise RuntimeError.
 
         Examples
         --------
@@ -174,19 +184,25 @@ class LocalGroup:
         """
         results: list[Any] = [None] * len(self)
         raised: list[BaseException] = []
+        self._arrays, self._ended = {}, False
 
         def one(rank: LocalRank) -> None:
             try:
                 results[rank.rank] = function(rank)
             except BaseException as error:
                 raised.append(error)
-                self._barrier.abort()
+            finally:
+                self._end()
 
         threads = [threading.Thread(target=one, args=(self[rank],)) for rank in range(len(self))]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C
+            self._end()
+            raise
         if raised:
             raise raised[0]
         return results

@@ -68,6 +68,7 @@ _HINDRANCES = {
     "paused": "inside no_update(): drop one of them",
 }
 _TWICE = "y, saved = bn(x, return_saved=True) and bn.backward(dy, saved)"
+_UNKNOWN: Any = object()  # whether other processes wait for this one
 # Why there is nothing to go back through.
 _NONE_YET = "backward before any forward: call y = bn(x) first, then bn.backward(dy)"
 _AGAIN = f"use {_TWICE}, with accumulate=True from the second one on"
@@ -754,13 +755,13 @@ class BatchNorm:
             Running statistics are used that nothing has ever updated.
         """
         state, by_batch, settings, running = self._state, True, self._state.settings, self._state.running
-        initial, saved, done, measured, renorm, waiting = state.initial, None, None, None, None, None
+        initial, saved, done, measured, renorm = state.initial, None, None, None, None
         decay: Any = 1.0
+        waiting: Any = _UNKNOWN
         try:
             by_batch, updating, keeping, group = self._mode(training, stats, update)
             waiting = group if by_batch or updating else None
-            if not isinstance(x, np.ndarray):
-                x = as_array("x", x, False)
+            x = x if isinstance(x, np.ndarray) else as_array("x", x, False)
             if initial is not None or settings.data_format is not None or not (by_batch or running.trusted):
                 self._prepare(x, not by_batch)
             if state.using is not None or state.history is not None:
@@ -858,9 +859,9 @@ class BatchNorm:
         state = self._state
         needs: Any = None
         used: Any = state.saved if saved is None else saved
-        waiting = state.group
+        waiting: Any = _UNKNOWN
         try:
-            if isinstance(used, str):
+            if saved is None and isinstance(used, str):
                 raise RuntimeError(used)
             if not isinstance(used, Saved):
                 expected = "what bn(x, return_saved=True) returned with y"
@@ -883,7 +884,9 @@ class BatchNorm:
             dx, dgamma, dbeta = gradients
             if adding:
                 dgamma, dbeta = _sum("dgamma", state.dgamma, dgamma), _sum("dbeta", state.dbeta, dbeta)
-        except Exception as error:
+        except BaseException as error:
+            if waiting is _UNKNOWN and isinstance(used, Saved):
+                waiting = used.group if all_reduce is True or used._shares else None
             self._explain(error, waiting=waiting)
             raise
         state.dgamma, state.dbeta, state.dresidual = dgamma, dbeta, gradients.dresidual
@@ -939,12 +942,15 @@ class BatchNorm:
         running.trusted = True
 
     def _explain(
-        self, error: BaseException, x: Any = None, reads_running: bool = False, waiting: Group | None = None
+        self, error: BaseException, x: Any = None, reads_running: bool = False, waiting: Any = None
     ) -> None:
         """Let the error of a failed call say the layer's name, and what the layer knows better.
 
-        `waiting`: processes that are at an exchange to which this one will not come.
+        `waiting`: processes that are at an exchange to which this one will not come; unknown before it is
+        known whether the call has one: then those of a call without arguments.
         """
+        if waiting is _UNKNOWN:
+            waiting = None if self._state.using or self._state.frozen else self.group
         if isinstance(error, TypeError | ValueError | RuntimeError):
             better = isinstance(error, ValueError) and x is not None and self._better(x, reads_running)
             who = f"{self.name}: " if self.name else ""

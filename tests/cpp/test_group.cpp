@@ -203,6 +203,55 @@ TEST(values_of_ones_own) {
     });
 }
 
+// Others' arrays alone, as an intercommunicator gives.
+struct OtherSide : Group {
+    std::vector<Vector> allgather(std::span<const double> mine) override { return {Vector(mine.size(), 0)}; }
+};
+
+TEST(a_group_that_this_rank_is_not_in) {
+    OtherSide group;
+    Example e;
+    Forward f = e.train();
+    f.execution.group = &group;
+    REFUSED(type, "group has gathered no array that equals this rank's own, expected that of each rank, this one too", batch_norm_train(f));
+    REFUSED(type, "group has gathered no array that equals this rank's own", gather(group, Vector{1}));
+}
+
+TEST(a_failure_where_nothing_is_exchanged_is_ones_own) {
+    Threads(2).run([&](Group& g, int64_t rank) {
+        Floats x{1, 2, 3, 4, 5, 6}, y(6);
+        Vector mean{0, 0, 0}, var{1, 1, 1};
+        Forward f{.x = View<float>::ncs(x.data(), 2, 3, 1), .y = View<float>::ncs(y.data(), 2, 3, 1), .execution = {.group = &g}};
+        f.mean = mean;
+        f.var = var;
+        if (rank == 1) f.eps = -1;
+        if (rank == 1) REFUSED(value, "eps is -1, expected a finite number >= 0", batch_norm_train(f));
+        if (rank == 0) batch_norm_train(f);
+    });
+}
+
+// Weights that sum to less than two, of ranks of which one has no rows and no weights.
+TEST(a_rank_without_weights) {
+    const Floats x{1, 2, 4, 8, 16, 32}, dy{1, -1, 2, 5, 0, 3};
+    const Vector weights{0.1, 0.2, 0.3};
+    Floats gradients[2];
+    Threads(2).run([&](Group& g, int64_t rank) {
+        const int64_t n = rank == 0 ? 3 : 0;
+        Floats y(6), dgamma(2);
+        Saved saved;
+        Forward f{.x = View<const float>::ncs(x.data(), n, 2, 1), .y = View<float>::ncs(y.data(), n, 2, 1), .saved = &saved};
+        if (rank == 0) f.positions.weights = weights;
+        f.execution.group = &g;
+        batch_norm_train(f);
+        Backward b{.dy = View<const float>::ncs(dy.data(), n, 2, 1), .kept = f.x, .saved = &saved, .all_reduce = true};
+        b.dgamma = Rows(Channels(dgamma));
+        b.execution.group = &g;
+        batch_norm_backward(b);
+        gradients[rank] = dgamma;
+    });
+    CHECK(gradients[0] == gradients[1] && std::isfinite(gradients[0][0]) && gradients[0][0] != 0 && gradients[0][1] != 0);
+}
+
 TEST(one_value_per_channel_in_all_ranks) {
     for (const bool two : {false, true}) {
         Threads(3).run([&](Group& g, int64_t rank) {

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from batchnorm import BatchNorm, Moments, batch_norm_backward, batch_norm_train, moments, recalibrate
 from batchnorm.distributed import Group, LocalGroup, torch_group
+from batchnorm.settings import flag
 
 from support.checks import running_on
 from support.processes import run
@@ -170,6 +171,76 @@ def test_data_whose_squares_leave_the_range(scale):
     two, others, _ = train(x, dy, [5, 8], range(N), eps=0.0)
     assert bits(one.values()) == bits(two.values()) and bits(same) == bits(others)
     np.testing.assert_allclose(same[2], x.mean(axis=(0, 2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("renorm", [None, {"rmin": 0.5, "dmax": 1.0}], ids=str)
+def test_weights_that_sum_to_less_than_two(renorm):
+    """Which values count must not follow from the sum of weights, also on a rank that has none."""
+    x, dy, _ = problem(np.float32, (N, 6, 5, 3))
+    weights = np.full(N, 0.01)
+    options = {"weights": weights} | ({"renorm": renorm} if renorm else {})
+    want, *_ = train(x, dy, [], range(N), **options)
+    assert np.isfinite(want["dgamma"]).all() and want["dgamma"].all()
+    for cuts in ([0], [N], [1, 1, 9, 12]):
+        got, *_ = train(x, dy, cuts, range(N), **options)
+        for name, value in got.items():
+            assert bits([value]) == bits([want[name]]), name
+
+
+def test_a_rank_that_leaves_out_weights_of_one():
+    x, dy, _ = problem(np.float32, (2, 3))
+    gamma = np.ones(3, np.float32)
+
+    def step(rank, mine):
+        weights = None if rank.rank == 1 else np.ones(len(mine))
+        _, saved = batch_norm_train(x[mine], gamma, gamma, weights=weights, group=rank)
+        return batch_norm_backward(dy[mine], saved, all_reduce=True).dgamma
+
+    (want,), _ = on_ranks([], range(2), step)
+    for cuts in ([1], [2], [0]):
+        got, _ = on_ranks(cuts, range(2), step)
+        assert all(bits([g]) == bits([want]) for g in got) and want.all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("order", [(2, 0, 1, 3), (3, 2, 1, 0), (1, 2, 3, 0), (2, 3, 0, 1)], ids=str)
+def test_samples_that_are_not_slowest_in_memory(order, dtype):
+    """`order`: the axes in memory, slowest first. A rank of one sample has another view of it."""
+    shape = (N, 6, 5, 7)
+    for seed in range(3):
+        values, dy, _ = problem(dtype, shape, seed)
+        back = np.argsort(order)
+        x = np.ascontiguousarray(values.transpose(order)).transpose(back)
+
+        def step(rank, mine, x=x, dy=dy):
+            part = x[mine[0] : mine[-1] + 1] if mine.size else x[:0]
+            y, saved = batch_norm_train(part, group=rank)
+            g = batch_norm_backward(dy[mine], saved, needs=("dx", "dgamma"), all_reduce=True)
+            return y, g.dx, [g.dgamma, saved.var.copy()]
+
+        expected, _ = on_ranks([], range(N), step)
+        for cuts in ([1], [N - 1], [0, 1, 7], list(range(1, N))):
+            results, _ = on_ranks(cuts, range(N), step)
+            for i in range(2):
+                assert bits([np.concatenate([r[i] for r in results])]) == bits([expected[0][i]])
+            assert all(bits(r[2]) == bits(expected[0][2]) for r in results)
+
+
+def test_given_statistics_with_y_kept_on_uneven_ranks():
+    """Which channels y does not tell must not follow from how many samples a rank has."""
+    x = np.random.default_rng(0).normal(size=(600, 3)).astype(np.float16)
+    gamma = np.array([300, 3000, 1], np.float32)
+
+    def step(rank, mine):
+        given = {"mean": np.zeros(3), "var": np.ones(3)}
+        _, saved = batch_norm_train(x[mine], gamma, np.zeros(3), **given, keep="y", group=rank)
+        g = batch_norm_backward(x[mine], saved, needs=("dgamma",), all_reduce=True)
+        return g.dgamma, saved.kept_channels.tolist()
+
+    (want,), _ = on_ranks([], range(600), step)
+    for cuts in ([1], [599], [0, 30]):
+        results, _ = on_ranks(cuts, range(600), step)
+        assert all(bits([g]) == bits([want[0]]) and kept == want[1] for g, kept in results)
 
 
 def test_instruction_set_and_threads_do_not_matter(isa):
@@ -503,7 +574,7 @@ def test_failures_of_layers():
     def no_forward(rank):
         layer = layer_of(rank)
         if rank.rank == 1:
-            layer(X, training=False, stats="batch")
+            layer(X, training=False, stats="batch", update=True)
         else:
             layer(X)
         layer.backward(DY)
@@ -523,6 +594,151 @@ def test_failures_of_layers():
 
     for error in outcomes(2, empty):
         assert "hold no values" in str(error)
+
+
+def test_a_failure_of_a_call_that_exchanges_nothing_is_ones_own():
+    """The others do not wait, so it must not wait for them."""
+    given = {"mean": np.zeros(4), "var": np.ones(4)}
+
+    def forward(rank):
+        batch_norm_train(X, np.ones(3 if rank.rank == 1 else 4), **given, group=rank)
+
+    def backward_of(**options):
+        def call(rank):
+            _, saved = batch_norm_train(X, np.ones(4), np.ones(4), group=rank, **options.get("forward", {}))
+            needs = options.get("needs")
+            batch_norm_backward(DY[:1] if rank.rank == 1 else DY, saved, needs=needs)
+
+        return call
+
+    def layer(*steps, **wrong):
+        def call(rank):
+            bn = BatchNorm(4, decay=0.0, group=rank)
+            bn(X)
+            bn.freeze()
+            bn(X[:, :3] if wrong.get("forward") and rank.rank == 1 else X)
+            bn.backward(DY, **(wrong["backward"] if wrong.get("backward") and rank.rank == 1 else {}))
+
+        return call
+
+    def of_eval(rank):
+        bn = BatchNorm(4, decay=0.0, group=rank)
+        bn(X)
+        _, saved = bn.eval()(X, return_saved=True)
+        bn.backward(DY, saved, accumulate="yes" if rank.rank == 1 else None)
+
+    calls = {
+        "given statistics": (forward, "gamma has shape"),
+        "backward of given ones": (backward_of(forward=given), "dy has shape"),
+        "parameters alone": (backward_of(needs=("dgamma", "dbeta")), "dy has shape"),
+        "frozen forward": (layer(forward=True), "x has 3 channels"),
+        "frozen backward": (layer(backward={"accumulate": "yes"}), "accumulate is 'yes'"),
+        "frozen backward, in the core": (layer(backward={"out": np.zeros(3)}), "out has dtype float64"),
+        "a forward in eval": (of_eval, "accumulate is 'yes'"),
+    }
+    for name, (call, message) in calls.items():
+        first, second = outcomes(2, call)
+        assert first is None and message in str(second), name
+
+
+def test_failures_that_a_layer_tells(monkeypatch):
+    def mode(**wrong):
+        return lambda rank: BatchNorm(4, group=rank)(X, **(wrong if rank.rank == 1 else {}))
+
+    def without_group(rank):
+        bn = BatchNorm(4, group=rank)
+        bn(X)
+        bn.group = None
+        bn.backward(DY, accumulate="yes" if rank.rank == 1 else None)
+
+    def other_saved(rank):
+        bn = BatchNorm(4, group=rank)
+        bn(X)
+        bn.backward(DY, "no Saved" if rank.rank == 1 else None)
+
+    def interrupted(rank):
+        bn = BatchNorm(4, group=rank)
+        bn(X)
+        bn.backward(DY, accumulate=KeyboardInterrupt("Ctrl-C") if rank.rank == 1 else None)
+
+    def raises(name, value):
+        raise value
+
+    monkeypatch.setattr(
+        "batchnorm.layer.flag",
+        lambda *given: (
+            raises(*given)
+            if given[0] == "accumulate" and isinstance(given[1], KeyboardInterrupt)
+            else flag(*given)
+        ),
+    )
+    for call, message in (
+        (mode(stats="bacth"), "stats is 'bacth'"),
+        (mode(training="yes"), "training is 'yes'"),
+        (without_group, "accumulate is 'yes'"),
+        (other_saved, "saved is 'no Saved'"),
+        (interrupted, "Ctrl-C"),
+    ):
+        first, second = outcomes(2, call)
+        assert message in str(second) and str(first) == f"rank 1 of the group failed: {second}"
+
+
+def test_a_failure_between_two_exchanges_is_told():
+    """y does not tell x of a channel with gamma 0, so backward exchanges twice."""
+    gamma = np.array([0, 1, 1, 1], np.float32)
+
+    class Interrupted:
+        def __init__(self, rank):
+            self.rank, self.calls = rank, 0
+
+        def allgather(self, array, /):
+            self.calls += 1
+            gathered = self.rank.allgather(array)
+            if self.calls == 2 and self.rank.rank == 1:
+                raise KeyboardInterrupt("Ctrl-C")
+            return gathered
+
+    def backward(rank):
+        _, saved = batch_norm_train(X, gamma, np.zeros(4), keep="y", group=Interrupted(rank))
+        out = np.full_like(DY, 7)
+        try:
+            batch_norm_backward(DY, saved, out=out)
+        finally:
+            assert (out == 7).all()
+
+    first, second = outcomes(2, backward)
+    assert type(second) is KeyboardInterrupt
+    assert type(first) is RuntimeError and "rank 1 of the group failed: KeyboardInterrupt: Ctrl-C" in str(
+        first
+    )
+
+
+OTHERS = {
+    "decay": {"decay": 0.5},
+    "decay of each channel": {"decay": np.full(4, 0.9)},
+    "ddof": {"running_ddof": 0},
+    "statistics given": {"mean": np.zeros(4), "var": np.ones(4)},
+    "no running statistics": {"running_mean": None, "running_var": None},
+    "renorm": {"renorm": True},
+    "what becomes of Inf": {"on_nonfinite": "raise"},
+}
+
+
+@pytest.mark.parametrize("wrong", OTHERS.values(), ids=OTHERS)
+def test_options_that_differ(wrong):
+    for error in outcomes(2, broken_forward(**wrong)):
+        assert type(error) is ValueError and "group has other options on rank 1 than on rank 0" in str(error)
+
+
+def test_numbers_of_renorm_that_differ():
+    for name in ("rmin", "rmax", "dmax"):
+
+        def call(rank, name=name):
+            options = {"rmin": 0.5, "rmax": 2.0, "dmax": 2.0} | ({name: 1.0} if rank.rank else {})
+            batch_norm_train(X, running_mean=np.zeros(4), running_var=np.ones(4), renorm=options, group=rank)
+
+        for error in outcomes(2, call):
+            assert "group has other options on rank 1 than on rank 0" in str(error)
 
 
 def test_one_value_in_all_ranks():
@@ -602,7 +818,17 @@ NO_GROUPS = {
         "of rank 0, expected a one-dimensional float64",
     ),
     "nobody": (Returns([]), ValueError, "group has gathered nothing, expected an array from each rank"),
-    "short": (Returns([np.zeros(2)]), ValueError, "group has other options on rank 0"),
+    "others alone": (
+        Returns([np.zeros(2)]),
+        TypeError,
+        "no array that equals this rank's own, .*intracommunicator",
+    ),
+    "float32": (
+        Returns([np.zeros(2, np.float32)]),
+        TypeError,
+        "an array of float32, 1-dimensional, of rank 0",
+    ),
+    "integers": (Returns([np.zeros(2, int)]), TypeError, "an array of int64, 1-dimensional, of rank 0"),
 }
 
 
@@ -655,8 +881,42 @@ def test_local_groups():
 
     with pytest.raises(OSError, match="the disk is full"):
         LocalGroup(2).run(leaves)
+
+    def ends(rank):
+        if rank.rank != 2:
+            moments(X, group=rank)
+
+    with pytest.raises(RuntimeError, match="waited for one whose thread has ended"):
+        LocalGroup(3).run(ends)
+    group = LocalGroup(2)
+    with pytest.raises(RuntimeError, match="waited for one whose thread has ended"):
+        group.run(lambda rank: rank.rank or moments(X, group=rank))
+    assert [len(all_) for all_ in group.run(lambda rank: rank.allgather(np.zeros(1)))] == [2, 2]
     before = threading.active_count()
     assert LocalGroup(4).run(lambda rank: rank.rank) == [0, 1, 2, 3] and threading.active_count() == before
+
+
+def test_ctrl_c_ends_ranks_that_wait(monkeypatch):
+    later, ended = threading.Event(), threading.Event()
+
+    def one(rank):
+        if rank.rank == 0:
+            later.wait(30)
+            return
+        try:
+            rank.allgather(np.zeros(1))
+        except RuntimeError:
+            ended.set()
+
+    def join(thread):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", join)
+        with pytest.raises(KeyboardInterrupt):
+            LocalGroup(2).run(one)
+    assert ended.wait(30)
+    later.set()
 
 
 def test_torch_group_without_torch():

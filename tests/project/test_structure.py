@@ -226,7 +226,7 @@ ROWS = (
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 # Places that the public operations and the layer share by contract; _core.pyi names them.
-SHARED = {"_owner", "_serial"}
+SHARED = {"_owner", "_serial", "_shares"}
 # Public methods of named tuples, whose names begin with an underscore so that no field can have them.
 TUPLES = {"_asdict", "_fields", "_field_defaults", "_make", "_replace"}
 
@@ -365,7 +365,7 @@ def test_the_package_stays_small() -> None:
         "formats": 1569,
         "torch": 1052,
         "keras": 294,
-        "distributed.py": 135,
+        "distributed.py": 149,
         "_gpu.py": 348,
         "dask.py": 286,
         "": 4100,
@@ -389,7 +389,7 @@ def test_the_core_stays_small() -> None:
     of_gpu = sum(count[n] for n in gpu)
     assert of_gpu <= 2644, f"{of_gpu} lines of C++ for GPUs without comments"
     total = sum(count.values()) - of_gpu
-    assert total <= 11737, f"{total} lines of C++ without comments"
+    assert total <= 11805, f"{total} lines of C++ without comments"
 
 
 @needs_source

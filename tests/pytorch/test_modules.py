@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra torch
 
 import batchnorm.torch as ours  # noqa: E402
 import numpy as np  # noqa: E402
+from batchnorm.distributed import torch_group  # noqa: E402
 from batchnorm.torch.sync import synchronised  # noqa: E402
 from pytorch.models import images, small  # noqa: E402
 from pytorch.workers import on_ranks  # noqa: E402
@@ -610,6 +611,10 @@ def _more(rank):
         ours.SyncBatchNorm(6)(torch.ones(1 - rank, 6))
     except ValueError as error:
         found["error"] = str(error)
+    try:
+        ours.SyncBatchNorm(6)(torch.ones(3, 6 - rank))
+    except (ValueError, RuntimeError) as error:
+        found["channels"] = str(error)
     return found
 
 
@@ -660,6 +665,8 @@ def test_ddp_and_faults_of_one_process():
         only = [i == 2 for i in range(6)]
         assert part["nan"] == (only, only) and part["buffer"] == only and part["eval"]
         assert "one value per channel in all ranks, from which no variance can be had" in part["error"]
+        assert "x has 5 channels on axis 1, (3, 5), expected 6" in part["channels"]
+    assert parts[0]["channels"].startswith("rank 1 of the group failed: ")
 
 
 def test_what_is_sent_is_memory_of_torch(monkeypatch):
@@ -674,7 +681,7 @@ def test_what_is_sent_is_memory_of_torch(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     x = image().requires_grad_()
-    synchronised(x, None, None, None, 1e-5, None).sum().backward()
+    synchronised(x, None, None, None, 1e-5, torch_group()).sum().backward()
     assert sent == [True, True] and not torch.from_numpy(np.ones(3)).untyped_storage().resizable()
 
 

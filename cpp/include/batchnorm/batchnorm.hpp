@@ -232,12 +232,13 @@ struct Running {
 // Ranks (processes, as a rule) that hold parts of one batch, each some of its samples: any number of them, also none. With a group the
 // statistics, running statistics, dx and, on demand, dgamma and dbeta are those of the whole batch: the same bits for any number of ranks
 // and any distribution of the samples. Every rank makes the same call, with the same options; the call then exchanges sums, on the thread
-// that made it. A rank whose call fails before its last exchange makes the others throw RankFailed, and nothing is changed anywhere.
+// that made it. A rank whose call fails before its exchange makes the others throw RankFailed, and nothing is changed anywhere; they are
+// not told of what allgather itself throws, nor of memory that runs out while it is decided whether another exchange follows.
 class BATCHNORM_API Group {
 public:
     virtual ~Group();
-    // The values of every rank, in the order of ranks. Lengths differ only where a rank has failed, or calls something else. What it throws
-    // ends the call.
+    // The values of every rank, this one's among them, in the order of ranks. Lengths differ only where a rank has failed, or calls
+    // something else. What it throws ends the call.
     virtual std::vector<std::vector<double> > allgather(std::span<const double> mine) = 0;
 };
 // Another rank has failed, with this message.

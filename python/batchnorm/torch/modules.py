@@ -9,6 +9,7 @@ import torch
 from torch import distributed, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..distributed import telling, torch_group
 from ..settings import word
 from .function import Views, native, normalise, operator
 from .model import has_hooks
@@ -175,14 +176,21 @@ class SyncBatchNorm(Normalising, _BatchNorm):
             return self.normalised(x)
         if not native(x) or x.is_cuda:
             return nn.SyncBatchNorm.forward(self, x)
-        self._check_input_dim(x)
+        processes = torch_group(group)
+        with telling(processes):
+            self._check_input_dim(x)
+            own = next((v for v in (self.weight, self.bias, self.running_mean) if v is not None), None)
+            if own is not None and x.shape[1] != len(own):
+                raise ValueError(
+                    f"x has {x.shape[1]} channels on axis 1, {tuple(x.shape)}, expected {len(own)}"
+                )
         mean, var, updates = self.running_mean, self.running_var, self.num_batches_tracked
         factor = 0.0 if self.momentum is None else self.momentum
         tracked = self.track_running_stats and mean is not None
         if tracked and updates is not None and self.momentum is None:
             factor = 1.0 / (float(updates) + 1.0)
         running = (mean, var, factor) if tracked else None
-        y = synchronised(x, self.weight, self.bias, running, self.eps, group)
+        y = synchronised(x, self.weight, self.bias, running, self.eps, processes)
         if tracked and updates is not None:
             updates.add_(1)
         return y

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..distributed import torch_group
 from ..functional import batch_norm_backward, batch_norm_train
 from .function import array, tensor_of
 
@@ -46,7 +45,7 @@ def synchronised(x: Any, weight: Any, bias: Any, running: Any, eps: float, group
             own[:] = parameter.detach().double().numpy()
     bad = ~(np.isfinite(gamma) & np.isfinite(beta))
     gamma, beta = np.where(bad, 1, gamma), np.where(bad, 0, beta)
-    options = {"eps": eps, "group": torch_group(group), "num_threads": torch.get_num_threads()}
+    options = {"eps": eps, "group": group, "num_threads": torch.get_num_threads()}
     x = x if x.is_contiguous() else x.contiguous(memory_format=torch.preserve_format)
     y = _Synchronised.apply(x, weight, bias, (gamma, beta), torch.from_numpy(bad), options)
     saved: Any = options["saved"]
