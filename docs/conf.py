@@ -39,6 +39,7 @@ numpydoc_validation_checks = {"SS01", "PR01", "PR02", "PR04", "RT01"}
 numpydoc_validation_exclude = {
     r"\.(TrainResult|Gradients|DoubleGradients|MeanVar|DatasetMoments|Applied|CacheInfo|Parameter)$",
     r"\.(Compared|Diagnosis|Finding)$",
+    r"\.(LocalRank|Group)$",  # one of a LocalGroup; what others bring
     r"\.formats\.(Norm|Inspection|Folded|Pair|Format)$",
     r"\.torch\.(Sync)?BatchNorm",  # arguments are those of torch.nn
 }

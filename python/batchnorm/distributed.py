@@ -89,7 +89,18 @@ class LocalRank:
         self.rank, self.size, self._group = rank, len(group), group
 
     def allgather(self, array: Vector, /) -> list[Vector]:
-        """Every rank's array, in the order of ranks. Waits until each thread has come."""
+        """Every rank's array. Waits until each thread has come.
+
+        Parameters
+        ----------
+        array : ndarray
+            This rank's, float64.
+
+        Returns
+        -------
+        list of ndarray
+            In the order of ranks.
+        """
         return self._group.exchange(self.rank, array)
 
     def __repr__(self) -> str:

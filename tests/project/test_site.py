@@ -57,6 +57,8 @@ def test_the_pages_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
         if needed != "dask":
             pytest.importorskip("torch", reason="torch is not installed (extra torch)")
         pytest.importorskip(needed, reason=f"{needed} is not installed (extra {needed})")
+    if 'device="cuda"' in page.read_text() and not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("PyTorch sees no GPU")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
