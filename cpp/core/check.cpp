@@ -364,8 +364,7 @@ void groups(const ConstRows& gamma, const ConstRows& beta, Call& call) {
     }
 }
 
-// ---- overlaps
-// ----------------------------------------------------------------------------------------------------------------------------
+// ---- overlaps ------------------------------------------------------------------------------------------------------
 
 // What a call writes may overlap nothing else it uses.
 template <class Written>
@@ -438,8 +437,7 @@ void forward_overlaps(const Forward& f) {
     }
 }
 
-// ---- forward
-// -----------------------------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
 void running_arrays(const Running& r, int64_t n, bool device) {
     if (static_cast<bool>(r.mean) != static_cast<bool>(r.var)) {
@@ -630,8 +628,7 @@ Call saving(const Forward& f, const ConstChannels& inv_std) {
     return call;
 }
 
-// ---- backward
-// ------------------------------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -746,8 +743,7 @@ const Saved::Impl& double_backward(const DoubleBackward& b) {
     return s;
 }
 
-// ---- moments
-// -----------------------------------------------------------------------------------------------------------------------------------
+// ---- moments -------------------------------------------------------------------------------------------------------
 
 Call moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, int64_t delta, int num_threads,
              const Positions& positions, Group* group, int64_t sample_outer, bool device) {
@@ -859,8 +855,7 @@ void running_step(const UpdateRunningArgs& a) {
         .from(a.running.decays, "decay");
 }
 
-// ---- the library
-// ---------------------------------------------------------------------------------------------------------------------------------
+// ---- the library ---------------------------------------------------------------------------------------------------
 
 void tuning(std::string_view settings) {
     if (const std::string problem = tune::set(settings); !problem.empty()) throw Error(Error::value, "tuning", printable(problem));

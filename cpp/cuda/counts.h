@@ -5,7 +5,7 @@
 
 #include "core/expansion.h"
 #include "launch.h"
-#include "shape.h"
+#include "pass.h"
 
 namespace batchnorm::cuda {
 
@@ -21,14 +21,11 @@ struct ElementsToBits {
     BATCHNORM_KERNEL_BODY void operator()(const ThreadBlock& block, Shared&) const {
         block.each([&](int thread) {
             const int64_t byte = block.index() * kThreads + thread;
-            const int64_t fast = shape.runs() ? shape.inner : shape.channels, middle = shape.runs() ? shape.channels : shape.inner;
             if (byte * 8 >= shape.elements()) return;
             unsigned all = 0;
-            for (int64_t e = byte * 8; e < byte * 8 + 8 && e < shape.elements(); ++e) {
-                const int64_t row = e / fast, at = e % fast, of_row = row % middle;
-                const Place place = shape.runs() ? Place{row / middle, of_row, at} : Place{row / middle, at, of_row};
-                all |= static_cast<unsigned>(*mask.at(place) != 0) << (e & 7);
-            }
+            Unit<8>(shape, byte * 8).each(shape, [&](int k, const Place& place) {
+                all |= static_cast<unsigned>(*mask.at(place) != 0) << k;
+            });
             bits[byte] = static_cast<std::uint8_t>(all);
         });
     }

@@ -27,7 +27,7 @@ using std::int64_t;
 
 struct NoShared {};
 
-// How many threads work on a pass over elements; some more than fit at once, so that all stay busy.
+// How many blocks work on a pass over elements; some more than fit at once, so that all stay busy.
 inline constexpr int64_t kManyBlocks = 2048;
 
 #ifdef __CUDACC__

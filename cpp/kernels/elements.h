@@ -86,8 +86,7 @@ struct GradSums {
     }
 };
 
-// ---- forward and backward
-// ----------------------------------------------------------------------------------------------------------------
+// ---- forward and backward ------------------------------------------------------------------------------------------
 
 // The one expression that makes y of x. The backward kernels use it to tell where the activation was on: same bits, same answer.
 template <class V>
