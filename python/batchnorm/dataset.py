@@ -96,8 +96,9 @@ def dataset_moments(
     transform : callable, optional
         Applied to each piece before it is taken in; returns an array that :meth:`Moments.update` takes.
         Elements that are neither arrays nor paths go to it as they are, so ``lambda b: b[0]`` picks the
-        images from pairs. Blocks of Dask are not cut along ``channel_axis`` then; if they are cut along
-        others than the first axis too, it leaves the channels where they are.
+        images from pairs. Blocks of Dask are not cut along ``channel_axis`` then. Of a piece it makes all
+        channels, or that is an error: where their number may follow from where the data is cut, it is also
+        called with one row.
     mask : callable, optional
         Called with each piece as it is taken in, a single image with a batch axis; returns a ``mask`` for it
         as in :func:`moments`, True where a value counts. Of a Dask array also an array, NumPy's or Dask's; a
@@ -215,12 +216,12 @@ class _Reading:
         self.chunk, self.read, self.transform, self.mask = chunk, read, transform, mask
         self.top, self.num_threads = top, num_threads
         self.by_strides = True  # how pieces are cut
-        self.cut: tuple[int, ...] = ()  # axes along which there are several blocks
+        self.blocks: tuple[int, ...] = ()  # axes along which there are several of Dask
 
     def take(self, total: Moments, element: Any, advance: Callable[[int], object] = idle) -> None:
         made = not _is_array(element) and (self.read is not None or not _is_path(element))
-        for piece in self.pieces(element):
-            x = piece if self.transform is None else self.transformed(piece, self.transform)
+        for piece, cut in self.pieces(element):
+            x = piece if self.transform is None else self.transformed(piece, self.transform, cut)
             if isinstance(x, np.ndarray):
                 unit(self.top, x.dtype)
                 x = _batch(x, self.form, self.said, made)
@@ -228,8 +229,8 @@ class _Reading:
             total.update(x, mask=mask, num_threads=self.num_threads)
             advance(getattr(piece, "nbytes", 0))
 
-    def pieces(self, element: Any) -> Iterator[Any]:
-        """What an element of the data set is taken in as."""
+    def pieces(self, element: Any) -> Iterator[tuple[Any, tuple[int, ...]]]:
+        """What an element of the data set is taken in as, and along which axes it was cut."""
         expected = "arrays or paths of .npy files; pass read= or transform= to make arrays of other things"
         what = "an element of batches"
         if self.read is not None and not _is_array(element):
@@ -241,14 +242,15 @@ class _Reading:
         if self.transform is None and not _is_array(element):
             element = array_of(element)
         if _is_array(element):
-            yield from map(np.asanyarray, _pieces(element, self.axis, self.chunk, self.by_strides))
+            for piece, cut in _pieces(element, self.axis, self.chunk, self.by_strides):
+                yield np.asanyarray(piece), self.blocks + cut
         elif self.transform is not None:
-            yield element
+            yield element, ()
         else:
             raise TypeError(f"{what} is {kind(element)}, expected {expected}")
 
-    def transformed(self, x: Any, transform: Callable[[Any], Any]) -> Any:
-        """What `transform` makes of a piece; an error if that may hold some of the channels alone."""
+    def transformed(self, x: Any, transform: Callable[[Any], Any], cut: tuple[int, ...]) -> Any:
+        """What `transform` makes of a piece; an error if that holds some of the channels alone."""
         y = transform(x)
         _refuse_lazy("what transform returned", y)
         y = array_of(y)
@@ -257,16 +259,19 @@ class _Reading:
         def channels(array: Any) -> list[int]:
             return [array.shape[a] for a in axes if -array.ndim <= a < array.ndim]
 
-        for a in self.cut if isinstance(y, np.ndarray) else ():
-            some = a != 0 and channels(y) != channels(x)
-            if not some and x.shape[a] in channels(y):  # as many by chance? what a piece of other length says
-                other = transform(np.take(x, [0] * (1 if x.shape[a] > 1 else 2), axis=a))
-                some = channels(array_of(other)) != channels(y)
-            if some:
-                got = f"transform made shape {y.shape} of {x.shape}, perhaps of some of the channels"
-                got += f", as batches has several blocks along axis {a}"
-                use = f"use batches.rechunk({{{a}: -1}}), or batches.transpose(...) in place of transform"
-                raise ValueError(f"{got}, expected one; {use}")
+        for a in cut if isinstance(y, np.ndarray) else ():
+            if channels(y) == channels(x) and x.shape[a] not in channels(y):
+                continue
+            try:  # as many channels by chance? what a piece of other length says
+                other = array_of(transform(np.take(x, [0] * (1 if x.shape[a] > 1 else 2), axis=a)))
+            except Exception:  # who takes no other length
+                continue
+            if channels(other) != channels(y):
+                got = f"transform made shape {y.shape} of {x.shape}, some of the channels"
+                got += f", as batches is cut along axis {a}"
+                whole = f"batches.rechunk({{{a}: -1}})" if self.blocks else "a larger chunk_bytes"
+                use = f"use {whole}, or batches.transpose(...) in place of transform"
+                raise ValueError(f"{got}, expected all; {use}")
         return y
 
     def take_element(self, total: Moments, element: Any) -> None:
@@ -299,7 +304,7 @@ class _Reading:
         x = _batch(x, self.form, self.said, False) if self.transform is None else x
         if self.transform is not None or self.mask is not None:
             self.check_whole(x)
-        how.by_strides, how.cut = False, tuple(a for a, n in enumerate(x.numblocks) if n > 1)
+        how.by_strides, how.blocks = False, tuple(a for a, n in enumerate(x.numblocks) if n > 1)
         options: dict[str, Any] = {"of": "batches", "flat": self.transform is not None, "advance": advance}
         options["check"] = self.transform is None and self.mask is None  # these want to see values
         update_of_dask(total, x, how.take_block, {"mask": mask}, **options)
@@ -382,12 +387,15 @@ def _bytes_of(batches: object) -> int | None:
     return None if None in sizes else sum(sizes)  # type: ignore[arg-type]
 
 
-def _pieces(x: Any, axis: ChannelAxis, chunk: int, by_strides: bool) -> Iterator[Any]:
-    """Views of x, at most `chunk` bytes each, cut along the axis outermost in memory, or along the first."""
+def _pieces(
+    x: Any, axis: ChannelAxis, chunk: int, by_strides: bool, already: tuple[int, ...] = ()
+) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """Views of x, at most `chunk` bytes each, cut along the axis outermost in memory, or along the first; and
+    the axes along which x is cut."""
     size = _nbytes(x)
     axes = [a for a in reduced_axes(x.ndim, axis) if x.shape[a] > 1] if x.ndim else []
     if size <= chunk or not axes:
-        yield x
+        yield x, already
         return
     cut = axes[0]
     if by_strides and isinstance(x, np.ndarray):
@@ -397,9 +405,9 @@ def _pieces(x: Any, axis: ChannelAxis, chunk: int, by_strides: bool) -> Iterator
     for start in range(0, x.shape[cut], step):
         piece = x[(slice(None),) * cut + (slice(start, start + step),)]
         if row > chunk:
-            yield from _pieces(piece, axis, chunk, by_strides)
+            yield from _pieces(piece, axis, chunk, by_strides, (*already, cut))
         else:
-            yield piece
+            yield piece, (*already, cut)
 
 
 def _open_npy(path: str | os.PathLike[str]) -> Array:

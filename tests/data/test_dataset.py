@@ -309,6 +309,30 @@ def test_transform_makes_arrays_of_anything():
     assert_whole(dataset_moments(pairs, read=lambda pair: pair, transform=lambda pair: pair[0]), x)
 
 
+@pytest.mark.parametrize(
+    ("shape", "turn", "cut"),
+    [
+        ((6, 40, 5), lambda x: x[None], 0), ((6, 40, 5), lambda x: np.moveaxis(x, 0, 1), 0),
+        ((16, 12), np.transpose, 0), ((8, 30), lambda x: x.reshape(2, -1, 3), 0),
+        ((3, 40, 5), lambda x: np.moveaxis(x, 1, 0), 0),
+        ((9, 4, 4, 3), lambda x: x.transpose(0, 3, 1, 2), None),
+        *(((*n,), lambda x: x.reshape(-1, 3, 4, 4), None) for n in ((9, 48), (9 * 48,))),
+    ],
+)  # fmt: skip
+def test_transform_makes_all_channels_of_each_piece(shape, turn, cut):
+    x = rng("turned").standard_normal(shape)
+    whole = dataset_moments(x, transform=turn)
+    for chunk in (48 * 8, 96 * 8):  # also where pieces are of one length
+        if cut is None:
+            assert_whole(dataset_moments(x, transform=turn, chunk_bytes=chunk), turn(x))
+            continue
+        with pytest.raises(
+            ValueError, match=rf"cut along axis {cut}, expected all; use a larger chunk_bytes"
+        ):
+            dataset_moments(x, transform=turn, chunk_bytes=chunk)
+    assert_whole(whole, turn(x))
+
+
 @pytest.mark.parametrize("moments", [None, Moments(channel_axis=-1)])
 def test_statistics_in_units_of_max_value(moments):
     images = np.arange(256, dtype=np.uint8).repeat(6).reshape(-1, 2, 3)

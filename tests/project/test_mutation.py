@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -31,6 +32,9 @@ def test_every_fault_has_its_place() -> None:
         assert source[begin:end] == fault.text
         if fault.is_python:
             compile(faulty(fault, source), fault.file, "exec")
+        else:  # compilers want whole expressions
+            cut = re.search(r"(\w|\.|->)$", source[:begin]) and re.match(r"\w", fault.text)
+            assert not cut and not re.match(r"\w", source[end:]), fault
 
 
 @needs_source
