@@ -176,6 +176,7 @@ public:
     // False if the arrays do not have such a view.
     bool find(Layout& layout, Views kind = Views::alike) {
         layout.n = layout.outer = 0;
+        result_ = kind == Views::image && arrays_.size() > 1 ? 1 : 0;
         channels_ = count_ = 1;
         for (int i = 0; i < x_.ndim; ++i) (where_.hold(i) ? channels_ : count_) *= x_.shape[i];
         if (count_ == 0 || channels_ == 0) {
@@ -187,7 +188,7 @@ public:
             contiguous(layout);
             return true;
         }
-        return channel_strides() && sort_axes(layout) && group_axes(layout) && (kind == Views::image && to_runs() ? runs() : alike(layout));
+        return channel_strides() && sort_axes(layout) && group_axes(layout) && (to_runs() ? runs() : alike(layout));
     }
 
 private:
@@ -292,14 +293,15 @@ private:
         const Group* const fast = ncs ? &inner_.groups[0] : outer_.n == 2 ? &outer_.groups[1] : nullptr;
         for (std::size_t j = 0; j < arrays_.size(); ++j) {
             const std::int64_t c = channels_ == 1 ? 1 : channel_stride_[j];
-            if (!arrays_[j]->loose && ((ncs && fast->stride[j] != 1) || (rows && c != 1))) return false;
+            const bool row = rows || (layout.n == 0 && j > result_ && channel_stride_[result_] == 1);  // as x or an image's result is one
+            if (!arrays_[j]->loose && ((ncs && fast->stride[j] != 1) || (row && c != 1))) return false;
             fill(j, slow.size, fast != nullptr ? fast->size : 1, slow.stride[j], c, fast != nullptr ? fast->stride[j] : 1);
         }
         return true;
     }
 
     // Whether an image is to become planes: x has rows, and its result, the second array, has runs of pixels in their place.
-    bool to_runs() const { return inner_.n == 0 && outer_.n > 0 && channels_ > 1 && channel_stride_[1] != 1; }
+    bool to_runs() const { return result_ == 1 && inner_.n == 0 && outer_.n > 0 && channels_ > 1 && channel_stride_[1] != 1; }
 
     bool runs() {
         if (channel_stride_[0] != 1) return false;
@@ -315,6 +317,7 @@ private:
     std::span<const Place> places_;
     const ChannelAxes& where_;
     const Array& x_;
+    std::size_t result_ = 0;  // of an image, if it is there; else x
     std::int64_t channels_ = 1, count_ = 1;
     std::array<std::int64_t, kMaxTogether> channel_stride_;
     Side outer_, inner_;

@@ -548,7 +548,7 @@ void image(const Forward& f, const Geometry& g) {
     wanted.dtype = f.y.dtype;
     if (to_runs && !fits(f.y, g.direction)) wanted.direction = kernels::ncs;
     same_shape(f.y, "y", wanted);
-    if (f.residual) same_shape(f.residual, "residual", wanted, "y");
+    if (f.residual) same_shape(f.residual, "residual", geometry(ConstTensor(f.y)), "y");  // it is added to y by itself
     if (f.saved != nullptr) fail({"saved", "is given with x of integers, which have no gradients", "none", "drop it, or convert x"});
 }
 

@@ -472,6 +472,11 @@ TEST(errors_of_images) {
     bad(Error::value, "out overlaps x", {.x = View<std::uint8_t>::nsc(within, 20, 3), .y = result}, __LINE__);
     bad(Error::value, "y has strides", {.x = runs(x), .y = View<float>{e.y.data(), 4, 3, 5, 15, 1, 3}}, __LINE__);
     bad(Error::type, "residual has another storage type than y", {.x = image, .y = result, .residual = image}, __LINE__);
+    bad(Error::value, "residual has strides (0, 2, 1), expected 1 for channels as y has",
+        {.x = View<std::uint8_t>{x.data(), 1, 3, 1, 0, 2, 1},
+         .y = View<float>::nsc(e.y.data(), 1, 3),
+         .residual = View<float>{e.x.data(), 1, 3, 1, 0, 2, 1}},
+        __LINE__);
     bad(Error::value, "saved is given with x of integers, which have no gradients", {.x = image, .y = result, .saved = &e.saved}, __LINE__);
     CHECK(e.y == Example().y && e.saved.empty());
 }

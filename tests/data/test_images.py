@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from fractions import Fraction
 
@@ -170,6 +171,23 @@ def test_images_with_masks_and_affines_of_their_own(dtype):
         options = {"gamma": gamma, "beta": beta, "channel_axis": -1} | options
         y = batchnorm.batch_norm(x, mean, var, **options)
         assert same_bits(y, through_float64(x, mean, var, **options)), options.keys()
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 5, 1, 1), (2, 5), (1, 5, 3)], ids=str)
+def test_residuals_of_any_strides(shape):
+    axis = shape.index(5)
+    x, residual = pixels(shape, np.int16), rng("r").standard_normal(shape).astype(np.float32)
+    mean, var, _, _ = vectors(5)
+    want = batchnorm.batch_norm(x, mean, var, residual=residual, channel_axis=axis)
+
+    def views(a):
+        wide = np.zeros((*a.shape, 3), a.dtype)
+        wide[..., 1] = a
+        return a, wide[..., 1], np.asfortranarray(a), np.flip(np.flip(a, axis).copy(), axis)
+
+    for image, added in itertools.product(views(x), views(residual)):
+        y = batchnorm.batch_norm(image, mean, var, residual=added, channel_axis=axis)
+        assert same_bits(np.array(y), want), (image.strides, added.strides)
 
 
 # ---- normalize_images --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-MOST_SECONDS = 0.05
+MOST_SECONDS = 0.05 * float(os.environ.get("SLOWER", "1"))  # sanitizers take their time
 
 Errors = type[BaseException] | tuple[type[BaseException], ...]
 
@@ -38,8 +39,9 @@ def refused(
     unchanged: Callable[[], Any] | None = None,
     most_seconds: float = MOST_SECONDS,
 ) -> str:
-    """`call` raises `error` itself, no subclass, within 50 ms; its message has all of `words` in it, or
-    matches them if they are a pattern; what `unchanged` returns has the bytes it had. Returns the message."""
+    """`call` raises `error` itself, no subclass, within `most_seconds`; its message has all of `words` in it,
+    or matches them if they are a pattern; what `unchanged` returns has the bytes it had. Returns the message.
+    """
     before = None if unchanged is None else bytes_of(unchanged())
     seconds: list[float] = []
     while not seconds or (min(seconds) > most_seconds and len(seconds) < 5):  # the machine may be busy
