@@ -782,7 +782,7 @@ def _matches(x: Array, nodata: Vector, others: tuple[int, ...], shape: tuple[int
         lowest = np.iinfo(x.dtype).min if whole else np.nextafter(x.dtype.type(-np.inf), x.dtype.type(0))
         least = x.dtype.type(max(float(lowest), float(np.finfo(np.float32).min)))
         low = x <= least
-        suspect = low.any(axis=others) & ~found
+        suspect = low.any(axis=others) & ~found & ~(whole & np.isnan(nodata))  # integers that are all data
         if suspect.any():
             got = f"nodata={nodata.tolist()} matched nothing in {suspect.sum()} of {found.size} channels"
             hint = f"{float(x[low].min()):.9g}, the end of a range: is that what stands for no data?"

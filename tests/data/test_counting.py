@@ -193,6 +193,8 @@ def test_the_lowest_value_that_nodata_misses_gets_a_warning():
         warnings.simplefilter("error")
         batchnorm.moments(x, channel_axis=0, nodata=-9999)
         batchnorm.moments(np.zeros((2, 3), np.uint8), nodata=255)  # 0 is the lowest, and black
+        low = np.array([[5, -32768], [6, 7]], np.int16)
+        batchnorm.moments(low, nodata=[5, np.nan])  # of integers NaN says that all are data
 
 
 NOT_HELD = [
