@@ -150,9 +150,11 @@ void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g,
 // An output must not write one element twice.
 void distinct_elements(const Tensor& v, const char* name) {
     if (v.outer == 0 || v.inner == 0) return;
-    struct {
+    struct Step {
         int64_t n, stride;
-    } d[3] = {{v.outer, std::abs(v.outer_stride)}, {v.channels, std::abs(v.channel_stride)}, {v.inner, std::abs(v.inner_stride)}};
+    };
+    const auto step = [](int64_t n, int64_t stride) { return Step{n, n > 1 ? std::abs(stride) : 0}; };
+    Step d[3] = {step(v.outer, v.outer_stride), step(v.channels, v.channel_stride), step(v.inner, v.inner_stride)};
     std::sort(d, d + 3, [](auto a, auto b) { return a.stride < b.stride; });
     int64_t extent = 0;  // of the smaller strides
     for (const auto& [n, stride] : d) {

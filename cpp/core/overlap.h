@@ -24,6 +24,8 @@ struct Block {
     struct Axis {
         int64_t size = 1, stride = 0;  // in bytes
     };
+    // Of a stride in elements; that of one alone may be any, up to what cannot be multiplied.
+    static Axis axis(int64_t size, int64_t stride, int64_t item) { return {size, size > 1 ? stride * item : 0}; }
     std::array<Axis, 3> axes{};
 
     Range range() const {
@@ -41,7 +43,8 @@ Block block_of(const AnyView<writable>& v) {
     const int64_t size = element_size(v.dtype);
     return {reinterpret_cast<std::uintptr_t>(v.data),
             size,
-            {{{v.outer, v.outer_stride * size}, {v.channels, v.channel_stride * size}, {v.inner, v.inner_stride * size}}}};
+            {{Block::axis(v.outer, v.outer_stride, size), Block::axis(v.channels, v.channel_stride, size),
+              Block::axis(v.inner, v.inner_stride, size)}}};
 }
 template <bool writable>
 Block block_of(const AnyRows<writable>& v) {
@@ -49,7 +52,7 @@ Block block_of(const AnyRows<writable>& v) {
     const int64_t size = v.values.is_double ? 8 : 4;
     return {reinterpret_cast<std::uintptr_t>(v.values.data),
             size,
-            {{{std::max<int64_t>(v.rows, 1), v.row_stride * size}, {v.values.size, v.values.stride * size}, {1, 0}}}};
+            {{Block::axis(std::max<int64_t>(v.rows, 1), v.row_stride, size), Block::axis(v.values.size, v.values.stride, size), {1, 0}}}};
 }
 template <bool writable>
 Block block_of(const AnyChannels<writable>& v) {

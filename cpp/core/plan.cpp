@@ -159,9 +159,7 @@ void cut_into_sets(Plan& p, const Geometry& g, const Traffic& traffic, int64_t r
     if (rows == 0 || rows == g.outer) return;
     const Plan set = plan_part(g.rows(rows), traffic, g.elements(), p.parallel);
     p.tile_outer = set.tile_outer;
-    p.tile_inner = set.tile_inner;
     p.tiles_outer = set.tiles_outer;
-    p.tiles_inner = set.tiles_inner;
     p.sets = g.outer / rows;
     p.set_outer = set.outer;
 }

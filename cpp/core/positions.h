@@ -314,11 +314,7 @@ public:
         const PerPosition weights(weights_.empty() ? std::span(&one, 1) : weights_, geometry_.count());
         const PerPosition mask(mask_, geometry_.count());
         const bool masked = !mask_.empty();
-        // Of an element mask's positions, those of which no element counts may have any weight.
-        const auto value = [&](int64_t p) {
-            const double w = weights[p] * scale_;
-            return (masked && mask[p] == 0) || !std::isfinite(w) ? C{0} : static_cast<C>(w);
-        };
+        const auto value = [&](int64_t p) { return masked && mask[p] == 0 ? C{0} : static_cast<C>(weights[p] * scale_); };
         if (geometry_.direction == kernels::ncs && !masked && weights.each() % inner == 0) {
             C* const w = ws.take<C>(n * kernels::kLanes);
             for (int64_t o = 0; o < n; ++o) std::fill_n(w + o * kernels::kLanes, kernels::kLanes, value(begin + o * inner));

@@ -157,9 +157,6 @@ private:
         } else {
             take([&](int64_t i) { return counts.weight(part_, c + i) * scale; });
         }
-        for (int64_t i = 0; i < n && !(counts.same() && counts.positions(part_, 0) != 0); ++i) {
-            if (std::isnan(mean[i])) var[i] = mean[i];  // of no values: 0 / 0, whose variance would be taken for a rounding below 0
-        }
         put(c, n, mean, var, inv_std_of(var, n, of_.eps));
         for (int64_t i = 0; of_.far && is_double_ && i < n; ++i) {
             if (is_near(var[i])) ++beyond;

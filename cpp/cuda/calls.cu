@@ -14,9 +14,11 @@ CallOf on_device(const CallOf& call) {
     return c;
 }
 
+[[noreturn]] void refuse_integers() { check::not_served("x", "has an integer storage type", "a floating one; convert it first"); }
+
 // What a GPU takes, marked as its own.
 Forward served(const Forward& f) {
-    if (is_integer(f.x.dtype)) check::not_served("x", "has an integer storage type", "a floating one; convert it first");
+    if (is_integer(f.x.dtype)) refuse_integers();
     if (f.saved != nullptr && f.keep == Keep::y)
         check::not_served("keep", "is y", "x: which channels' x must be kept, the CPU would wait for");
     if (f.running.on_nonfinite == OnNonfinite::raise) {
@@ -37,7 +39,7 @@ void with_storage(Dtype dtype, const F& f) {
         case Dtype::bfloat16:
             return f.template operator()<Bfloat16>();
         default:
-            check::not_served("x", "has an integer storage type", "a floating one; convert it first");
+            refuse_integers();
     }
 }
 
@@ -65,7 +67,6 @@ void batch_norm_backward(const Backward& call, const Stream& stream) {
 
 void moments(const ConstTensor& x, std::span<double> mean, std::span<double> var, std::int64_t ddof, const Stream& stream,
              const Positions& positions) {
-    if (is_integer(x.dtype)) check::not_served("x", "has an integer storage type", "a floating one; convert it first");
     const Call call = check::moments(x, mean, var, ddof, 0, positions, nullptr, 0, true);
     with_storage(x.dtype, [&]<class T>() { moments<T>(x, call, mean, var, ddof, stream, positions); });
 }

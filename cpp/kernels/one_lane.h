@@ -31,14 +31,6 @@ using VQ = uint64_t;
 using F32 = float;
 using F64 = double;
 
-// A storage type that is its bits.
-struct Float16 {
-    uint16_t bits;
-};
-struct Bfloat16 {
-    uint16_t bits;
-};
-
 // There are no trees of vectors; the overloads for them are never chosen.
 template <class V>
 struct Pair {

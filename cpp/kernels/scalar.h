@@ -7,6 +7,14 @@
 #include "kernels.h"
 
 namespace batchnorm::BATCHNORM_ISA {
+// Storage types: the two 16-bit formats are their bits. All arithmetic on them is conversion.
+struct Float16 {
+    uint16_t bits;
+};
+struct Bfloat16 {
+    uint16_t bits;
+};
+
 namespace {
 
 #if BATCHNORM_VECTOR_BYTES <= 16

@@ -36,14 +36,6 @@ typedef int64_t VL __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint64_t VQ __attribute__((vector_size(BATCHNORM_VECTOR_BYTES)));
 typedef uint16_t VH __attribute__((vector_size(BATCHNORM_VECTOR_BYTES / 2)));
 
-// Storage types. The two 16-bit formats are their bits; conversions below are the only arithmetic on them.
-struct Float16 {
-    uint16_t bits;
-};
-struct Bfloat16 {
-    uint16_t bits;
-};
-
 // ---- trees of vectors -------------------------------------------------------------------------------------------------
 
 template <class V>

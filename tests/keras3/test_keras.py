@@ -181,6 +181,17 @@ def test_fold_of_a_sequential_model():
     assert type(folded.layers[1]) is k.Identity
 
 
+def test_fold_with_channels_first():
+    layers = [k.Conv2D(8, 3, data_format="channels_first"), k.BatchNormalization(axis=1), k.ReLU()]
+    model = keras.Sequential([keras.Input((3, 9, 7)), *layers])
+    rng = np.random.default_rng(0)
+    layers[1].set_weights([rng.uniform(0.5, 1.5, 8).astype(np.float32) for _ in range(4)])
+    folded = fold(model)
+    assert type(folded.layers[1]) is k.Identity
+    x = rng.normal(size=(4, 3, 9, 7)).astype(np.float32)
+    np.testing.assert_allclose(output(folded, x), output(model, x), atol=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "mixed_float16", "float16", "float64"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_fold_in_other_dtypes(policy, bias):

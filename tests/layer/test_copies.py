@@ -69,6 +69,13 @@ def test_what_is_shared_is_the_same_array_and_the_rest_is_apart(share, options):
         assert held(again) == held(same)
 
 
+def test_the_gradient_of_a_residual_stays_with_its_layer():
+    layer = built()
+    layer(X, residual=DY)
+    layer.backward(DY)
+    assert layer.dresidual is not None and layer.clone().dresidual is None
+
+
 def test_shared_statistics_are_known_to_both():
     layer = BatchNorm(C, zero_debias=True)
     other = layer.clone(share="stats")

@@ -119,6 +119,13 @@ def test_channels_without_values_keep_what_they_had():
     assert held(BatchNorm(C).load_state_dict(state)) == held(layer)
 
 
+def test_two_values_are_enough():
+    x = exact_data()[:2, :, 0]
+    layer = BatchNorm(C).recalibrate([x])
+    np.testing.assert_allclose(layer.running_mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(layer.running_var, x.var(0, ddof=1), rtol=1e-6)
+
+
 def test_training_goes_on_from_there():
     cumulative, alone = BatchNorm(C, decay=None), BatchNorm(C, decay=None)
     x = exact_data()

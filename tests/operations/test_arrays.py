@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import importlib
+import tracemalloc
 
 import batchnorm
 import numpy as np
@@ -132,3 +133,49 @@ def test_what_is_written_is_never_converted():
         train(x, out=ByDlpack(np.zeros_like(x)))
     with pytest.raises(TypeError, match=r"running_mean is .*ByDlpack"):
         train(x, running_mean=vector, running_var=np.ones(3))
+
+
+# ---- what is copied ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [0, 1, (0, 1)], ids=str)
+def test_nothing_is_copied_of_an_x_that_runs_backwards(axes):
+    x = np.flip(np.zeros((4, 8, 5000), np.float32), axes)
+    out, statistics = np.empty(x.shape, x.dtype), (np.zeros(8), np.ones(8))
+    tracemalloc.start()
+    try:
+        batch_norm(x, *statistics, out=out)
+        moments(x)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < x.nbytes / 4
+
+
+def test_vectors_need_no_alignment():
+    x, (mean, var, gamma, beta) = P.x, (np.arange(3.0) + i for i in range(1, 5))
+    want = batch_norm(x, mean, var, gamma, beta)
+
+    def moved(a):
+        memory = np.zeros(a.nbytes + 1, np.uint8)[1:].view(a.dtype)
+        memory[:] = a
+        return memory
+
+    assert same_bits(batch_norm(x, *map(moved, (mean, var, gamma, beta))), want)
+
+
+def test_running_statistics_beside_an_axis_of_length_one():
+    x = P.x[..., 0, :1]
+    mean, var = np.zeros((3, 3))[:, :1], np.ones((3, 3))[:, :1]  # whose stride on that axis says nothing
+    train(x, running_mean=mean, running_var=var, channel_axis=(1, 2), decay=0)
+    np.testing.assert_allclose(mean, x.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(var, x.var(0, ddof=1), rtol=1e-6)
+
+
+def test_an_operand_that_is_copied_may_not_overlap_an_output():
+    memory = np.zeros(300, np.float32)
+    x, out = np.ones((4, 3, 5, 4), np.float32), memory[:240].reshape(4, 3, 5, 4)
+    residual = memory[60:].reshape(4, 3, 4, 5).swapaxes(2, 3)
+    with pytest.raises(ValueError, match="out overlaps residual"):
+        batch_norm(x, np.zeros(3), np.ones(3), residual=residual, out=out)
+    assert not memory.any()

@@ -172,6 +172,22 @@ def test_counts_of_a_mask_for_single_elements(shape, axis):
     assert np.allclose(total.mean, np.where(mask, x, 0).sum(axis=others) / total.counts, rtol=1e-13)
 
 
+@pytest.mark.parametrize("channels", [1, 8, 64])
+def test_squares_that_round_alike(channels):
+    """Equal squares round in one direction: what a lane adds up is bounded, so that 1e-14 holds."""
+    n = 2**16
+    x = np.where(np.arange(n) % 7 < 3, 0.7, -0.7)[:, None].repeat(channels, 1)
+    positive = int((x[:, 0] > 0).sum())
+    mean = Fraction(0.7) * (2 * positive - n) / n
+    for var in batchnorm.moments(x).var:
+        assert abs(float(Fraction(float(var)) / (Fraction(0.7) ** 2 - mean**2) - 1)) <= 1e-14
+
+
+def test_channels_of_many_tiles():
+    x = rng("tiles").standard_normal((1, 8, 600_000), np.float32)
+    assert_close(batchnorm.moments(x), x, *wide_moments(x))
+
+
 # ---- which values count ------------------------------------------------------------------------------------
 
 

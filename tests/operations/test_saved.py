@@ -199,6 +199,18 @@ def test_x_is_refused_where_it_is_there():
             backward(p.dy, p.train()[1], **{name: p.x})
 
 
+def test_dtypes_of_gradients_of_absent_parameters():
+    """That of the other parameter, if it is there; else float64 for float64 data and float32 for the rest."""
+    for x, gamma, want in (
+        (FLOAT64, FLOAT32, FLOAT32), (FLOAT32, FLOAT64, FLOAT64), (FLOAT64, None, FLOAT64),
+        (FLOAT16, None, FLOAT32),
+    ):  # fmt: skip
+        data = rng("dtypes").standard_normal((6, 4)).astype(x)
+        _, saved = train(data, None if gamma is None else np.ones(4, gamma))
+        got = backward(data, saved, needs=("dgamma", "dbeta"))
+        assert got.dgamma.dtype == got.dbeta.dtype == want
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_y_is_kept_as_long_as_it_tells_x(dtype):
     """Around the threshold |gamma| / |beta|: just above it y has lost less than a third of the digits, just

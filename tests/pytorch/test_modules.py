@@ -254,11 +254,12 @@ def test_function_transforms():
 def test_nothing_is_copied():
     own = ours.BatchNorm2d(3)
     before = own.running_mean.data_ptr(), own.running_mean.detach().clone(), own.running_mean._version
+    variance = own.running_var._version
     x = image().contiguous(memory_format=torch.channels_last).requires_grad_()
     y = own(x)
     assert is_ours(y) and y.is_contiguous(memory_format=torch.channels_last)
     assert own.running_mean.data_ptr() == before[0] and not torch.equal(own.running_mean, before[1])
-    assert own.running_mean._version == before[2] + 1
+    assert own.running_mean._version == before[2] + 1 and own.running_var._version == variance + 1
     own.weight.data = torch.full((3,), 2.0)  # another tensor, which the next call must see
     own.running_mean = torch.full((3,), 9.0)
     torch.testing.assert_close(own(x), 2 * y)

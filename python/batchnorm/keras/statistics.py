@@ -6,14 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
-import numpy as np
-
 from ..diagnose.findings import Diagnosis, Finding, of_network, settle
 from ..diagnose.network import Collector
 from ..diagnose.recalibrate import population
 from ..progress import bar
 from ..settings import flag, kind
-from .model import STATISTICS, Layer, array_of, layers_of, passed, restored, watched
+from .model import STATISTICS, Layer, layers_of, passed, restored, watched
 
 __all__ = ["diagnose", "recalibrate"]
 
@@ -140,12 +138,9 @@ def recalibrate(
                     got = f"{name}: no batch reached this layer, the statistics are unchanged"
                     raise ValueError(f"{got}; pass forward=, a function that calls it")
                 found = population(layers[name], collectors[name], name)
-                old = [array_of(getattr(chosen[name], each)) for each in STATISTICS]
-                pair = zip((found.mean, found.var), old, strict=True)
-                mean, var = (np.where(found.known, values, own) for values, own in pair)
-                new[name] = mean, var
-                chosen[name].moving_mean.assign(mean)
-                chosen[name].moving_variance.assign(var)
+                new[name] = found.mean, found.var
+                chosen[name].moving_mean.assign(found.mean)
+                chosen[name].moving_variance.assign(found.var)
     for name, values in new.items():
         for each, value in zip(STATISTICS, values, strict=True):
             getattr(chosen[name], each).assign(value)
