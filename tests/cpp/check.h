@@ -18,10 +18,9 @@ using namespace batchnorm;
 using std::int64_t;
 using std::size_t;
 
-inline std::atomic<int64_t> passed = 0, failed = 0;  // by several threads
-inline int64_t bad_calls = 0;                        // that REFUSED has tried
-inline std::string context;                          // what is being tested, for the message of a failed check
-inline bool quick = false;                           // --quick: a sample of what takes long
+inline std::atomic<int64_t> passed = 0, failed = 0, bad_calls = 0;  // by several threads; REFUSED tries bad calls
+inline std::string context;                                         // what is being tested, for the message of a failed check
+inline bool quick = false;                                          // --quick: a sample of what takes long
 
 inline bool check(bool ok, const std::string& what, const char* file, int line) {
     ++(ok ? passed : failed);
