@@ -120,6 +120,16 @@ def test_a_second_operand_may_lie_unlike_x(shape, name):
             assert all_same_bits(results(x, **(arguments | changed)), want), (x.strides, other.strides)
 
 
+@pytest.mark.parametrize("names", [("gamma",), ("beta",), ("gamma", "beta")], ids="-".join)
+def test_parameters_of_each_sample_beside_an_x_of_any_memory(names):
+    base, rows = values(FLOAT32, 0, (4, 3, 5, 2)), values(FLOAT32, 1, (4, 3))
+    options = dict.fromkeys(names, rows)
+    want, infer = train(base, **options).y, batchnorm.batch_norm(base, np.zeros(3), np.ones(3), **options)
+    for x in arrangements(base):
+        np.testing.assert_allclose(train(x, **options).y, want, rtol=1e-5, atol=1e-6)
+        assert same_bits(np.array(batchnorm.batch_norm(x, np.zeros(3), np.ones(3), **options)), infer)
+
+
 def test_a_mask_beside_a_reversed_x():
     x = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)[::-1]
     mask = rng("mask").random((2, 4, 5)) < 0.6

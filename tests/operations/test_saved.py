@@ -199,6 +199,15 @@ def test_x_is_refused_where_it_is_there():
             backward(p.dy, p.train()[1], **{name: p.x})
 
 
+@pytest.mark.parametrize("rows", [(), (6,)], ids=["of all samples", "of each sample"])
+def test_it_says_gamma_and_beta_whatever_their_strides(rows):
+    p = problem()
+    wide = rng("wide").standard_normal((2, *rows, 4, 3))
+    gamma, beta = np.asfortranarray(wide[0, ..., 0]), wide[1, ..., 1]
+    _, saved = train(p.x, gamma, beta)
+    assert np.array_equal(saved.gamma, gamma) and np.array_equal(saved.beta, beta)
+
+
 def test_dtypes_of_gradients_of_absent_parameters():
     """That of the other parameter, if it is there; else float64 for float64 data and float32 for the rest."""
     for x, gamma, want in (
