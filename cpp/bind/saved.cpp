@@ -248,6 +248,8 @@ constexpr Attribute kAttributes[] = {
     {"inv_std", "1 / sqrt(var + eps), like mean.", [](SavedObject& s) { return statistics(s, s.saved.inv_std()); }},
     {"count", "Values that counted, or the sum of their weights, like mean; of given statistics those of this process.",
      [](SavedObject& s) { return statistics(s, s.saved.count()); }},
+    {"_values", "How many values counted, whatever their weights, like mean.",
+     [](SavedObject& s) { return statistics(s, s.saved.values()); }},
     {"r", "Factor of batch renormalisation, like mean, or None.", [](SavedObject& s) { return statistics(s, s.saved.r()); }},
     {"d", "Shift of batch renormalisation, like mean, or None.", [](SavedObject& s) { return statistics(s, s.saved.d()); }},
     {"gamma", "A copy of gamma, or None.", [](SavedObject& s) { return parameter(s, s.gamma); }},

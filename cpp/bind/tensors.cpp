@@ -289,6 +289,12 @@ void Tensors::refuse_overlap(const Item& out, const Item& other) {
                               " itself (in place) or a separate array"));
 }
 
+namespace {
+
+bool is_same(const Array& a, const Array& b) { return a.data == b.data && std::equal(a.strides, a.strides + a.ndim, b.strides); }
+
+}  // namespace
+
 // An output that takes another's place in another order.
 void Tensors::refuse_reordered(const Item& out) const {
     const auto range = [](const Array& a) {
@@ -300,7 +306,8 @@ void Tensors::refuse_reordered(const Item& out) const {
     for (std::size_t i = 0; i < n_; ++i) {
         const Item& other = items_[i];
         const auto [other_low, other_high] = range(other.array);
-        if (&other != &out && other.role != Role::fresh && low < other_high && other_low < high) refuse_overlap(out, other);
+        if (&other == &out || other.role == Role::fresh || is_same(out.array, other.array)) continue;
+        if (low < other_high && other_low < high) refuse_overlap(out, other);
     }
 }
 
@@ -309,9 +316,7 @@ void Tensors::refuse_shared(const Item& read) const {
     for (std::size_t i = 1; i < n_; ++i) {
         const Item& out = items_[i];
         if (out.role != Role::given) continue;
-        const bool same =
-            out.array.data == read.array.data && std::equal(out.array.strides, out.array.strides + out.array.ndim, read.array.strides);
-        if (same || !share_memory(out.array.object, read.array.object)) continue;
+        if (is_same(out.array, read.array) || !share_memory(out.array.object, read.array.object)) continue;
         refuse_overlap(out, read);
     }
 }
@@ -326,9 +331,13 @@ void Tensors::refuse_strides(const Item& out) const {
     const std::string why =
         by_sample ? ", whose samples, axis 0, are not the slowest in memory, as parts and a gamma or beta of each sample need"
                   : ", which cannot be written in one pass over memory together with x of strides " + strides_text(subject_.x);
+    std::string use = by_sample ? "numpy.empty(x.shape, x.dtype)" : "numpy.empty_like(x)";
+    if (kind_ == Views::image) {
+        const std::string dtype = py::str(dtype_of(original.dtype));
+        use = say("numpy.empty(", shape_text(original), ", '", dtype, "')");
+    }
     value_error(out.name, say(out.name, " has strides ", strides_text(original), " for shape ", shape_text(original), why, " (channel ",
-                              subject_.axes(), "); use ", by_sample ? "numpy.empty(x.shape, x.dtype)" : "numpy.empty_like(x)",
-                              ", or leave ", out.name, "= away and assign, ", out.name, "[...] = result"));
+                              subject_.axes(), "); use ", use, ", or leave ", out.name, "= away and assign, ", out.name, "[...] = result"));
 }
 
 // Makes the tensors have a common view, x leading, in the order in which they were added.

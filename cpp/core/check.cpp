@@ -150,12 +150,9 @@ void same_shape(const AnyView<writable>& v, const char* name, const Geometry& g,
 // An output must not write one element twice.
 void distinct_elements(const Tensor& v, const char* name) {
     if (v.outer == 0 || v.inner == 0) return;
-    struct Step {
-        int64_t n, stride;
-    };
-    const auto step = [](int64_t n, int64_t stride) { return Step{n, n > 1 ? std::abs(stride) : 0}; };
-    Step d[3] = {step(v.outer, v.outer_stride), step(v.channels, v.channel_stride), step(v.inner, v.inner_stride)};
-    std::sort(d, d + 3, [](auto a, auto b) { return a.stride < b.stride; });
+    std::pair<int64_t, int64_t> d[3] = {{v.outer, v.outer_stride}, {v.channels, v.channel_stride}, {v.inner, v.inner_stride}};
+    for (auto& [n, stride] : d) stride = n > 1 ? std::abs(stride) : 0;
+    std::sort(d, d + 3, [](const auto& a, const auto& b) { return a.second < b.second; });
     int64_t extent = 0;  // of the smaller strides
     for (const auto& [n, stride] : d) {
         if (n > 1 && stride <= extent) fail({name, "has strides that reach one element twice", "distinct elements"});
@@ -593,7 +590,7 @@ Call inference(const Forward& f) {
     if (!f.positions.weights.empty()) {
         fail({"weights", "are given to batch_norm, which takes no statistics", "none", "drop them, or exclude positions by a mask"});
     }
-    if (f.running.mean || f.renorm.enabled) {
+    if (f.running.mean || f.renorm.enabled || f.renorm.decay >= 0) {
         fail({f.running.mean ? "running_mean" : "renorm", "is given to batch_norm, which takes no statistics", "none",
               "use batch_norm_train, which takes mean and var too"});
     }
@@ -722,16 +719,16 @@ const Saved::Impl& double_backward(const DoubleBackward& b) {
     parameter(b.dgamma, "dgamma", s.gamma, g);
     parameter(b.dbeta, "dbeta", s.beta, g);
     const std::pair<const Tensor*, const char*> outputs[] = {{&b.ddy, "ddy"}, {&b.dx, "dx"}, {&b.dresidual, "dresidual"}};
-    const std::pair<Block, const char*> written[] = {{block_of(b.ddy), "ddy"},
-                                                     {block_of(b.dx), "dx"},
-                                                     {block_of(b.dresidual), "dresidual"},
-                                                     {block_of(b.dgamma), "dgamma"},
-                                                     {block_of(b.dbeta), "dbeta"}};
     for (const auto& [v, name] : outputs) {
         if (!*v) continue;
         same_shape(*v, name, g);
         distinct_elements(*v, name);
     }
+    const std::pair<Block, const char*> written[] = {{block_of(b.ddy), "ddy"},
+                                                     {block_of(b.dx), "dx"},
+                                                     {block_of(b.dresidual), "dresidual"},
+                                                     {block_of(b.dgamma), "dgamma"},
+                                                     {block_of(b.dbeta), "dbeta"}};
     for (const auto& w : written) {
         if (b.execution.disjoint) break;
         const Apart apart(w.first, w.second);

@@ -40,6 +40,7 @@ struct Block {
 
 template <bool writable>
 Block block_of(const AnyView<writable>& v) {
+    if (!v || v.outer == 0 || v.channels == 0 || v.inner == 0) return {};  // whose strides are anybody's, too
     const int64_t size = element_size(v.dtype);
     return {reinterpret_cast<std::uintptr_t>(v.data),
             size,
@@ -48,7 +49,7 @@ Block block_of(const AnyView<writable>& v) {
 }
 template <bool writable>
 Block block_of(const AnyRows<writable>& v) {
-    if (!v) return {};
+    if (!v || v.values.size == 0) return {};
     const int64_t size = v.values.is_double ? 8 : 4;
     return {reinterpret_cast<std::uintptr_t>(v.values.data),
             size,

@@ -40,6 +40,7 @@ std::span<const double> Saved::mean() const noexcept { return per_channel(get(),
 std::span<const double> Saved::var() const noexcept { return per_channel(get(), &Impl::var); }
 std::span<const double> Saved::inv_std() const noexcept { return per_channel(get(), &Impl::inv_std); }
 std::span<const double> Saved::count() const noexcept { return per_channel(get(), &Impl::count); }
+std::span<const double> Saved::values() const noexcept { return per_channel(get(), &Impl::values); }
 std::span<const double> Saved::r() const noexcept { return per_channel(get(), &Impl::r); }
 std::span<const double> Saved::d() const noexcept { return per_channel(get(), &Impl::d); }
 std::span<const std::int64_t> Saved::kept_channels() const noexcept { return empty() ? std::span<const std::int64_t>() : impl_->lost; }

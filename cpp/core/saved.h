@@ -87,9 +87,8 @@ struct Saved::Impl {
         return c;
     }
     bool other_rows(const ConstTensor& v) const {
-        if (geometry.direction != kernels::nsc || v.inner < 1 || v.inner == geometry.inner || v.outer * v.inner != geometry.count()) {
-            return false;
-        }
+        if (geometry.direction != kernels::nsc || v.inner < 1 || v.inner == geometry.inner) return false;
+        if (geometry.count() % v.inner != 0 || v.outer != geometry.count() / v.inner) return false;
         const auto whole = [&](int64_t outer) { return outer * geometry.inner % v.inner == 0; };
         return whole(parts.rows) && whole(group_outer) && whole(sample_outer);
     }

@@ -58,9 +58,10 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
     """`value` as an ndarray; itself where that is not how it is meant, for an error of who asks.
 
     By ``__dlpack__``, or by what ``numpy.asarray`` knows: buffers, ``__array_interface__``, ``__array__``.
-    Lists and tuples of numbers only where `is_vector`, for one value per channel or position.
+    Lists and tuples of numbers only where `is_vector`, for one value per channel or position. Masked arrays
+    stay such.
     """
-    if isinstance(value, str | bytes | np.generic | bool | int | float):
+    if isinstance(value, np.ndarray | np.generic | str | bytes | bool | int | float):
         return value
     if is_vector and isinstance(value, list | tuple):
         return _of_sequence(name, value)
@@ -81,6 +82,8 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
             remedy = "" if wants else "; batch_norm_train and the modules of batchnorm.torch take it there"
             raise TypeError(f"{where}{wants}, expected an array on the CPU{remedy}")
         refuse_gradient(name, value)
+        if hasattr(value, "resolve_neg"):  # torch's sign of a view, which DLPack does not carry
+            value = value.resolve_neg()
         try:
             return np.from_dlpack(value)
         except (BufferError, RuntimeError, TypeError):  # bfloat16, which DLPack knows and NumPy does not
@@ -89,7 +92,8 @@ def as_array(name: str, value: Any, is_vector: bool) -> Any:
     elif not (hasattr(value, "__array__") or hasattr(value, "__array_interface__") or _has_buffer(value)):
         return value
     try:
-        return np.asarray(value)
+        array = np.asanyarray(value)
+        return array if is_masked(array) else np.asarray(array)
     except (TypeError, ValueError, RuntimeError) as error:
         use = f"; use {name}.float()" * ("bfloat16" in str(error).lower())
         got = f"{name} is {kind(value)}, which NumPy cannot read ({error})"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from . import _core, functional
-from ._arrays import as_array, dask_of, per_task
+from ._arrays import as_array, dask_of, is_masked, per_task
 from .progress import idle
 from .settings import Settings, UnsaidAxis, kind
 from .typing import ActivationName, Array, ChannelAxis, DataFormatName, Mask
@@ -106,10 +106,10 @@ def positions_of(
 
 def _array(expected: str, name: str, value: Any, is_vector: bool = False) -> Any:
     """A dask array as it is, other things as an ndarray."""
-    if dask_of(value) is not None:
-        return blocks_of(name, value)
-    value = as_array(name, value, is_vector)
-    if not isinstance(value, np.ndarray):
+    value = as_array(name, value, is_vector) if dask_of(value) is None else blocks_of(name, value)
+    if is_masked(getattr(value, "_meta", value)):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored, expected {expected}")
+    if not isinstance(value, np.ndarray | da.Array):
         raise TypeError(f"{name} is {kind(value)}, expected {expected}")
     return value
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from ._arrays import dask_of, per_task
+from ._arrays import as_array, dask_of, per_task
 from .images import CHANNEL_AXES, GREY
 from .moments import (
     FIRST_AXIS,
@@ -92,13 +92,16 @@ def dataset_moments(
         Makes an array of a path, or of another element of ``batches`` that is no array: ``read=imread`` or
         ``read=PIL.Image.open`` with paths of pictures. What it returns is an array, also a masked one
         (``numpy.ma``), or makes one by ``__array__`` or ``__array_interface__``, as pictures do. Pillow's
-        pictures with a palette need ``.convert("RGB")``. A large array is cut into pieces.
+        pictures with a palette need ``.convert("RGB")``. A large array is cut into pieces if there is no
+        ``transform``.
     transform : callable, optional
         Applied to each piece before it is taken in; returns an array that :meth:`Moments.update` takes.
         Elements that are neither arrays nor paths go to it as they are, so ``lambda b: b[0]`` picks the
-        images from pairs. Blocks of Dask are not cut along ``channel_axis`` then. Of a piece it makes all
-        channels, or that is an error: where their number may follow from where the data is cut, it is also
-        called with one row.
+        images from pairs. It gets whole what ``read`` returned, single images of a ``data_format``, and
+        blocks of Dask, which are not cut along ``channel_axis``. Other large arrays are cut along their
+        first axis that is not the channels', the samples, and no further. Of a piece it makes all channels,
+        or that is an error: to see it, transform is called once more with one row of the first piece that
+        is cut, or with two, for each axis that is; with Dask maybe in several tasks.
     mask : callable, optional
         Called with each piece as it is taken in, a single image with a batch axis; returns a ``mask`` for it
         as in :func:`moments`, True where a value counts. Of a Dask array also an array, NumPy's or Dask's; a
@@ -111,7 +114,7 @@ def dataset_moments(
     chunk_bytes : int
         Arrays larger than this are read in pieces of at most so many bytes, cut along the axis outermost in
         memory that is not the channels'. One row of it may be more and is then cut further. Blocks of Dask
-        are cut, too, along the first such axis.
+        are cut, too, along the first such axis. With ``transform`` fewer cuts are made, see there.
     moments : Moments, optional
         An accumulator to go on with, changed in place; ``channel_axis`` and ``nodata`` are then its own.
         After Ctrl-C or an error it holds the pieces finished so far, but none of a Dask array or bag.
@@ -193,7 +196,7 @@ def dataset_moments(
     if total.channels is None:
         hint = "all is masked or nodata, or a generator was gone through before"
         raise ValueError(f"batches holds no values that count, expected at least one; {hint}")
-    result = DatasetMoments(total.mean / top, total.variance(delta) / top**2)
+    result = DatasetMoments(total.mean / top, total.variance(delta) / top / top)
     result.counts, result.moments = total.counts, total
     return result
 
@@ -215,8 +218,9 @@ class _Reading:
         self.said = like.channel_axis if known else None
         self.chunk, self.read, self.transform, self.mask = chunk, read, transform, mask
         self.top, self.num_threads = top, num_threads
-        self.by_strides = True  # how pieces are cut
-        self.blocks: tuple[int, ...] = ()  # axes along which there are several of Dask
+        self.is_block = False  # what is taken is a block of Dask
+        self.blocks: tuple[int, ...] = ()  # axes along which there are several of these
+        self.probed: set[tuple[int, int]] = set()  # ranks and axes of which `transform` makes all channels
 
     def take(self, total: Moments, element: Any, advance: Callable[[int], object] = idle) -> None:
         made = not _is_array(element) and (self.read is not None or not _is_path(element))
@@ -233,8 +237,9 @@ class _Reading:
         """What an element of the data set is taken in as, and along which axes it was cut."""
         expected = "arrays or paths of .npy files; pass read= or transform= to make arrays of other things"
         what = "an element of batches"
-        if self.read is not None and not _is_array(element):
-            element, what, expected = self.read(element), "what read returned", "an array"
+        read = None if _is_array(element) else self.read
+        if read is not None:
+            element, what, expected = read(element), "what read returned", "an array"
             expected += "; use numpy.asarray there"
         elif _is_path(element):
             element = _open_npy(element)
@@ -242,12 +247,21 @@ class _Reading:
         if self.transform is None and not _is_array(element):
             element = array_of(element)
         if _is_array(element):
-            for piece, cut in _pieces(element, self.axis, self.chunk, self.by_strides):
-                yield np.asanyarray(piece), self.blocks + cut
+            axes = self.axes_to_cut(element, read is not None)
+            for piece, cut in _pieces(element, axes, self.chunk, not self.is_block):
+                yield np.asanyarray(as_array("x", piece, False)), self.blocks + cut
         elif self.transform is not None:
             yield element, ()
         else:
             raise TypeError(f"{what} is {kind(element)}, expected {expected}")
+
+    def axes_to_cut(self, x: Any, read: bool) -> tuple[int, ...]:
+        """Along which an array may be cut: for `transform` samples from each other, if there are several."""
+        axes = reduced_axes(x.ndim, self.axis) if x.ndim else ()
+        if self.transform is None:
+            return axes
+        whole = read or self.is_block or (self.form in CHANNEL_AXES and x.ndim <= 3)
+        return () if whole else axes[:1]
 
     def transformed(self, x: Any, transform: Callable[[Any], Any], cut: tuple[int, ...]) -> Any:
         """What `transform` makes of a piece; an error if that holds some of the channels alone."""
@@ -260,18 +274,19 @@ class _Reading:
             return [array.shape[a] for a in axes if -array.ndim <= a < array.ndim]
 
         for a in cut if isinstance(y, np.ndarray) else ():
-            if channels(y) == channels(x) and x.shape[a] not in channels(y):
+            if (x.ndim, a) in self.probed:
                 continue
-            try:  # as many channels by chance? what a piece of other length says
+            try:  # what a piece of other length says
                 other = array_of(transform(np.take(x, [0] * (1 if x.shape[a] > 1 else 2), axis=a)))
             except Exception:  # who takes no other length
-                continue
+                other = y
             if channels(other) != channels(y):
                 got = f"transform made shape {y.shape} of {x.shape}, some of the channels"
                 got += f", as batches is cut along axis {a}"
                 whole = f"batches.rechunk({{{a}: -1}})" if self.blocks else "a larger chunk_bytes"
                 use = f"use {whole}, or batches.transpose(...) in place of transform"
                 raise ValueError(f"{got}, expected all; {use}")
+            self.probed.add((x.ndim, a))
         return y
 
     def take_element(self, total: Moments, element: Any) -> None:
@@ -304,7 +319,7 @@ class _Reading:
         x = _batch(x, self.form, self.said, False) if self.transform is None else x
         if self.transform is not None or self.mask is not None:
             self.check_whole(x)
-        how.by_strides, how.blocks = False, tuple(a for a, n in enumerate(x.numblocks) if n > 1)
+        how.is_block, how.blocks = True, tuple(a for a, n in enumerate(x.numblocks) if n > 1)
         options: dict[str, Any] = {"of": "batches", "flat": self.transform is not None, "advance": advance}
         options["check"] = self.transform is None and self.mask is None  # these want to see values
         update_of_dask(total, x, how.take_block, {"mask": mask}, **options)
@@ -338,6 +353,8 @@ def _is_path(value: object) -> bool:
 def _elements(batches: object) -> Iterable[object]:
     if _is_array(batches) or _is_path(batches):
         return (batches,)
+    if all(hasattr(batches, name) for name in ("__array__", "shape", "ndim")):  # a DataFrame of pandas
+        return (array_of(batches),)
     if not isinstance(batches, Iterable) or isinstance(batches, Mapping | bytes | bytearray):
         mapping = ", a mapping; pass its values()" * isinstance(batches, Mapping)
         expected = "an array, a path of an .npy file, or an iterable of these"
@@ -388,12 +405,12 @@ def _bytes_of(batches: object) -> int | None:
 
 
 def _pieces(
-    x: Any, axis: ChannelAxis, chunk: int, by_strides: bool, already: tuple[int, ...] = ()
+    x: Any, axes: tuple[int, ...], chunk: int, by_strides: bool, already: tuple[int, ...] = ()
 ) -> Iterator[tuple[Any, tuple[int, ...]]]:
-    """Views of x, at most `chunk` bytes each, cut along the axis outermost in memory, or along the first; and
-    the axes along which x is cut."""
+    """Views of x, at most `chunk` bytes each if `axes` will do, cut along that outermost in memory, or along
+    the first; and the axes along which x is cut."""
     size = _nbytes(x)
-    axes = [a for a in reduced_axes(x.ndim, axis) if x.shape[a] > 1] if x.ndim else []
+    axes = tuple(a for a in axes if x.shape[a] > 1)
     if size <= chunk or not axes:
         yield x, already
         return
@@ -405,7 +422,7 @@ def _pieces(
     for start in range(0, x.shape[cut], step):
         piece = x[(slice(None),) * cut + (slice(start, start + step),)]
         if row > chunk:
-            yield from _pieces(piece, axis, chunk, by_strides, (*already, cut))
+            yield from _pieces(piece, axes, chunk, by_strides, (*already, cut))
         else:
             yield piece, (*already, cut)
 

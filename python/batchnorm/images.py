@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -26,8 +27,7 @@ GREY = {"NHWC": "x[..., None]", "NCHW": "x[..., None, :, :]"}  # grey images wit
 _DTYPES = tuple(map(np.dtype, ("uint8", "int16", "uint16")))
 _MOST = sys.float_info.max
 _TINY = 1e-300  # whose reciprocal is a float64
-# How far beyond its bound a standard deviation may be: that of a sample of n divides by n - 1.
-_SLACK = 1.001
+_SLACK = 1.001  # how far beyond its bound a statistic may be, for rounding
 
 
 @_core.entrance
@@ -71,8 +71,8 @@ def normalize_images(
         :func:`batch_norm`.
     ValueError
         A wrong shape or value, an unknown format. A mean beyond the least or the largest value of the dtype,
-        or a standard deviation of more than half their distance, all over ``max_value``: with uint8 and 255 a
-        mean outside [0, 1] or a ``std`` above 0.5.
+        or a standard deviation beyond that of a sample of these two, their distance over the square root of
+        2, all over ``max_value``: with uint8 and 255 a mean outside [0, 1] or a ``std`` above 0.71.
 
     See Also
     --------
@@ -99,7 +99,7 @@ def normalize_images(
     if dask_of(x) is not None:
         options: dict[str, Any] = {"max_value": max_value, "data_format": data_format, "dtype": dtype}
         return _normalize_lazily(x, mean, std, out, num_threads, out_format=out_format, **options)
-    images = _images(array_of(x), max_value, data_format, to_axis)
+    images = _images(array_of(x), max_value, data_format, to_axis, "batch_norm")
     channels, info = images.shape[from_axis], np.iinfo(images.dtype)
     if channels == 0:
         raise ValueError(f"x has shape {images.shape} with 0 channels ({data_format}), expected at least 1")
@@ -107,7 +107,7 @@ def normalize_images(
     m, s = (_per_channel(name, v, images, data_format) for name, v in (("mean", mean), ("std", std)))
     low, high = info.min / top, info.max / top
     of_mean = "mean", m, low, high, f"{low:.6g} to"
-    of_std = "std", s, _TINY / top, (high - low) / 2, "more than 0, up to"
+    of_std = "std", s, max(_TINY / top, math.ulp(0)), (high - low) / math.sqrt(2), "more than 0, up to"
     for name, values, least, most, beyond in (of_mean, of_std):
         bad = ~((least <= values) & (values <= most * _SLACK))
         if bad.any():
@@ -116,11 +116,15 @@ def normalize_images(
                 f"{images.dtype} over {top:g} is within {low:.6g} and {high:.6g}; take the statistics with "
                 f"dataset_moments(..., max_value={top:g}), or pass max_value=1 for those of the pixels"
             )
+    if out is not None:
+        shape = list(images.shape)
+        shape.insert(images.ndim + to_axis, shape.pop(from_axis))
+        _check_out(out, tuple(shape))
     one = None if images.ndim == 3 else slice(None)  # an axis of length 1 for one image, or x as it is
     y = batch_norm(
         images[one], m * top, np.ones(channels), 1 / (s * top), eps=0.0, channel_axis=4 + from_axis,
         out_format=out_format, dtype=dtype, num_threads=num_threads,
-        out=out[one] if isinstance(out, np.ndarray) else out,
+        out=out if out is None else out[one],
     )  # fmt: skip
     return out if out is not None else y[0] if one is None else y
 
@@ -129,25 +133,27 @@ def _normalize_lazily(
     x: Any, mean: Any, std: Any, out: Any, num_threads: int | None, **options: Any
 ) -> Array:
     """The same of a Dask array, lazily."""
-    from .dask import blocks_of, mapped
+    from .dask import blocks_of, channels_of, mapped
 
     options["num_threads"] = per_task(num_threads)
     x = blocks_of("x", x)
     if out is not None:
         raise TypeError("out is given and x is a Dask array, whose result is one: drop out, and store() it")
-    channel, to = (x.ndim + CHANNEL_AXES[options[name]] for name in ("data_format", "out_format"))
+    from_axis, to_axis = (CHANNEL_AXES[options[name]] for name in ("data_format", "out_format"))
+    like = np.broadcast_to(np.zeros((), x.dtype), [0 if np.isnan(n) else int(n) for n in x.shape])
+    _images(like, options["max_value"], options["data_format"], to_axis, "batchnorm.dask.batch_norm")
+    (channel,) = channels_of(x, {"channel_axis": from_axis})
     empty = 1 if channel == 0 else 0
-    known = [0 if np.isnan(n) or a == empty else int(n) for a, n in enumerate(x.shape)]
-    normalize_images(np.zeros(known, x.dtype), mean, std, **options)  # for its errors
+    normalize_images(like.take([], axis=empty), mean, std, **options)  # for its errors
     operands = {name: (np.array(v), (channel,)) for name, v in (("mean", mean), ("std", std))}
     order = [a for a in range(x.ndim) if a != channel]
-    order.insert(to, channel)
+    order.insert(x.ndim + to_axis, channel)
     result: Array = mapped(x, (channel,), partial(normalize_images, **options), operands, tuple(order))
     return result
 
 
-def _images(x: Any, max_value: float | None, data_format: str, to_axis: int) -> Array:
-    """x, if it is images; else an error with what to do instead."""
+def _images(x: Any, max_value: float | None, data_format: str, to_axis: int, function: str) -> Array:
+    """x, if it is images; else an error with what to do instead, by `function` with floats."""
     expected, from_axis = "uint8, int16 or uint16", CHANNEL_AXES[data_format]
     if not isinstance(x, np.ndarray):
         raise TypeError(f"x is {kind(x)}, expected an array of {expected}")
@@ -159,19 +165,30 @@ def _images(x: Any, max_value: float | None, data_format: str, to_axis: int) -> 
         hint = f"; use {GREY[data_format]} for grey images" * (x.ndim == 2)
         raise ValueError(f"x has shape {x.shape}, expected 4 dimensions, or 3 for one image{hint}")
     if x.dtype not in _DTYPES:
-        hint = _instead(x, max_value, moved, to_axis)
+        hint = _instead(x, max_value, moved, to_axis, function)
         raise TypeError(f"x has dtype {x.dtype}, expected {expected}{hint}")
     return x
 
 
-def _instead(x: Array, max_value: float | None, moved: str, axis: int) -> str:
+def _check_out(out: Any, shape: tuple[int, ...]) -> None:
+    """What the core says of it, in the words of one image where x is one."""
+    if not isinstance(out, np.ndarray) or is_masked(out):
+        got = "a masked array" if is_masked(out) else kind(out)
+        raise TypeError(f"out is {got}, expected a writable ndarray of shape {shape}")
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape}, expected {shape}, as x has in out_format")
+    if not out.flags.writeable:
+        raise ValueError(f"out is read-only, expected a writable array of shape {shape}")
+
+
+def _instead(x: Array, max_value: float | None, moved: str, axis: int, function: str) -> str:
     """What to do with numbers of another dtype."""
     if x.dtype.kind != "f" and x.dtype.name != "bfloat16":
         return "; pass x.astype of one that holds its values, and max_value, the value that becomes 1"
     called = moved.format("x" if x.dtype.isnative and x.itemsize <= 8 else "x.astype(numpy.float64)")
     scale = "" if max_value is None else f" * {max_value}"
     statistics = f"numpy.array(mean, float){scale}, (numpy.array(std, float){scale})**2"
-    return f"; use batch_norm({called}, {statistics}, eps=0, channel_axis={axis})"
+    return f"; use {function}({called}, {statistics}, eps=0, channel_axis={axis})"
 
 
 def _per_channel(name: str, value: Any, x: Array, data_format: str) -> Vector:

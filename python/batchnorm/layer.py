@@ -11,7 +11,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from itertools import compress
@@ -30,7 +30,7 @@ from .distributed import tell
 from .fold import fold
 from .functional import Saved, TrainResult, batch_norm_backward
 from .io import layer_state
-from .moments import MeanVar, Moments, moments
+from .moments import Moments
 from .parameter import Parameter
 from .running import STATISTICS, ColdStatisticsWarning, RunningStatistics
 from .settings import Settings, UnsaidAxis, checked_dtype, checked_vector, flag, integer, kind, real, word
@@ -138,6 +138,8 @@ class _Vector(_Part["Array | Any"]):
         if value is not current:  # it is the same array after `layer.gamma -= step`
             np.copyto(current, checked_vector(self._name, value, current.shape, current.dtype, cast=True))
         layer.running.mark_assigned(self._name)
+        if self._name in ("renorm_mean", "renorm_std"):
+            layer.running.known = True  # a reference, whatever its values
 
 
 @dataclass(slots=True, eq=False)
@@ -194,6 +196,8 @@ def _name(name: str, value: Any) -> Any:
     if value is not None and not (isinstance(value, str) and value):
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name} is {kind(value)}, expected a str that is not empty, or None")
+    if value is not None and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        raise ValueError(f"{name} is {value!r}, expected what a file can hold: neither NUL nor surrogates")
     return value
 
 
@@ -240,14 +244,16 @@ def _channels_seem_last(x: tuple[int, ...]) -> bool:
     return square or few
 
 
-def _sum(name: str, old: Array | None, new: Array | None) -> Array | None:
-    """Accumulated gradients."""
-    if old is None or new is None:
-        return new if old is None else old
-    if old.shape != new.shape:
-        shapes = f"shape {old.shape} of the last backward and {new.shape} of this one"
+def _check_sum(name: str, old: Array | None, parameter: Array | None) -> None:
+    """An error if a gradient cannot be added to the last one."""
+    if old is not None and parameter is not None and old.shape != parameter.shape:
+        shapes = f"shape {old.shape} of the last backward and {parameter.shape} of this one"
         raise ValueError(f"accumulate is True and {name} has {shapes}, expected the same shape")
-    return old + new
+
+
+def _sum(old: Array | None, new: Array | None) -> Array | None:
+    """Accumulated gradients."""
+    return new if old is None else old if new is None else old + new
 
 
 # ---- the layer ---------------------------------------------------------------------------------------------
@@ -755,7 +761,7 @@ class BatchNorm:
             Running statistics are used that nothing has ever updated.
         """
         state, by_batch, settings, running = self._state, True, self._state.settings, self._state.running
-        initial, saved, done, measured, renorm = state.initial, None, None, None, None
+        initial, saved, done, measured, renorm, settle = state.initial, None, None, None, None, None
         decay: Any = 1.0
         waiting: Any = _UNKNOWN
         try:
@@ -766,7 +772,7 @@ class BatchNorm:
                 self._prepare(x, not by_batch)
             if state.using is not None or state.history is not None:
                 given = {"mask": mask, "lengths": lengths, "lengths_axis": lengths_axis, "weights": weights}
-                done, measured = self._watch(x, updating and not by_batch, given)
+                done, measured = self._watch(x, updating and not by_batch, group, given)
             scale = state.gamma if gamma is None else self._given("gamma", "scale", gamma)
             shift = state.beta if beta is None else self._given("beta", "center", beta)
             mean, var = running.mean, running.var
@@ -778,7 +784,7 @@ class BatchNorm:
                     decay = running.effective_decay(settings) if scheduled else settings.decay
                 parts = settings.virtual_batch_size if by_batch or updating else None
                 if settings.renorm is not None and state.using is None and (by_batch or updating):
-                    renorm = running.renorm(settings, by_batch, updating)
+                    renorm, settle = running.renorm(settings, by_batch, updating)
                 waiting = None
                 y, saved = _functions.batch_norm_train(
                     x, scale, shift, mean=None if by_batch else mean, var=None if by_batch else var,
@@ -809,10 +815,9 @@ class BatchNorm:
         saved._owner, saved._serial = state.token, state.forwards
         if updating:
             values = x.size // mean.size if mask is lengths is weights is None is group else None
-            running.count(saved, values, decay, 1.0 if weights is None else settings.running_ddof)
+            running.count(saved, values, decay, settings.running_ddof, settle)
             if state.history is not None and saved.updated:
-                of_batch = measured or (saved.mean, saved.var)
-                state.history.add(running, *of_batch, saved.count, settings.running_ddof)
+                state.history.add(running, saved if measured is None else measured, settings.running_ddof)
         return TrainResult(y, saved) if return_saved else y
 
     @_core.entrance
@@ -874,6 +879,9 @@ class BatchNorm:
             if accumulate is None and there and used._serial <= state.graded:
                 raise RuntimeError(_ADD)
             adding = accumulate is not None and flag("accumulate", accumulate)
+            if adding:
+                _check_sum("dgamma", state.dgamma, used.gamma)
+                _check_sum("dbeta", state.dbeta, used.beta)
             if "parameters" in state.frozen:  # of gamma and beta only those of the call
                 given = used.gamma is not None and not self.scale, used.beta is not None and not self.center
                 needs = [*compress(("dx", "dgamma", "dbeta", "dresidual"), (True, *given, used.has_residual))]
@@ -883,7 +891,7 @@ class BatchNorm:
             )
             dx, dgamma, dbeta = gradients
             if adding:
-                dgamma, dbeta = _sum("dgamma", state.dgamma, dgamma), _sum("dbeta", state.dbeta, dbeta)
+                dgamma, dbeta = _sum(state.dgamma, dgamma), _sum(state.dbeta, dbeta)
         except BaseException as error:
             if waiting is _UNKNOWN and isinstance(used, Saved):
                 waiting = used.group if all_reduce is True or used._shares else None
@@ -916,12 +924,21 @@ class BatchNorm:
             remedy += f"BatchNorm({shape[0]}) says that it is not"
             _hints.warn(f"{learned}, whose last axis looks like the channels. {remedy}")
 
-    def _watch(self, x: Array, measure: bool, given: dict[str, Any]) -> tuple[Any, MeanVar | None]:
-        """Show `x` to an observer; measure it for the history, where the call does not."""
-        state = self._state
+    def _watch(
+        self, x: Array, measure: bool, group: Group | None, given: dict[str, Any]
+    ) -> tuple[Any, Saved | None]:
+        """Show `x` to an observer; measure it for the history, where the call does not say what it had."""
+        state, saved = self._state, None
         done = state.using and state.using[1] and state.using[1](x, **given)
-        measure = measure and state.history is not None
-        return done, moments(x, **state.settings.where, **given) if measure else None
+        if measure and state.history is not None:
+            how: dict[str, Any] = {
+                "virtual_batch_size": state.settings.virtual_batch_size,
+                "keep": None,
+                "group": group,
+            }
+            with suppress(ValueError):  # no channel has a variance; or the call itself says it
+                saved = _functions.batch_norm_train(x, **state.settings.where, **given, **how).saved
+        return done, saved
 
     def _given(self, name: str, option: str, value: Array) -> Array:
         """gamma or beta of a call."""
@@ -1155,7 +1172,9 @@ class BatchNorm:
         ``bn(x, update=False)``, or a whole network inside ``with batchnorm.no_update(layers):``.
         """
         self._known("snapshot()")
-        return self.running.copy()
+        new = self.running.copy()
+        new.noted = 0 if self.history is None else self.history.seen
+        return new
 
     def rollback(self, snapshot: RunningStatistics) -> Self:
         """Put running statistics and counters back to a snapshot of this layer; return the layer.
@@ -1180,10 +1199,9 @@ class BatchNorm:
         if not isinstance(snapshot, RunningStatistics):
             raise TypeError(f"snapshot is {kind(snapshot)}, expected the result of bn.snapshot()")
         self._known("rollback()")
-        now = self.running.num_updates
         self.running.take(snapshot)
         if self.history is not None:
-            self.history.forget_after(snapshot.num_updates, now)
+            self.history.forget_after(snapshot.noted)
         return self
 
     @_core.entrance

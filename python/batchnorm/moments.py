@@ -551,7 +551,7 @@ class Moments:
             good = version == _VERSION and min(shape) >= 0 and channels == math.prod(shape)
             good = good and bool(np.isfinite(count).all()) and count.any() == (channels > 0)
             good = good and not ((count[0] < 0) | (squares[0] < 0)).any()
-            new = cls(channel_axis=tuple(axes))
+            new = cls(channel_axis=FIRST_AXIS if axes == [1] and not channels else tuple(axes))
         except (TypeError, ValueError, OverflowError):
             good = False
         if not good:
@@ -701,7 +701,7 @@ def array_of(value: Any) -> Any:
     if getattr(value, "mode", None) in ("P", "PA"):
         got = f"a picture has mode {value.mode!r}, numbers of colours in its palette, expected colours"
         raise ValueError(f"{got}; use picture.convert('RGB')")
-    return np.asanyarray(value)
+    return as_array("x", value, False)
 
 
 def refuse_group(group: object) -> None:
@@ -730,10 +730,13 @@ def _nodata(nodata: object) -> Vector | None:
     """A number, or one per channel, as float64."""
     if nodata is None:
         return None
-    values = np.asarray(nodata)
+    values = np.asanyarray(nodata)
+    if is_masked(values):
+        got = "nodata is a masked array, whose mask would be ignored"
+        raise TypeError(f"{got}, expected a number, or one per channel; use nodata.data")
     if values.dtype.kind not in "iuf" or not values.size:
         raise TypeError(f"nodata is {kind(nodata)}, expected a number, or one per channel")
-    return values.astype(np.float64)
+    return np.array(values, np.float64)
 
 
 def _counting(

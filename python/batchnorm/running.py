@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any, cast
 
@@ -179,7 +180,12 @@ def effective_decay(
         integer("updates", step, 0, 2**63 - 1, expected)
     if number is None:
         before = _amount("seen", seen, 0)
-        weight: float | Vector = before / (before + _amount("count", count, 5e-324))
+        added = _amount("count", count, 5e-324)
+        shapes = [np.shape(n) for n in (before, added)]
+        if () not in shapes and shapes[0] != shapes[1]:
+            got = f"seen has shape {shapes[0]} and count {shapes[1]}"
+            raise ValueError(f"{got}, expected one shape, one number for each channel; or a single number")
+        weight: float | Vector = before / (before + added)
         return weight
     for name, given in (("seen", seen), ("count", count)):
         if given is not None:
@@ -221,6 +227,12 @@ def _each_channel(name: str, doc: str, dtype: Any = np.float64) -> property:
     return property(get, doc=doc)
 
 
+def entered(saved: Any, ddof: int) -> Vector:
+    """The counts of the channels, and parts, that a forward's running statistics took; 0 of the others: those
+    of fewer than two values, or of weights that leave no variance."""
+    return np.where((saved._values >= 2) & (saved.count > ddof), saved.count, 0.0)
+
+
 class RunningStatistics:
     """Running statistics of a layer, and what is known about them; ``bn.running``.
 
@@ -240,7 +252,7 @@ class RunningStatistics:
 
     __slots__ = (
         "__weakref__", "_mean", "_missed", "_renorm_mean", "_renorm_std", "_values", "_var", "_weight",
-        "assigned", "known", "num_skipped", "num_updates", "trusted",
+        "assigned", "known", "noted", "num_skipped", "num_updates", "trusted",
     )  # fmt: skip
 
     mean = property(attrgetter("_mean"), doc="Moving average of the batch means, changed in place.")
@@ -265,6 +277,7 @@ class RunningStatistics:
         self.assigned: tuple[str, ...] = ()  # statistics that were given, not learned
         self.known = False  # whether batch renormalisation has a reference in every channel
         self.trusted = False  # not the initial ones, and not cold without its having been said
+        self.noted = 0  # of a snapshot: the updates in the layer's history
 
     def __repr__(self) -> str:
         channels = "unknown" if self.mean is None else " x ".join(map(str, self.mean.shape))
@@ -296,33 +309,46 @@ class RunningStatistics:
         schedule = cast(float, settings.decay), settings.warmup, settings.zero_debias
         return _each(lambda t: _scheduled(*schedule, t), self.num_updates - self._missed)
 
-    def renorm(self, settings: Settings, by_batch: bool, updating: bool) -> Any:
-        """The ``renorm`` of a call. Without a reference in every channel it is plain."""
+    def renorm(self, settings: Settings, by_batch: bool, updating: bool) -> tuple[Any, Any]:
+        """The ``renorm`` of a call, and what is to be called after it, or None. Without a reference in every
+        channel it is plain."""
         limits: dict[str, Any] = dict(settings.renorm or {})
         decay, mean, std = limits.pop("decay"), self.renorm_mean, self.renorm_std
         if not self.known:
             unknown = self.untouched() if mean is None else (mean == 0) & (std == 1)
             self.known = not unknown.any()
         plainly = not (by_batch and self.known)
+        settle = None
         if mean is None:  # the running pair is the reference, as it is before its update
             if plainly or updating:
-                return None if plainly else limits
+                return None if plainly else limits, None
             mean, std = self.mean, np.sqrt(self.var.astype(np.float64) + settings.eps)
         elif plainly:
             limits = {"rmin": 1.0, "rmax": 1.0, "dmax": 0.0}
-        if updating:  # the first batch becomes the reference
+        if updating:  # the first batch becomes the reference, where there is none
             limits["decay"] = decay if self.known else 0.0
-        return {**limits, "mean": mean, "std": std}
+            if not (self.known or unknown.all()):
+                old = mean.astype(np.float64), std.astype(np.float64)
+                settle = partial(self._average, ~unknown, decay, *old)
+        return {**limits, "mean": mean, "std": std}, settle
 
-    def count(self, saved: Any, values: Any, decay: Any, least: float) -> None:
+    def _average(self, known: Mask, decay: float, mean: Vector, std: Vector) -> None:
+        """Of channels that had a reference, `mean` and `std`: its average with the batch's, in its place."""
+        for own, old in ((self._renorm_mean, mean), (self._renorm_std, std)):
+            average = decay * old + (1 - decay) * own
+            np.copyto(own, average, casting="same_kind", where=known & (own != old))
+
+    def count(self, saved: Any, values: Any, decay: Any, ddof: int, settle: Any) -> None:
         """Count the batch of a forward pass that had these statistics for its target. Cannot fail.
 
-        `values` is the number of each channel, None if `saved` must be asked: then channels and parts with
-        more than `least` have entered. `decay` is the effective one, None for a cumulative average.
+        `values` is the number of each channel, None if `saved` must be asked. `decay` is the effective one,
+        None for a cumulative average. `settle` is what `renorm` wants to be called, or None.
         """
+        if settle is not None:
+            settle()
         if values is None or not saved.updated:
-            counts = np.where(saved.count > least, saved.count, 0.0)
-            values = _merged(counts.reshape(-1, *self.mean.shape).sum(axis=0))  # over the parts
+            counts = entered(saved, ddof).reshape(-1, *self.mean.shape)
+            values = _merged(counts.sum(axis=0))  # over the parts
         took = values > 0
         if not saved.updated:
             self.num_skipped += bool(np.any(took))

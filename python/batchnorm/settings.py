@@ -13,7 +13,7 @@ import numbers
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -235,6 +235,9 @@ class Settings:
         if self.keep == "y" and not (leaky or self.activation is None):
             what = f"keep is 'y' and activation is {self.activation!r}, from whose output x cannot be had"
             raise ValueError(f"{what}; drop one of them, or apply the activation afterwards")
+        if self.keep == "y" and leaky and not 2.0**-60 <= cast(float, self.slope) <= 2.0**60:
+            expected = "a number from 2**-60 to 2**60, so that y tells x"
+            raise ValueError(f"slope is {self.slope:g}, expected {expected}; or keep x")
 
     def changed(self, name: str, value: Any) -> Settings:
         """The settings with one option that may be assigned set anew."""

@@ -150,10 +150,11 @@ private:
         beyond_ = before;
     }
     static std::pair<Wide, Wide> span_of(std::initializer_list<std::pair<int64_t, int64_t>> dimensions) {
+        constexpr Wide far = Wide{1} << 100;  // beyond all memory, and there is room for sums and items
         Wide low = 0, high = 0;
         for (const auto& [n, stride] : dimensions) {
             if (n < 1) return {0, -1};
-            (stride < 0 ? low : high) += static_cast<Wide>(n - 1) * stride;
+            (stride < 0 ? low : high) += std::clamp(static_cast<Wide>(n - 1) * stride, -far, far);
         }
         return {low, high};
     }

@@ -381,6 +381,15 @@ def test_state_through_a_file(tmp_path, options):
     assert same(again, full.update(np.round(x)))
 
 
+def test_an_axis_that_was_not_said_stays_so():
+    def picture(i):
+        return np.full((20, 30, 3), i, np.uint8)
+
+    for again in (Moments.from_state(Moments().state_dict()), Moments.from_array(Moments().to_array())):
+        with pytest.raises(ValueError, match="expected to be told its channels"):
+            dataset_moments(range(2), read=picture, moments=again)
+
+
 def test_flat_states_are_merged_as_accumulators_are():
     x = batches(6, mean=1e4)
     parts = moments_of(x)

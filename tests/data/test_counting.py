@@ -236,6 +236,7 @@ def test_infinities_of_16_bits_are_values_or_nodata_as_said():
         (True, TypeError, "nodata is True"),
         ([], TypeError, "nodata is of type list"),
         (1j, TypeError, "nodata is 1j"),
+        (np.ma.masked_equal([1, 2, 3], 2), TypeError, r"nodata is a masked array.*use nodata\.data"),
         ([1, 2], ValueError, r"nodata has shape \(2,\), expected a number, or \(3,\), one per channel"),
         (np.ones((3, 1, 1)), ValueError, r"nodata has shape \(3, 1, 1\)"),
     ],

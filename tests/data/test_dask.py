@@ -534,6 +534,20 @@ def test_transform_makes_all_channels_of_each_block(shape, chunks, order, refuse
     np.testing.assert_allclose(dataset_moments(lazy.transpose(order)), want, rtol=1e-12)
 
 
+def test_some_of_the_channels_that_are_as_many_as_those_of_the_block():
+    x = da.from_array(data((10, 3, 8, 8)), chunks=(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"cut along axis 0, .*use batches.rechunk\({0: -1}\)"):
+        dataset_moments(x, transform=lambda b: b.reshape(1, -1, 8, 8))
+
+
+def test_transform_sees_whole_blocks_and_is_called_once_more():
+    x, seen = data((8, 3, 6)), []
+    lazy = da.from_array(x, chunks=(4, 3, 6))
+    with dask.config.set(scheduler="synchronous"):
+        got = dataset_moments(lazy, transform=lambda b: seen.append(b.shape) or b, chunk_bytes=1)
+    assert same(got.moments, Moments().update(lazy)) and sorted(seen) == [(1, 3, 6), *[(4, 3, 6)] * 2]
+
+
 def test_transform_of_blocks_cut_along_the_channels():
     x = da.from_array(data((4, 8, 3)), chunks=(2, 8, 1))
     with pytest.raises(ValueError, match=r"or if it keeps the shape batches.map_blocks\(transform\)$"):
@@ -738,6 +752,8 @@ ERRORS = [
      r"^batches has channels of shape \(3,\), expected \(5,\) as before"),
     (lambda: dataset_moments(WHOLE, transform=np.abs, moments=Moments().update(np.ones((2, 5)))), ValueError,
      r"^batches has channels of shape \(3,\), expected \(5,\) as before"),
+    (lambda: moments(X, mask=np.ma.array(np.ones(8, bool))), TypeError, "mask is a masked array, whose mask"),
+    (lambda: dataset_moments(X, mask=da.ma.masked_less(X > 3, 1)), TypeError, "mask is a masked array"),
     (lambda: moments(SOME, mask=np.ones(8, bool)), ValueError,
      r"length 8 along axis 0 of x, expected blocks of unknown length as.*x.compute_chunk_sizes\(\) first"),
     (lambda: moments(SOME, channel_axis=0), ValueError,
@@ -759,7 +775,10 @@ ERRORS = [
     (lambda: dataset_moments(PIXELS, channel_axis=-1, max_value=0.5), ValueError, "max_value is 0.5"),
     (lambda: normalize_images(PIXELS, [1, 2], [1, 2]), ValueError, r"mean has shape \(2,\)"),
     (lambda: normalize_images(PIXELS, [127.0] * 3, [1.0] * 3), ValueError, "mean is 127 at channel 0"),
-    (lambda: normalize_images(X, [0.1] * 3, [0.1] * 3), TypeError, "x has dtype float32"),
+    (lambda: normalize_images(X, [0.1] * 3, [0.1] * 3), TypeError,
+     r"x has dtype float32.*use batchnorm\.dask\.batch_norm\(numpy\.moveaxis\(x"),
+    (lambda: normalize_images(PIXELS[..., da.ones(3, chunks=3) > 0], ZEROS, ONES / 3), ValueError,
+     r"blocks of unknown length along axis 3.*call x\.compute_chunk_sizes\(\) first"),
     (lambda: normalize_images(PIXELS[0, 0], [0.1] * 3, [0.1] * 3), ValueError, "expected 4 dimensions, or 3"),
     (lambda: normalize_images(PIXELS, ZEROS, ONES / 3, out=np.ones(3)), TypeError, "out is given and x"),
     (lambda: normalize_images(db.from_sequence([1]), ZEROS, ONES), TypeError, "expected a dask array"),

@@ -98,9 +98,9 @@ def test_pieces_are_views_cut_along_the_outermost_axis_in_memory(order):
 
     def see(piece):
         seen.append((piece.shape, np.shares_memory(piece, x)))
-        return piece
+        return np.ones(piece.shape, bool)
 
-    dataset_moments(x, chunk_bytes=4200, transform=see)
+    dataset_moments(x, chunk_bytes=4200, mask=see)
     assert seen == [((10, 3, 7, 5) if order == "C" else (50, 3, 7, 1), True)] * 5
 
 
@@ -148,7 +148,7 @@ def test_read_gets_every_path(tmp_path):
     assert same(of(names, read=read, transform=lambda a: a[2:6, 3:]), of(photos[:, 2:6, 3:].copy()))
     assert same(of(zip(names, range(6), strict=True), read=lambda pair: read(pair[0])), want)
     large, seen = {"read": lambda i: np.ones((50, 3, 7)), "chunk_bytes": 1000}, []
-    assert dataset_moments(range(2), **large, transform=lambda b: seen.append(1) or b).count == 700
+    assert dataset_moments(range(2), **large, mask=lambda b: seen.append(1) or b > 0).count == 700
     assert len(seen) > 2, "what a reader returns is cut into pieces as well"
     with pytest.raises(ValueError, match=r"cannot read '.*a\.ppm' as an \.npy file.*pass read="):
         of(names)
@@ -333,6 +333,41 @@ def test_transform_makes_all_channels_of_each_piece(shape, turn, cut):
     assert_whole(whole, turn(x))
 
 
+@pytest.mark.parametrize(
+    ("shape", "make", "rows"),
+    [((10, 3, 8, 8), (1, -1, 8, 8), 1), ((10, 3, 8, 8), (1, -1, 8, 8), 2), ((18, 30), (2, -1, 3), 6)],
+)
+def test_some_of_the_channels_that_are_as_many_as_those_of_the_piece(shape, make, rows):
+    x = rng("as many").standard_normal(shape)
+    with pytest.raises(ValueError, match="cut along axis 0, expected all"):
+        dataset_moments(x, transform=lambda b: b.reshape(make), chunk_bytes=x[:rows].nbytes)
+
+
+def test_transform_is_called_once_more_where_data_is_cut():
+    x, calls = data_set(), []
+    got = dataset_moments(
+        [x[:20], x[20:]], transform=lambda b: calls.append(len(b)) or b.transpose(0, 1, 3, 2),
+        chunk_bytes=x[:10].nbytes,
+    )  # fmt: skip
+    assert_whole(got, x)
+    assert calls == [10, 1, 10, 10, 10, 10]
+
+
+def test_transform_sees_whole_samples():
+    photo, crop = rng("photo").integers(0, 256, (90, 70, 3)).astype(np.uint8), lambda a: a[10:30, 10:50]
+    last, large = {"data_format": "NHWC"}, {"chunk_bytes": 2000}
+    want = dataset_moments(crop(photo), **last).moments
+    assert same(dataset_moments([0], read=lambda i: photo, transform=crop, **last, **large).moments, want)
+    got = dataset_moments([0], read=lambda i: photo, transform=crop, channel_axis=-1, **large)
+    assert same(got.moments, want), "what read returned, of any form"
+    assert same(dataset_moments(photo, transform=crop, **last, **large).moments, want)
+    x = np.asfortranarray(data_set(shape=(10, 3, 8, 8)))
+    for chunk in (1, 600, 2000):
+        got = dataset_moments(x, transform=lambda a: a.mean((2, 3), np.float64), chunk_bytes=chunk)
+        assert_whole(got, x.mean((2, 3), np.float64))
+    assert dataset_moments(x[:1], transform=lambda a: a[..., ::8, ::8], **large).count == 1
+
+
 @pytest.mark.parametrize("moments", [None, Moments(channel_axis=-1)])
 def test_statistics_in_units_of_max_value(moments):
     images = np.arange(256, dtype=np.uint8).repeat(6).reshape(-1, 2, 3)
@@ -345,6 +380,12 @@ def test_statistics_in_units_of_max_value(moments):
     assert same(scaled.moments, pixels.moments) and scaled.count == pixels.count == 512
     y = batchnorm.normalize_images(images.reshape(1, 512, 1, 3), scaled.mean, scaled.std)
     np.testing.assert_allclose(y.mean((0, 2, 3)), 0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("scale", "top"), [(1e100, 1e160), (1e-100, 1e-160), (1e-100, 1e-200)])
+def test_units_whose_square_is_no_float(scale, top):
+    got = dataset_moments(np.array([[1.0], [3.0]]) * scale, max_value=top)
+    np.testing.assert_allclose(got, [[2 * scale / top], [(scale / top) ** 2]], rtol=1e-14)
 
 
 def test_mask_of_each_piece():
@@ -366,6 +407,23 @@ def test_a_channel_without_values_has_nan():
     np.testing.assert_array_equal(got.mean, [2, np.nan])
     np.testing.assert_array_equal(got.var, [1, np.nan])
     assert got.counts.tolist() == [4, 0]
+
+
+def test_tables_of_pandas():
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    x = data_set(shape=(30, 6))
+    assert_whole(dataset_moments(pandas.DataFrame(x, columns=list("abcdef")), chunk_bytes=100), x)
+
+
+def test_tensors_of_pytorch():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    x = data_set(shape=(30, 3))
+    assert_whole(dataset_moments([torch.from_numpy(x)], chunk_bytes=100), x)
+    wide, kept = torch.ones(4, 3).bfloat16(), torch.ones(4, 3, requires_grad=True)
+    for tensor, remedy in ((wide, "use x.float"), (kept, "use x.detach")):
+        for batches, options in (([tensor], {}), ([(tensor, 0)], {"transform": lambda pair: pair[0]})):
+            with pytest.raises(TypeError, match=remedy):
+                dataset_moments(batches, **options)
 
 
 # ---- going on ----------------------------------------------------------------------------------------------

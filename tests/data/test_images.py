@@ -261,8 +261,8 @@ def test_max_value():
 
 IMPOSSIBLE = [
     ({"mean": [127.5], "std": [127.5]}, "mean is 127.5 at channel 0, expected 0 to 1, as uint8 over 255"),
-    ({"mean": [0.5], "std": [127.5]}, "std is 127.5 at channel 0, expected more than 0, up to 0.5"),
-    ({"mean": [0.5], "std": [0.51]}, "std is 0.51 at channel 0"),
+    ({"mean": [0.5], "std": [127.5]}, "std is 127.5 at channel 0, expected more than 0, up to 0.707"),
+    ({"mean": [0.5], "std": [0.71]}, "std is 0.71 at channel 0"),
     ({"mean": [1.01], "std": [0.2]}, "mean is 1.01 at channel 0"),
     ({"mean": [300], "std": [50], "max_value": 1}, "mean is 300 at channel 0, expected 0 to 255"),
     ({"dtype": np.int16, "mean": [1.5], "std": [0.5]}, "mean is 1.5 at channel 0, expected -1.0"),
@@ -279,6 +279,15 @@ def test_statistics_that_no_image_has_are_refused(arguments, words):
     with pytest.raises(ValueError, match=rf"{re.escape(words)}.*dataset_moments.*max_value=1") as caught:
         batchnorm.normalize_images(x, **arguments, out=out)
     assert (out == 7).all() and "max_value" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_statistics_of_two_pixels(dtype):
+    info = np.iinfo(dtype)
+    x = np.array([info.min, info.max], dtype).reshape(1, 2, 1)
+    found = batchnorm.dataset_moments([x], data_format="NHWC", ddof=1, max_value=info.max)
+    y = batchnorm.normalize_images(x, found.mean, found.std)
+    np.testing.assert_allclose(y.ravel(), [-(0.5**0.5), 0.5**0.5], rtol=1e-6)
 
 
 def remedy(words, **names):
@@ -368,6 +377,7 @@ def test_the_remedy_for_a_factor_in_place_of_max_value(dtype):
 
 X = pixels((2, 6, 5, 3))
 ONE = np.ones((2, 6, 5, 3), np.float32)
+PLANES = np.ones((3, 6, 5), np.float32)
 T, V = TypeError, ValueError
 WRONG = {
     "x float": ({"x": ONE}, T, ["x has dtype float32, expected uint8, int16 or uint16", "batch_norm"]),
@@ -394,7 +404,13 @@ WRONG = {
     "format unknown": ({"out_format": "channels_first"}, V, ["out_format", "'NHWC' or 'NCHW'"]),
     "format number": ({"out_format": 1}, T, ["out_format is 1"]),
     "dtype": ({"dtype": "uint8"}, T, ["dtype is uint8, expected float32"]),
+    "std zero, huge unit": ({"std": [0] * 3, "mean": [0] * 3, "max_value": 1e300}, V, ["std is 0 at"]),
     "out shape": ({"out": ONE}, V, [r"out has shape \(2, 6, 5, 3\), expected \(2, 3, 6, 5\)"]),
+    "out of one": ({"x": X[0], "out": ONE}, V, [r"shape \(2, 6, 5, 3\), expected \(3, 6, 5\)"]),
+    "out list": ({"x": X[0], "out": [1]}, T, [r"out is .*list, expected .* ndarray of shape \(3, 6, 5\)"]),
+    "out masked": ({"x": X[0], "out": np.ma.array(PLANES)}, T, [r"a masked array, .* shape \(3, 6, 5\)"]),
+    "out read-only": ({"x": X[0], "out": np.broadcast_to(np.float32(1), (3, 6, 5))}, V,
+     [r"out is read-only, .* shape \(3, 6, 5\)"]),
     "unknown": ({"scale": 1 / 255}, T, [r"normalize_images\(\) has no argument 'scale'"]),
 }  # fmt: skip
 

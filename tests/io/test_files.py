@@ -83,7 +83,16 @@ def test_options_that_these_files_hold(tmp_path, ending):
     assert (norm.eps, norm.decay, norm.running_ddof, norm.channel_axis, norm.missing) == (0.3, 0.5, 0, -1, ())
 
 
-@pytest.mark.parametrize("names", ["keras", "tensorflow", "mxnet", "haiku", "flax", "batchnorm"])
+@pytest.mark.parametrize("options", [{"activation": "leaky_relu", "slope": 0.3}, {"decay": None}], ids=str)
+def test_an_npz_file_holds_everything(tmp_path, options):
+    layer = trained("bn", **options)
+    assert write(tmp_path / "x.npz", layer) == ()
+    again = to_layer(read(tmp_path / "x.npz")["bn"])
+    assert all(getattr(again, name) == value for name, value in options.items())
+    assert write(tmp_path / "x.safetensors", layer) != ()
+
+
+@pytest.mark.parametrize("names", ["keras", "tensorflow", "mxnet", "gluon", "haiku", "flax", "batchnorm"])
 def test_safetensors_by_other_names(tmp_path, names):
     library("safetensors")
     given = layers()
@@ -450,6 +459,21 @@ def test_two_layers_of_one_name(tmp_path):
             model = keras.Sequential([keras.Input((4, 3, C)), *parts])
             model.save(tmp_path / "x.keras")
             found = read(tmp_path / "x.keras")
+            assert len(found) == 2 and sum("several batch norms" in n.fault for n in found.values()) == faults
+
+
+@of_keras
+def test_two_layers_of_one_name_in_a_file_of_keras_2(tmp_path):
+    keras = library("keras")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for eps, faults in ((1e-3, 0), (1e-4, 2)):
+            x = y = keras.Input((4, 3, C))
+            for i, each in enumerate((1e-3, eps)):
+                norm = keras.layers.BatchNormalization(name="bn", epsilon=each)
+                y = keras.Sequential([norm], name=f"part{i}")(y)
+            keras.Model(x, y).save(tmp_path / "x.h5")
+            found = read(tmp_path / "x.h5")
             assert len(found) == 2 and sum("several batch norms" in n.fault for n in found.values()) == faults
 
 

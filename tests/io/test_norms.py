@@ -92,11 +92,11 @@ DICTIONARIES = {
     ),
     "Gluon": (
         {"net_batchnorm0_gamma": G, "net_batchnorm0_beta": B, "net_batchnorm0_running_mean": M,
-         "net_batchnorm0_running_var": V}, "net_batchnorm0", "mxnet", None,
+         "net_batchnorm0_running_var": V}, "net_batchnorm0", "gluon", None,
     ),
     "Gluon 2": (
         {"features.1.gamma": G, "features.1.beta": B, "features.1.running_mean": M,
-         "features.1.running_var": V}, "features.1", "mxnet", None,
+         "features.1.running_var": V}, "features.1", "gluon", None,
     ),
 }  # fmt: skip
 
@@ -227,6 +227,26 @@ def test_an_array_of_another_shape_is_a_fault():
     with pytest.raises(
         ValueError, match=r"a.weight has shape \(5, 2\), expected \(5,\), that of a.running_mean"
     ):
+        to_layer(norm)
+
+
+@pytest.mark.parametrize(
+    "twins", [("params/a/{}", "state/params/a/{}"), ("arg:a_{}", "a_{}"), ("a/{}:0", "a/{}")]
+)
+def test_two_arrays_of_one_name_are_a_fault(twins):
+    """Unless they are the same one."""
+    first, second = (
+        {
+            way.format(n): v
+            for n, v in zip(("gamma", "beta", "moving_mean", "moving_var"), (G, B, M, V), strict=True)
+        }
+        for way in twins
+    )
+    (norm,) = find(first | second).values()
+    assert not norm.fault
+    second[twins[1].format("gamma")] = G + 1
+    (norm,) = find(first | second).values()
+    with pytest.raises(ValueError, match=r"gamma.* and .*gamma are both a.gamma, expected one of them: drop"):
         to_layer(norm)
 
 

@@ -142,6 +142,29 @@ def test_each_layer_has_exactly_what_it_meets():
     assert max(off) > 1e-3
 
 
+def test_a_layer_that_the_first_batch_does_not_reach():
+    """Batches of one side go through one more layer before the last one."""
+    i, last, side = keras.Input((3,)), k.BatchNormalization(), k.BatchNormalization()
+    model, x = keras.Model(i, [last(i), side(i)]), np.random.default_rng(0).normal(size=(90, 3))
+    batches = [each.astype(np.float32) for each in (x, x + 1, x * 2 + 9, x + 11)]
+
+    def before(x):
+        return output(side, x) ** 3 if x.mean() > 5 else x
+
+    recalibrate(model, batches, forward=lambda x: last(before(x), training=False))
+    met = np.concatenate([before(batch) for batch in batches])
+    for variable, want in zip(last.weights[2:], (met.mean(axis=0), met.var(axis=0)), strict=True):
+        np.testing.assert_allclose(np.asarray(keras.ops.convert_to_numpy(variable)), want, rtol=1e-4)
+
+
+def test_statistics_beyond_the_range_of_float16_change_nothing():
+    model = keras.Sequential([keras.Input((3,)), k.BatchNormalization(dtype="float16", name="bn")])
+    before, x = held(model), np.random.default_rng(0).normal(0, 1e3, (99, 3)).astype(np.float16)
+    with pytest.raises(ValueError, match=r"bn: moving_variance does not fit float16, .* in float32, a layer"):
+        recalibrate(model, [x])
+    assert held(model) == before
+
+
 def test_masked_steps_do_not_count():
     i = keras.Input((7, 2))
     model = keras.Model(i, k.BatchNormalization(name="bn")(k.Masking(0.0)(i)))
@@ -262,7 +285,19 @@ def shared():
     return keras.Model(i, k.Add()([k.BatchNormalization()(dense(i)), k.ReLU()(dense(k.ReLU()(i)))]))
 
 
-@pytest.mark.parametrize("make", [not_alone, activated, an_output, wrong_axis, shared])
+def adapted():
+    model = keras.Sequential([keras.Input((4,)), k.Dense(4), k.BatchNormalization()])
+    model.layers[0].enable_lora(2)
+    return model
+
+
+def quantized():
+    model = keras.Sequential([keras.Input((4,)), k.Dense(4), k.BatchNormalization()])
+    model.layers[0].quantize("int8")
+    return model
+
+
+@pytest.mark.parametrize("make", [not_alone, activated, an_output, wrong_axis, shared, adapted, quantized])
 def test_what_is_not_folded(make):
     with pytest.raises(ValueError, match="none follows a convolution or Dense without activation"):
         fold(make())

@@ -282,6 +282,17 @@ def test_a_failed_backward_changes_nothing(arguments, error, training):
     assert same_bits(layer.backward(DA), alone(layer, XA, DA, residual=Z).dx)  # not used up
 
 
+def test_gradients_that_cannot_be_added_up_are_an_error_before_anything_is_written():
+    layer = BatchNorm(C, scale=False)
+    layer(X, gamma=np.ones(C, np.float32))
+    layer.backward(DY)
+    layer(X, gamma=np.ones((len(X), C), np.float32))
+    before, dy = everything(layer), DY.copy()
+    with pytest.raises(ValueError, match="accumulate is True and dgamma has shape"):
+        layer.backward(dy, accumulate=True, out=dy)
+    assert everything(layer) == before and same_bits(dy, DY)
+
+
 # ---- parameters --------------------------------------------------------------------------------------------
 
 

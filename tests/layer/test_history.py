@@ -56,6 +56,16 @@ def test_what_of_a_batch_enters_the_running_statistics():
     np.testing.assert_allclose(layer.history.batch_var[0], x.var(axis=0, ddof=1).ravel(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("first", [[0.4, 0.4, 0.4], [3, 0, 0]], ids=str)
+@pytest.mark.parametrize("stats", ["batch", "running"])
+def test_parts_that_do_not_enter(first, stats):
+    layer = BatchNorm(C, history=10, decay=0, virtual_batch_size=3)
+    layer(images(0))
+    layer(images(1), weights=np.repeat([[*first, 1, 1, 1]], 5, 0).T, stats=stats, update=True)
+    np.testing.assert_allclose(layer.history.batch_mean, layer.history.running_mean, rtol=1e-5)
+    np.testing.assert_allclose(layer.history.batch_var, layer.history.running_var, rtol=1e-5)
+
+
 @pytest.mark.parametrize("updates", [1, 7, 8, 9, 16, 17, 100, 1000])
 def test_memory_is_bounded_and_the_whole_of_training_stays_in_view(updates):
     layer = BatchNorm(C, history=8)
@@ -95,6 +105,20 @@ def test_updates_that_are_taken_back_are_forgotten():
     assert layer.history.steps.tolist() == [1]
     layer(images(5))
     assert layer.history.steps.tolist() == [1, 2] and repr(layer.history).startswith("History(2 of 2 updates")
+
+
+def test_only_what_is_taken_back_is_forgotten():
+    """Also where numbers of updates began anew, or another layer's are among them."""
+    layer = BatchNorm(C, history=50)
+    for step in range(5):
+        layer(images(step))
+    layer.recalibrate([images(0)])
+    before, other = layer.snapshot(), layer.clone(share="stats")
+    other(images(1))
+    layer(images(2))
+    layer.rollback(before)
+    assert layer.history.steps.tolist() == [1, 2, 3, 4, 5]
+    assert repr(layer.history).startswith("History(5 of 5 updates")
 
 
 def test_a_thinned_history_counts_what_was_taken_back():

@@ -320,6 +320,14 @@ def test_layers_that_share_statistics_get_those_of_all_their_inputs(one_by_one):
     assert second.running is first.running
 
 
+def test_a_lazy_layer_stays_lazy_after_an_error():
+    lazy, x = BatchNorm(), exact_data()
+    x[0, 0] = np.nan
+    with pytest.raises(ValueError, match="a batch holds NaN"):
+        recalibrate([lazy], lazy, [x])
+    assert lazy.num_features is None
+
+
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_an_error_in_the_network_changes_no_layer(one_by_one):
     x = exact_data()

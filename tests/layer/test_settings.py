@@ -143,6 +143,13 @@ def test_bad_options_are_named_with_what_is_expected(name, value, error, words):
         ({"slope": 0.1, "activation": "relu"}, ValueError, "slope is given with activation='relu'"),
         ({"keep": "y", "activation": "relu"}, ValueError, "keep is 'y' and activation is 'relu'"),
         (
+            {"keep": "y", "activation": "leaky_relu", "slope": 0},
+            ValueError,
+            "slope is 0, expected a number from",
+        ),
+        ({"name": "a\0"}, ValueError, "name is 'a.x00', expected what a file can hold"),
+        ({"name": "\ud800"}, ValueError, "name is '.ud800', expected what a file can hold"),
+        (
             {"num_features": (3, 4)},
             ValueError,
             r"num_features is \(3, 4\), expected an int for each channel_axis, 1",

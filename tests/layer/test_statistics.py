@@ -139,6 +139,11 @@ def test_decays_per_channel_are_those_of_each_channel(schedule):
         ({"decay": "0.9"}, TypeError, r"decay is '0.9' \(str\), expected a number in \[0, 1\]"),
         ({"decay": 1.5}, ValueError, "decay is 1.5, expected a number in"),
         (
+            {"decay": None, "seen": np.ones(3), "count": np.ones(2)},
+            ValueError,
+            r"seen has shape \(3,\) and count",
+        ),
+        (
             {"decay": 0.9, "updates": -1},
             ValueError,
             "updates is -1, expected an int >= 0, the updates before",
@@ -290,6 +295,38 @@ def test_renorm_waits_again_after_the_statistics_went_back(own):
         assert not same_bits(layer(images(1)), plain(images(1)))
         again()
         assert same_bits(layer(images(1)), plain(images(1), update=False))
+
+
+def test_a_reference_stays_an_average_where_another_channel_has_none():
+    layer = BatchNorm(C, dtype=np.float64, renorm={"decay": 0.9})
+    mask = np.arange(C).reshape(1, C, 1) != 1
+    reference = images(0).mean((0, 2), np.float64)
+    for step in range(4):
+        layer(images(step), mask=np.broadcast_to(mask, X.shape))
+        reference = 0.9 * reference + 0.1 * images(step).mean((0, 2), np.float64)
+    assert (layer.renorm_mean[1], layer.renorm_std[1]) == (0, 1)
+    np.testing.assert_allclose(np.delete(layer.renorm_mean, 1), np.delete(reference, 1), rtol=1e-6)
+
+
+def test_a_reference_that_is_assigned_is_one_whatever_its_values():
+    layer = BatchNorm(C, dtype=np.float64, renorm={"decay": 0.75})
+    layer.renorm_mean, layer.renorm_std = np.zeros(C), np.ones(C)
+    layer(X)
+    np.testing.assert_allclose(layer.renorm_mean, X.mean((0, 2), np.float64) / 4, rtol=1e-6)
+
+
+def test_a_single_position_of_any_weight_is_no_batch():
+    """What the running statistics do not take is not counted, in channels and in parts."""
+    layer, mask = BatchNorm(2, dtype=np.float64, zero_debias=True), np.ones((4, 2), bool)
+    mask[1:, 1] = False
+    x = np.random.default_rng(0).normal(5, 2, (4, 2))
+    layer(x, weights=np.array([3.0, 1, 1, 1]), mask=mask)
+    assert layer.running.updates.tolist() == [1, 0] and "never_updated" in layer.report().codes
+    with pytest.raises(RuntimeError, match="never updated in channel 1"):
+        layer.eval()(x)
+    parts = BatchNorm(2, decay=None, virtual_batch_size=4)
+    parts(np.ones((8, 2), np.float32), weights=np.array([3.0, 0, 0, 0, 1, 1, 1, 1]))
+    assert parts.running.num_values.tolist() == [4, 4]
 
 
 def test_weights_count_as_their_sum():

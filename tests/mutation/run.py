@@ -185,7 +185,7 @@ class Tree:
             os.chdir(self.sources)
             paths = [str(self.folder / "site"), str(self.sources / "python")]
             os.environ.update(environment, PYTHONPATH=os.pathsep.join(paths))
-            sys.path[:1] = paths
+            sys.path[:0] = paths  # the folder of this file stays: processes that tests start import it, too
             sys.meta_path[:] = [f for f in sys.meta_path if "ScikitBuild" not in type(f).__name__]
             options = ["-q", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-p", "mutation_plugin",
                        "-W", "ignore::pytest.PytestAssertRewriteWarning", "-m", "not slow",

@@ -98,6 +98,22 @@ def test_arrays_of(library, make):
     assert same_bits(train(make(module, x)).y, train(x).y)
 
 
+def test_tensors_whose_sign_is_said_aside():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    x = np.random.default_rng(0).standard_normal((8, 3)) + 5
+    tensor = torch.complex(torch.zeros(8, 3).double(), torch.from_numpy(x)).conj().imag
+    assert tensor.is_neg()
+    assert same_bits(moments(tensor).mean, moments(-x).mean) and same_bits(train(tensor).y, train(-x).y)
+
+
+def test_what_makes_a_masked_array_is_taken_as_one():
+    x = np.ma.masked_greater(P.x, 1)
+    assert all_same_bits(moments(ByArray(x)), moments(x))
+    for call in (train, lambda a: batch_norm(a, np.zeros(3), np.ones(3)), batchnorm.BatchNorm(3)):
+        with pytest.raises(TypeError, match="x is a masked array, whose mask would be ignored"):
+            call(ByArray(x))
+
+
 def requires_grad(x):
     tensor = ByDlpack(x)
     tensor.requires_grad = True

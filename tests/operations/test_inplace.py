@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from batchnorm import batch_norm
 from batchnorm import batch_norm_backward as backward
 from batchnorm import batch_norm_train as train
 
@@ -210,6 +211,21 @@ def test_positions_inside_an_output():
 
 
 # ---- calls that end early --------------------------------------------------------------------------------
+
+
+def test_an_output_over_an_operand_of_another_order_says_what_is_wrong():
+    """Not that it overlaps itself: it cannot be written in x's order."""
+    x, other = np.zeros((3, 4, 2)), np.zeros((3, 4, 2), order="F")
+    _, saved = train(x + np.arange(2))
+    for call in (lambda: backward(other, saved, out=other), lambda: train(x, residual=other, out=other)):
+        with pytest.raises(
+            ValueError, match=r"out has strides .*, or leave out= away and assign, out\[\.\.\.\]"
+        ):
+            call()
+    image, statistics = np.zeros((2, 3, 4, 5), np.uint8), (np.zeros(3), np.ones(3))
+    with pytest.raises(ValueError, match=r"use numpy.empty\(\(2, 3, 4, 5\), 'float32'\), or") as error:
+        batch_norm(image, *statistics, out=np.zeros((2, 3, 4, 10), np.float32)[..., ::2])
+    assert batch_norm(image, *statistics, out=np.empty((2, 3, 4, 5), "float32")) is not None, error
 
 
 @pytest.mark.parametrize(

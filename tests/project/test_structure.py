@@ -362,7 +362,7 @@ def test_the_package_stays_small() -> None:
         return "formats" if of_files or path.name == "formats.py" else path.parts[0]
 
     rooms = {
-        "formats": 1569,
+        "formats": 1577,
         "torch": 1052,
         "keras": 294,
         "distributed.py": 149,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -57,8 +58,11 @@ LAYERS = {
         (2, 6, 9, 9),
     ),
     "square": (nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), (5, 6, 3, 3)),
+    "padded": (nn.Conv2d(6, 8, 1, padding=3, padding_mode="reflect"), nn.BatchNorm2d(8), (5, 6, 5, 5)),
+    "same": (nn.Conv2d(6, 8, 3, padding="same"), nn.BatchNorm2d(8), (5, 6, 5, 5)),
     "conv3d": (nn.Conv3d(4, 4, 2), nn.BatchNorm3d(4), (2, 4, 5, 5, 5)),
     "transposed": (nn.ConvTranspose2d(6, 8, 3, stride=2), nn.BatchNorm2d(8), (5, 6, 5, 5)),
+    "transposed padded": (nn.ConvTranspose2d(6, 8, 1, padding=2), nn.BatchNorm2d(8), (5, 6, 7, 7)),
     "transposed square": (nn.ConvTranspose2d(6, 6, 3), nn.BatchNorm2d(6), (5, 6, 5, 5)),
     "transposed grouped": (nn.ConvTranspose2d(6, 8, 3, groups=2), nn.BatchNorm2d(8), (5, 6, 5, 5)),
     "transposed depthwise": (nn.ConvTranspose1d(6, 6, 3, groups=6), nn.BatchNorm1d(6), (5, 6, 5)),
@@ -103,6 +107,32 @@ class Branching(nn.Module):
     def forward(self, x):
         x = self.bn(self.conv(x))
         return self.block(x) if x.sum() != 0 else x
+
+
+class Optional(nn.Module):
+    """What is done depends on whether there is a mask, which to fx there always is."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+        self.masked = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x, mask=None, *, sizes=(1, 2)):
+        y = self.conv(x)
+        z = self.bn(y)
+        if mask is None:
+            return self.relu(z) + y + z
+        return self.relu(z) + self.masked(mask)
+
+
+def test_a_branch_on_an_argument_with_a_default():
+    """A pair counts if it is one with the default, too; one that is not called with it is."""
+    model = lived(Optional())
+    folded = fold(model)
+    assert isinstance(folded.bn, nn.BatchNorm2d) and isinstance(folded.masked[1], nn.Identity)
+    assert same(model, folded, images(2))
+    fused = batchnorm.torch.convert(copy.deepcopy(model), fuse=True)
+    assert not fused.bn.rectified_by and same(model, fused.eval(), images(2))
 
 
 def test_what_cannot_be_traced_wants_an_example():

@@ -20,9 +20,12 @@ from batchnorm.torch.sync import synchronised  # noqa: E402
 from pytorch.models import images, small  # noqa: E402
 from pytorch.workers import on_ranks  # noqa: E402
 from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.nn import functional  # noqa: E402
 from torch.nn.utils import parametrize, prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from support.refusals import refused  # noqa: E402
 
@@ -296,6 +299,26 @@ def test_it_keeps_the_input_as_pytorch_does():
     assert gone() is None
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointing_that_stops_early(momentum):
+    """Behind the last tensor that is kept nothing is run again; yet an update there is a whole one."""
+    theirs, own = pair(momentum=momentum)
+    for seed in range(2):
+        for module in (theirs, own):
+            checkpoint(module, image(seed).requires_grad_(), use_reentrant=False).sum().backward()
+    for (name, a), b in zip(theirs.named_buffers(), own.buffers(), strict=True):
+        torch.testing.assert_close(b, a, msg=name)
+    assert int(own.num_batches_tracked) == 4
+
+
+def test_modes_that_record_operators():
+    theirs, own = pair()
+    graph = make_fx(own.eval())(image())
+    torch.testing.assert_close(graph(image(2)), theirs.eval()(image(2)))
+    with FlopCounterMode(display=False), FakeTensorMode(allow_non_fake_inputs=True):
+        assert own(image()).shape == image().shape
+
+
 def test_batches_of_gradients_are_refused():
     _, own = pair()
     x = image().requires_grad_()
@@ -333,6 +356,16 @@ def test_copies_and_files():
                 other(image()) - other.bias.view(1, 3, 1, 1), 3 * (own(image()) - own.bias.view(1, 3, 1, 1))
             )
             own.running_mean.copy_(other.running_mean)
+
+
+def test_a_parameter_that_becomes_another_view():
+    """Of the same address, size and class."""
+    theirs, own = pair()
+    base = torch.rand(12)
+    for view in (base[::4], base[:3], base.view(torch.float64)[:3]):
+        for module in (theirs, own):
+            module.to(view.dtype).weight.data = view
+        torch.testing.assert_close(own(image().to(view.dtype)), theirs(image().to(view.dtype)))
 
 
 def test_parametrized_and_pruned_parameters():

@@ -225,6 +225,53 @@ def test_what_a_forward_does_to_statistics_is_not_kept():
     torch.testing.assert_close(model[0].running_mean, want, rtol=1e-4, atol=1e-4)
 
 
+class Graph(nn.Module):
+    """Buffers that PyTorch does not compare, one of them changed by each forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.body = nn.BatchNorm2d(3), small()
+        for name in ("coo", "csr"):
+            self.register_buffer(name, getattr(torch.eye(4), f"to_sparse_{name}")())
+        self.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+        self.register_buffer("meta", torch.ones(3, device="meta"))
+        self.register_buffer("last", torch.ones(3))
+
+    def forward(self, x):
+        self.coo.mul_(2)
+        self.last.add_(1)
+        return self.body(self.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("run", [recalibrate, batchnorm.torch.diagnose])
+def test_buffers_that_cannot_be_compared(run):
+    model = Graph()
+    before, versions = dict(model.named_buffers()), {n: b._version for n, b in model.named_buffers()}
+    run(model, data(32))
+    assert all(b is before[n] for n, b in model.named_buffers())
+    assert torch.equal(model.coo.to_dense(), torch.eye(4)) and torch.equal(model.last, torch.ones(3))
+    assert all(before[n]._version == versions[n] for n in ("csr", "nested", "meta"))
+
+
+class Routed(nn.Module):
+    """Batches of one side go through one more layer before the last one."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.side = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.last(self.side(x) ** 3 if x.mean() > 5 else x)
+
+
+def test_a_layer_that_the_first_batch_does_not_reach():
+    model, x = Routed(), torch.randn(90, 3)
+    batches = [x, x + 1, x * 2 + 9, x + 11]
+    recalibrate(model, batches)
+    assert all(max(found) < 1e-5 for found in off(model, batches).values())
+
+
 # ---- several processes -------------------------------------------------------------------------------------
 
 

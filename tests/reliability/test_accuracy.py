@@ -32,7 +32,7 @@ def bounds(dtype: str, far: float) -> tuple[float, float, float]:
     """Of y over max(1, |y|), of dx over the size of its terms, of var relative to itself; far is |mean| /
     std. Rounding to storage of 16 bits is apart."""
     if dtype == "float64":  # x - mean has the mean's own rounding, for which there is no wider type
-        return 2.0**-53 * (6 + 2 * far), 2.0**-53 * (16 + 8 * far), 1e-14
+        return 2.0**-53 * (6 + 2 * far), 2.0**-53 * (64 + 8 * far), 1e-14
     return 3e-7, 3e-7, 2.0**-23
 
 

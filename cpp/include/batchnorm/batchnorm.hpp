@@ -283,9 +283,9 @@ public:
     std::size_t bytes() const noexcept;  // held
     std::int64_t parts() const noexcept;
     std::int64_t channels() const noexcept;
-    // parts * channels values each. r and d are empty without renormalisation.
+    // parts * channels values each: count is the sum of the weights of so many values. r and d are empty without renormalisation.
     std::span<const double> mean() const noexcept, var() const noexcept, inv_std() const noexcept, count() const noexcept;
-    std::span<const double> r() const noexcept, d() const noexcept;
+    std::span<const double> values() const noexcept, r() const noexcept, d() const noexcept;
     std::span<const std::int64_t> kept_channels() const noexcept;  // those whose x is stored (Keep::y)
     bool updated() const noexcept;                                 // whether running statistics took this batch
     bool reads_residual() const noexcept;                          // whether backward wants the forward's residual

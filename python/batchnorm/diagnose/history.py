@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..running import entered
 from ..settings import integer, kind
 from ..typing import Array, RunningLike
 
@@ -51,36 +52,44 @@ class History:
         expected = "an int >= 2, the number of updates to keep, or None"
         self.limit = integer("history", limit, 2, 2**31, expected)
         self._rows: list[Array] = []  # each (4, C) float32
-        self._steps: list[int] = []
+        self._steps: list[int] = []  # the layer's number of each update
+        self._places: list[int] = []  # and that among those noted
         self._stride, self._seen = 1, 0
 
-    def add(self, running: RunningLike, mean: Array, var: Array, count: Array, ddof: int) -> None:
+    def add(self, running: RunningLike, saved: Any, ddof: int) -> None:
         """Note an update that has just happened.
 
-        `mean` and population `var` of `count` values, each of the shape of the running statistics; or with
-        one more axis in front, of the parts that were normalised apart.
+        `saved` has the statistics of its batch: of the shape of the running ones, or with one more axis in
+        front, of the parts that were normalised apart.
         """
         self._seen += 1
         if self._seen % self._stride == 0 and len(self._rows) == self.limit:
-            self._rows, self._steps = self._rows[1::2], self._steps[1::2]
+            self._rows, self._steps, self._places = self._rows[1::2], self._steps[1::2], self._places[1::2]
             self._stride *= 2
         if self._seen % self._stride:
             return
+        mean, count = saved.mean, saved.count
         with np.errstate(all="ignore"):
-            var = np.maximum(var, 0) * (count / (count - ddof))
+            var = np.maximum(saved.var, 0) * (count / (count - ddof))
             if mean.ndim > running.mean.ndim:  # what the running ones received is the average of the parts
-                weight = np.where(count >= 2, count, 0)
+                weight = entered(saved, ddof)
                 parts = np.where(weight > 0, np.stack([mean, var]) * weight, 0)
                 mean, var = parts.sum(axis=1) / weight.sum(axis=0)
             row = np.stack([mean, var, running.mean, running.var])
             self._rows.append(row.reshape(4, -1).astype(np.float32))
         self._steps.append(running.num_updates)
+        self._places.append(self._seen)
 
-    def forget_after(self, step: int, now: int) -> None:
-        """Drop the updates after `step`, which have been taken back; there were `now` in all."""
-        kept = sum(s <= step for s in self._steps)
-        self._seen = max(self._seen - max(now - step, 0), 0)
-        self._rows, self._steps = self._rows[:kept], self._steps[:kept]
+    def forget_after(self, seen: int) -> None:
+        """Drop all but the first `seen` updates that were noted: they have been taken back."""
+        kept = sum(place <= seen for place in self._places)
+        self._rows, self._steps, self._places = self._rows[:kept], self._steps[:kept], self._places[:kept]
+        self._seen = min(self._seen, seen)
+
+    @property
+    def seen(self) -> int:
+        """How many updates were noted, held or not."""
+        return self._seen
 
     @property
     def steps(self) -> NDArray[np.int64]:

@@ -75,11 +75,12 @@ def population(layer: Examined, collector: Collector, name: str | None = None) -
 @contextlib.contextmanager
 def recalibrating(layers: Layers, group: Group | None = None) -> Iterator[None]:
     """Inside, calls of the layers collect; at the end all of them are updated, or, on an error, none."""
-    with telling(group):
-        layers = named(layers)
-        with watching(layers) as collectors:
+    with contextlib.ExitStack() as watch:
+        with telling(group):
+            layers = named(layers)
+            collectors = watch.enter_context(watching(layers))
             yield
-    new = [population(each, collectors[name].allreduce(group), name) for name, each in layers.items()]
+        new = [population(each, collectors[name].allreduce(group), name) for name, each in layers.items()]
     for layer, statistics in zip(layers.values(), new, strict=True):
         layer.running.replace(*statistics)
 

@@ -62,7 +62,7 @@ KINDS = {
     "keras": Kind((".weights.h5", ".keras", ".h5", ".hdf5"), read_keras, write_keras, "keras", _KERAS),
     "onnx": Kind((".onnx",), read_onnx, write_onnx, "onnx", ""),
     "caffe": Kind((".caffemodel",), read_caffe, write_caffe, "caffe", ""),
-    "npz": Kind((".npz",), _read_npz, _write_npz, "batchnorm", _ALL),
+    "npz": Kind((".npz",), _read_npz, _write_npz, "batchnorm", f"{_ALL} other"),
 }
 _kinds = word(*KINDS, none=True)
 

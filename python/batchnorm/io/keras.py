@@ -153,16 +153,17 @@ def _read(store: Any, h5py: Any, config: Any, strings: Any, room: int) -> tuple[
         if norm := _of_variables(name if name not in norms else path, path, variables, configured):
             norms[norm.name] = norm
             whose.setdefault(name, []).append(norm.name)
-    for name, titles in whose.items():
-        if name in ambiguous or len(titles) > configurations[name] > 0:  # some are in layers that say nothing
-            fault = f"{name!r} is the name of several batch norms with other options"
-            norms |= {title: replace(norms[title], fault=fault) for title in titles}
     if not groups:  # Keras 2
         lazy = {path: _Lazy(d, room) for path, d in datasets.items() if not path.startswith("optimizer")}
         for path, norm in find(lazy, "keras").items():
             name = path.rpartition("/")[2]
-            name = path if name in norms else name
-            norms[name] = _with(norm, name, known.get(path.rpartition("/")[2]))
+            title = path if name in norms else name
+            norms[title] = _with(norm, title, known.get(name))
+            whose.setdefault(name, []).append(title)
+    for name, titles in whose.items():
+        if name in ambiguous or len(titles) > configurations[name] > 0:  # some are in layers that say nothing
+            fault = f"{name!r} is the name of several batch norms with other options"
+            norms |= {title: replace(norms[title], fault=fault) for title in titles}
     return norms, len(datasets) - sum(len(norm.keys) for norm in norms.values())
 
 

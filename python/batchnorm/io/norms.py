@@ -182,7 +182,7 @@ class Format(NamedTuple):
     channel_axis: int
 
 
-# The rows are tried in this order. A row of other names for the same library follows in _ALSO.
+# The rows are tried in this order.
 FORMATS = {
     "batchnorm": Format("gamma beta running_mean running_var num_updates", "./",
                         "num_updates eps decay running_ddof channel_axis zero_debias", 1e-5, 0.9, 1, 1),
@@ -192,13 +192,13 @@ FORMATS = {
                          1e-3, 0.999, 0, -1),
     "keras": Format("gamma beta moving_mean moving_variance -", "/.", "", 1e-3, 0.99, 0, -1),
     "mxnet": Format("gamma beta moving_mean moving_var -", "_./", "", 1e-3, 0.9, 0, 1),
+    "gluon": Format("gamma beta running_mean running_var -", "_./", "", 1e-5, 0.9, 0, 1),
     "haiku": Format("scale offset ~/mean_ema/average ~/var_ema/average ~/mean_ema/counter", "/",
                     "num_updates zero_debias", 1e-5, 0.99, 0, -1),
     "flax": Format("scale bias mean var -", "/.", "", 1e-5, 0.99, 0, -1),
     "onnx": Format("scale B input_mean input_var -", "./", "eps decay", 1e-5, 0.9, 0, 1),
     "caffe": Format("- - - - -", "", "eps decay num_updates", 1e-5, 0.999, 1, 1),
 }  # fmt: skip
-_ALSO = {"mxnet": "gamma beta running_mean running_var -"}  # of Gluon
 # Settings that say nothing about the function, or that the vectors say.
 _ELSEWHERE = (*OPTIONS, "zero_debias", "scale", "center", "data_format", "keep", "on_nonfinite",
               "allow_initial_statistics")  # fmt: skip
@@ -248,7 +248,13 @@ def find(arrays: Mapping[str, Any], format: str | None = None) -> dict[str, Norm
     if not isinstance(arrays, Mapping):
         raise TypeError(f"arrays is {kind(arrays)}, expected a mapping of names to arrays")
     wanted = _formats("format", format)
-    flat = {_COLLECTIONS.sub("", key).removesuffix(":0"): (key, v) for key, v in leaves(arrays)}
+    flat: dict[str, tuple[str, Any]] = {}
+    twins: dict[str, str] = {}  # of two arrays of one name what is wrong, by the key of the later one
+    for key, value in leaves(arrays):
+        short = _COLLECTIONS.sub("", key).removesuffix(":0")
+        if short in flat and flat[short][1] is not value:
+            twins[key] = f"{flat[short][0]} and {key} are both {short}, expected one of them: drop the other"
+        flat[short] = key, value
     found: dict[str, Norm] = {}
     most: dict[str, int] = {}  # of the names of several libraries those that are there win
     for _, names, before in _rows(wanted):
@@ -268,7 +274,8 @@ def find(arrays: Mapping[str, Any], format: str | None = None) -> dict[str, Norm
             for key in keys.values():
                 flat.pop(key)
             title = norm.name if norm.name not in found else prefix.rstrip("./_")
-            found[title] = replace(norm, name=title)
+            fault = next((twins[key] for key in norm.keys.values() if key in twins), norm.fault)
+            found[title] = replace(norm, name=title, fault=fault)
     order = {key: i for i, (key, _) in enumerate(leaves(arrays))}
     return dict(sorted(found.items(), key=lambda item: order[item[1].keys["mean"]]))
 
@@ -292,8 +299,7 @@ def leaves(arrays: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _rows(wanted: str | None) -> Iterator[tuple[str, list[str], str]]:
     for name, row in FORMATS.items():
         if wanted in (None, name):
-            for names in (row.names, *([_ALSO[name]] if name in _ALSO else [])):
-                yield name, names.split(), row.before
+            yield name, row.names.split(), row.before
 
 
 def _groups(flat: Mapping[str, Any], names: list[str], before: str) -> Iterator[dict[str, str]]:
@@ -514,7 +520,7 @@ def arrays_of(norm: Norm, format: str) -> dict[str, Array]:
     prefix = norm.name + separator * bool(norm.name)
     roles = dict(zip((*VECTORS, "num_updates"), row.names.split(), strict=True))
     values: dict[str, Any] = {role: getattr(norm, role) for role in roles}
-    if format in ("haiku", "flax", "mxnet"):
+    if format in ("haiku", "flax", "mxnet", "gluon"):
         values = {**values, **filled(norm)}
     if norm.num_updates is None and format == "pytorch":
         values["num_updates"] = 0
@@ -578,4 +584,5 @@ def lost(norm: Norm, format: str, holds: str | None = None) -> list[str]:
         notes.append(f"num_updates={norm.num_updates}")
     if norm.zero_debias and format != "caffe" and "zero_debias" not in held:
         notes.append("zero_debias=True")
-    return [*notes, *(f"{name}={value!r}" for name, value in norm.other.items())]
+    other = {} if "other" in held else norm.other
+    return [*notes, *(f"{name}={value!r}" for name, value in other.items())]

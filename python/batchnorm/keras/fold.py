@@ -52,10 +52,10 @@ def fold(model: Any, example: Any = None) -> Any:
     Notes
     -----
     Folded are batch norms behind Dense, Conv1D to 3D, their transposed ones and DepthwiseConv1D and 2D
-    without an activation, if nothing else uses that layer's output and neither is called twice. Models inside
-    the model stay as they are; fold them by themselves. The outputs of both models are compared before the
-    new one is returned; in float32 they must agree within 1e-3 of the largest, in float16 within 0.1 and in
-    bfloat16 within 0.3.
+    without an activation, LoRA or quantization, if nothing else uses that layer's output and neither is
+    called twice. Models inside the model stay as they are; fold them by themselves. The outputs of both
+    models are compared before the new one is returned; in float32 they must agree within 1e-3 of the largest,
+    in float16 within 0.1 and in bfloat16 within 0.3.
 
     Examples
     --------
@@ -122,8 +122,10 @@ def _before(model: Any, norm: Any) -> Any:
     linear = keras.activations.serialize(layer.activation) == "linear"
     last = getattr(layer, "data_format", "channels_last") == "channels_last"
     channels = len(tensor.shape) - 1 if last else 1
+    tuned = getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None)
     is_output = any(each is tensor for each in model.outputs)
-    return layer if linear and norm.axis % len(tensor.shape) == channels and not is_output else None
+    good = linear and not tuned and norm.axis % len(tensor.shape) == channels and not is_output
+    return layer if good else None
 
 
 def _weights(layer: Any, norm: Any) -> list[Any]:

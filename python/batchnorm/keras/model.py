@@ -150,8 +150,8 @@ def _call(layer: Any, name: str, by_batch: Callable[[str], bool], collector: Col
     return call
 
 
-def passed(model: Any, batches: Any, forward: Callable[[Any], Any] | None, limit: int = 0) -> Iterator[int]:
-    """Run the model on each batch, or on the first ones; yields after each, and raises if there is none."""
+def passed(model: Any, batches: Any, forward: Callable[[Any], Any] | None) -> Iterator[int]:
+    """Run the model on each batch; yields after each, and raises if there is none."""
     if forward is not None and not callable(forward):
         raise TypeError(f"forward is {kind(forward)}, expected a function of one batch, or None")
     single = isinstance(batches, np.ndarray | Mapping) or keras.ops.is_tensor(batches)
@@ -164,8 +164,6 @@ def passed(model: Any, batches: Any, forward: Callable[[Any], Any] | None, limit
         else:
             forward(batch)
         yield count
-        if count == limit:
-            return
     if not count:
         why = "an iterator that was gone through before is empty: pass a list"
         raise ValueError(f"batches is empty, expected at least one batch; {why}")

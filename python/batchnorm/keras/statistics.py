@@ -6,12 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
+import numpy as np
+
 from ..diagnose.findings import Diagnosis, Finding, of_network, settle
 from ..diagnose.network import Collector
 from ..diagnose.recalibrate import population
 from ..progress import bar
 from ..settings import flag, kind
-from .model import STATISTICS, Layer, layers_of, passed, restored, watched
+from .model import STATISTICS, Layer, array_of, layers_of, passed, restored, watched
 
 __all__ = ["diagnose", "recalibrate"]
 
@@ -139,21 +141,34 @@ def recalibrate(
                     raise ValueError(f"{got}; pass forward=, a function that calls it")
                 found = population(layers[name], collectors[name], name)
                 new[name] = found.mean, found.var
-                chosen[name].moving_mean.assign(found.mean)
-                chosen[name].moving_variance.assign(found.var)
+                for each, value in zip(STATISTICS, new[name], strict=True):
+                    variable = getattr(chosen[name], each)
+                    variable.assign(value)
+                    if found.known.all() and not np.isfinite(array_of(variable)).all():
+                        got = f"{name}: {each} does not fit {variable.dtype}, the statistics are unchanged"
+                        raise ValueError(f"{got}; keep them in float32, a layer with dtype='mixed_float16'")
     for name, values in new.items():
         for each, value in zip(STATISTICS, values, strict=True):
             getattr(chosen[name], each).assign(value)
 
 
 def _in_order(model: Any, chosen: Any, batches: Any, forward: Any) -> list[str]:
-    """The layers in the order in which the first batch reaches them; then those that it does not reach."""
-    reached: list[str] = []
+    """The layers in the order in which batches reach them, from the first until all are; then the others."""
+    order: list[str] = []
+    reached: dict[str, None] = {}
 
     def note(name: str) -> bool:
-        reached.append(name)
+        reached[name] = None
         return True
 
     with watched(chosen, note, {}):
-        deque(passed(model, batches, forward, 1), 0)
-    return list(dict.fromkeys([*reached, *chosen]))
+        for _ in passed(model, batches, forward):
+            at = 0
+            for name in reached:  # a new one goes behind those that this batch has reached before it
+                if name not in order:
+                    order.insert(at, name)
+                at = order.index(name) + 1
+            reached.clear()
+            if len(order) == len(chosen):
+                break
+    return list(dict.fromkeys([*order, *chosen]))

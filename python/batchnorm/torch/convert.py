@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -97,10 +98,10 @@ def _rectified(model: Any, norms: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     takers: dict[str, set[str | None]] = {}
     for mode in (True, False):
         try:
-            calls = traced(revert(copied(model)).train(mode))
+            traces = traced(revert(copied(model)).train(mode))
         except ValueError as error:
             raise ValueError(f"{error}; pass fuse=False") from error
-        for name, taker in calls:
+        for name, taker in chain.from_iterable(traces):
             takers.setdefault(name, set()).add(taker)
     found = {
         name: tuple(taker and model.get_submodule(taker) for taker in takers.get(name, {None}))

@@ -78,7 +78,9 @@ def fold(model: Any, example: Any = None) -> Any:
     ``nn.ConvTranspose1d`` to ``3d`` of as many axes, with any ``groups`` and for inputs with a batch axis,
     and ``nn.BatchNorm1d`` and ``SyncBatchNorm`` behind ``nn.Linear`` for inputs (N, C). Nothing else may use
     that layer's output, and neither may have hooks or a parametrization. That it is so, a trace of the whole
-    model by ``torch.fx`` shows, in which each is called once. With an ``example`` it is found by running it:
+    model by ``torch.fx`` shows, in which each is called once; and a second one with the defaults of arguments
+    behind the first, if there are any. A trace does not see what depends on the class of an argument, or on
+    what an earlier call has left: pass an ``example`` for such models. With it that is found by running it:
     where a batch norm's input is the very output of such a layer, and no other operation reads that, folding
     is tried, and kept if the model's output stays the same. So a folded model is for the same way of calling.
 
@@ -104,7 +106,7 @@ def fold(model: Any, example: Any = None) -> Any:
     evaluated = _evaluated(plain)
     if example is None:
         try:
-            found = _followed(traced(evaluated))
+            found = _agreed(traced(evaluated))
         except ValueError as error:
             found, why = {}, f"{error}; pass example=, a batch, to find out by running it"
     else:
@@ -146,6 +148,13 @@ def _followed(calls: list[Call]) -> Pairs:
     names = [call.name for call in calls]
     once = [call for call in calls if call.taker and names.count(call.name) == names.count(call.taker) == 1]
     return {str(call.taker): call.name for call in once}
+
+
+def _agreed(traces: list[list[Call]]) -> Pairs:
+    """Pairs of a trace that all others have as well, unless they call neither of the two."""
+    each = [(_followed(calls), {call.name for call in calls}) for calls in traces]
+    pairs = dict.fromkeys(pair for found, _ in each for pair in found.items())
+    return {n: b for n, b in pairs if all(f.get(n) == b or not {n, b} & names for f, names in each)}
 
 
 def _foldable(model: Any, norm: str, before: str) -> bool:
@@ -339,8 +348,9 @@ def _check_pair(model: Any, result: Any, norm: str, before: str) -> None:
     if isinstance(layer, nn.Linear):
         shape = [8, layer.in_features]
     else:
-        sizes = zip(layer.kernel_size, layer.dilation, strict=True)
-        shape = [2, layer.in_channels, *((k - 1) * d + 3 for k, d in sizes)]
+        padding = (0,) * len(layer.kernel_size) if isinstance(layer.padding, str) else layer.padding
+        sizes = zip(layer.kernel_size, layer.dilation, padding, strict=True)
+        shape = [2, layer.in_channels, *(max((k - 1) * d, 2 * p) + 3 for k, d, p in sizes)]
     x = torch.randn(shape, generator=g, dtype=torch.float64)
     eps = bn.eps
     with torch.no_grad():

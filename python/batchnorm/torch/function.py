@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch._C import _functorch, _is_tracing
+from torch._C import _functorch, _is_tracing, _len_torch_dispatch_stack
 from torch.autograd import forward_ad
 
 from .._arrays import gpu_extension
@@ -46,17 +46,18 @@ _NEEDS: dict[Any, Any] = {
 
 _is_compiling = torch.compiler.is_compiling
 _peek, _levels = _functorch.peek_interpreter_stack, vars(forward_ad)
+_modes = _len_torch_dispatch_stack  # such as one that records operators
 
 
 def native(x: Any) -> bool:
-    """Whether x is an ordinary tensor of a device that is served, outside of compilers, tracers and function
-    transforms."""
+    """Whether x is an ordinary tensor of a device that is served, outside of compilers, tracers, function
+    transforms and dispatch modes."""
     return (
         type(x) in _TENSORS
         and (x.dtype in _WIDE or x.dtype in _NARROW)
         and x.layout is torch.strided
         and x.device.type in _DEVICES
-        and not (_is_compiling() or _is_tracing())
+        and not (_is_compiling() or _is_tracing() or _modes())
         and _peek() is None
         and _levels["_current_level"] < 0
     )
@@ -93,16 +94,16 @@ class Views:
     __slots__ = ("_held",)
 
     def __init__(self) -> None:
-        self._held: dict[str, tuple[int, int, Any]] = {}
+        self._held: dict[str, tuple[int, int, Any, Any]] = {}
 
     def __call__(self, name: str, tensor: Any) -> Any:
-        if tensor is None or tensor.dtype not in _WIDE or _on_gpu(tensor):
+        if tensor is None or tensor.dtype not in _WIDE or _on_gpu(tensor) or not tensor.is_contiguous():
             return vector(tensor)
-        address, size = tensor.data_ptr(), tensor.numel()
+        address, size, dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype
         held = self._held.get(name)
-        if held is None or held[0] != address or held[1] != size or not tensor.is_contiguous():
-            held = self._held[name] = address, size, vector(tensor)
-        return held[2]
+        if held is None or held[0] != address or held[1] != size or held[2] is not dtype:
+            held = self._held[name] = address, size, dtype, vector(tensor)
+        return held[3]
 
     def __reduce__(self) -> Any:
         return Views, ()  # copies of the module have other tensors

@@ -137,7 +137,8 @@ def quiet(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     guards = (module.register_forward_pre_hook(_in_eval_mode(name)) for name, module in layers.items())
     own = [(m, name, getattr(m, name)) for m in layers.values() for name in STATISTICS]
-    buffers = [(m, n, b, b.clone()) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
+    buffers = [(m, n, b) for m in model.modules() for n, b in m.named_buffers(recurse=False)]
+    values = [(b, b.clone(), _version(b)) for _, _, b in buffers]
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices), torch.no_grad(), eagerly(), hooked(guards):
         try:
@@ -149,9 +150,10 @@ def quiet(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
-            for module, name, buffer, before in buffers:
+            for module, name, buffer in buffers:
                 setattr(module, name, buffer)
-                if not torch.equal(buffer, before) and not _both_nan(buffer, before):
+            for buffer, before, version in values:
+                if not _same(buffer, before, version):
                     buffer.copy_(before)
 
 
@@ -166,8 +168,18 @@ def _in_eval_mode(name: str) -> Callable[..., None]:
     return check
 
 
-def _both_nan(a: Any, b: Any) -> bool:
-    return bool(((a == b) | ((a != a) & (b != b))).all())
+def _version(tensor: Any) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _same(buffer: Any, before: Any, version: int | None) -> bool:
+    """Whether a buffer has the values of before, NaN or not; or was not changed, if none can be compared."""
+    try:
+        if torch.equal(buffer, before):
+            return True
+        return bool(((buffer == before) | ((buffer != buffer) & (before != before))).all())
+    except Exception:  # sparse, nested, meta, or of anybody's class
+        return _version(buffer) == version
 
 
 def has_hooks(module: Any) -> bool:

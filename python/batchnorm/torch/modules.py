@@ -68,9 +68,14 @@ class Normalising:
         views = own.get("views")
         if views is None and here:
             views = own["views"] = Views()
-        y = normalise(*given, views) if here else operator(*given)
-        if counts:  # last: an error changes nothing
+        if counts:  # first, as in PyTorch: checkpointing may stop it after the update
             updates.add_(1)
+        try:
+            y = normalise(*given, views) if here else operator(*given)
+        except (ValueError, TypeError, RuntimeError, AttributeError):  # what it cannot take changes nothing
+            if counts:
+                updates.sub_(1)
+            raise
         if rectifies and not y.is_inference():
             y.is_rectified = version(y)
         return y

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -67,9 +66,10 @@ def recalibrate(
     All modules are in eval mode meanwhile, so that dropout does not enter. The variance is divided by
     n - 1, as PyTorch does. Batches are merged by :class:`batchnorm.Moments`: every value weighs the same,
     however small the batch that it came in. Which layers depend on which is found by changing each one's
-    output on the first batch and looking whose input changes. A layer that is called several times has the
-    statistics of all its calls, in which it normalises by the batch; so itself is not exact, those behind it
-    are. ``diagnose``, where all layers normalise by the batch, may call either ``mismatched``.
+    output and looking whose input changes, on the first batches that reach all of them. A layer that is
+    called several times has the statistics of all its calls, in which it normalises by the batch; so itself
+    is not exact, those behind it are. ``diagnose``, where all layers normalise by the batch, may call either
+    ``mismatched``.
 
     Examples
     --------
@@ -123,22 +123,30 @@ def recalibrate(
 def _dependents(
     chosen: Mapping[str, Any], layers: Mapping[str, Layer], batches: Iterable[Any], run: Any
 ) -> Dependents:
-    """The layers that the first batch reaches, in order; of each those whose input its output changes."""
-    first = list(islice(batches, 1))
+    """The layers in the order in which batches reach them; of each those whose input its output changes.
+
+    Found on those batches that reach a layer that none before them has reached.
+    """
     state = torch.get_rng_state()
 
-    def inputs() -> dict[str, bytes]:
+    def inputs(batch: Any) -> dict[str, bytes]:
         collectors: dict[str, Collector] = {name: Collector(layers[name]) for name in chosen}
         torch.set_rng_state(state)
         with collecting(chosen, collectors):
-            deque(run(first), 0)
+            deque(run([batch]), 0)
         reached = {name: each for name, each in collectors.items() if each.batches}
         return {name: each.moments.to_array().tobytes() for name, each in reached.items()}
 
-    before, found = inputs(), {}
-    for name in before:
-        with hooked([chosen[name].register_forward_hook(_disturbed)]):
-            found[name] = {other for other, value in inputs().items() if value != before[other]}
+    found: Dependents = {}
+    for batch in batches:
+        before = inputs(batch)
+        for name in before if before.keys() - found.keys() else ():
+            with hooked([chosen[name].register_forward_hook(_disturbed)]):
+                after = inputs(batch)
+            changed = {other for other in chosen if after.get(other) != before.get(other)}
+            found.setdefault(name, set()).update(changed)
+        if found.keys() == chosen.keys():
+            break
     return found
 
 
