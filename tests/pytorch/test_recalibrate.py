@@ -231,14 +231,14 @@ class Graph(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.body = nn.BatchNorm2d(3), small()
-        for name in ("coo", "csr"):
+        for name in ("sparse", "csr"):
             self.register_buffer(name, getattr(torch.eye(4), f"to_sparse_{name}")())
         self.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
         self.register_buffer("meta", torch.ones(3, device="meta"))
         self.register_buffer("last", torch.ones(3))
 
     def forward(self, x):
-        self.coo.mul_(2)
+        self.sparse.mul_(2)
         self.last.add_(1)
         return self.body(self.first(x))
 
@@ -250,7 +250,7 @@ def test_buffers_that_cannot_be_compared(run):
     before, versions = dict(model.named_buffers()), {n: b._version for n, b in model.named_buffers()}
     run(model, data(32))
     assert all(b is before[n] for n, b in model.named_buffers())
-    assert torch.equal(model.coo.to_dense(), torch.eye(4)) and torch.equal(model.last, torch.ones(3))
+    assert torch.equal(model.sparse.to_dense(), torch.eye(4)) and torch.equal(model.last, torch.ones(3))
     assert all(before[n]._version == versions[n] for n in ("csr", "nested", "meta"))
 
 
