@@ -231,8 +231,8 @@ class Graph(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.body = nn.BatchNorm2d(3), small()
-        for name in ("sparse", "csr"):
-            self.register_buffer(name, getattr(torch.eye(4), f"to_sparse_{name}")())
+        for name, layout in (("sparse", torch.sparse_coo), ("csr", torch.sparse_csr)):
+            self.register_buffer(name, torch.eye(4).to_sparse(layout=layout))
         self.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
         self.register_buffer("meta", torch.ones(3, device="meta"))
         self.register_buffer("last", torch.ones(3))
