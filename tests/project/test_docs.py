@@ -227,8 +227,7 @@ def test_the_page_of_reliability_has_the_rows_of_the_scorecard() -> None:
     page = (ROOT / "docs" / "reliability.md").read_text()
     rows = [row.split("|")[1].strip() for row in page.splitlines() if re.match(r"\|.*\|.*\|.*\|.*\|$", row)]
     wanted = [name for chapter, kinds in scorecard.ROWS.items() for name in (f"**{chapter}**", *kinds)]
-    absent = {kind for kind, folder in scorecard.OPTIONAL.items() if not folder.exists()}
-    assert [row for row in rows if row in wanted] == [name for name in wanted if name not in absent]
+    assert [row for row in rows if row in wanted] == wanted
 
 
 @needs_documents
