@@ -74,6 +74,16 @@ Range range_of(const V& v) {
     return block_of(v).range();
 }
 template <bool writable>
+Range range_of(const AnyView<writable>& v) {
+    if (!v || v.outer == 0 || v.channels == 0 || v.inner == 0) return {};
+    const auto first = reinterpret_cast<std::uintptr_t>(v.data);
+    const int64_t item = element_size(v.dtype);
+    int64_t low = 0, high = 1;  // in elements
+    const auto reach = [&](int64_t n, int64_t stride) { (stride < 0 ? low : high) += (n - 1) * stride; };
+    reach(v.outer, v.outer_stride), reach(v.channels, v.channel_stride), reach(v.inner, v.inner_stride);
+    return {first + static_cast<std::uintptr_t>(low * item), first + static_cast<std::uintptr_t>(high * item)};
+}
+template <bool writable>
 Range range_of(const AnyChannels<writable>& v) {
     if (v.size <= 0) return {};
     const auto first = reinterpret_cast<std::uintptr_t>(v.data);

@@ -363,8 +363,8 @@ def test_the_package_stays_small() -> None:
 
     rooms = {
         "formats": 1577,
-        "torch": 1052,
-        "keras": 294,
+        "torch": 1057,
+        "keras": 304,
         "distributed.py": 149,
         "_gpu.py": 348,
         "dask.py": 286,
@@ -389,7 +389,7 @@ def test_the_core_stays_small() -> None:
     of_gpu = sum(count[n] for n in gpu)
     assert of_gpu <= 2644, f"{of_gpu} lines of C++ for GPUs without comments"
     total = sum(count.values()) - of_gpu
-    assert total <= 11805, f"{total} lines of C++ without comments"
+    assert total <= 11814, f"{total} lines of C++ without comments"
 
 
 @needs_source
