@@ -314,6 +314,7 @@ TEST(errors_of_running_statistics) {
     BAD_VALUE(train, "decay is 2, expected a number in [0, 1], the weight of the old value", a.running.decay = 2);
     BAD_VALUE(inference, "running_mean is given to batch_norm, which takes no statistics",
               a.running = {.mean = e.running_mean, .var = e.running_var});
+    BAD_VALUE(inference, "renorm is given to batch_norm, which takes no statistics", a.renorm.decay = 0.5);
 
     BAD_VALUE(inference, "renorm is given to batch_norm", a.renorm.enabled = true);
     BAD_VALUE(train, "renorm.decay is given without renormalisation, expected renorm.enabled", a.renorm.decay = 0.5);
