@@ -23,6 +23,8 @@ bool repeats_elements(const Array& a) {
     return false;
 }
 
+bool is_same(const Array& a, const Array& b) { return a.data == b.data && std::equal(a.strides, a.strides + a.ndim, b.strides); }
+
 // Whether two arrays have an element in common; undecided counts as yes.
 bool share_memory(PyObject* a, PyObject* b) {
     try {
@@ -288,12 +290,6 @@ void Tensors::refuse_overlap(const Item& out, const Item& other) {
     value_error(out.name, say(out.name, " overlaps ", other.name, " without being the same array, expected ", other.name,
                               " itself (in place) or a separate array"));
 }
-
-namespace {
-
-bool is_same(const Array& a, const Array& b) { return a.data == b.data && std::equal(a.strides, a.strides + a.ndim, b.strides); }
-
-}  // namespace
 
 // An output that takes another's place in another order.
 void Tensors::refuse_reordered(const Item& out) const {

@@ -325,6 +325,8 @@ class BatchNorm:
         running statistics given count as known.
     history : int, optional
         Keep the statistics of up to so many updates, as ``record_history`` does, for ``plot_statistics``.
+        With `group` on every process or on none: a call with ``stats="running", update=True`` is measured by
+        one exchange more.
     dtype : {numpy.float32, numpy.float64}
         Of parameters and running statistics. Inputs may have any supported dtype whatever this is.
 

@@ -144,7 +144,7 @@ def recalibrate(
                 for each, value in zip(STATISTICS, new[name], strict=True):
                     variable = getattr(chosen[name], each)
                     variable.assign(value)
-                    if found.known.all() and not np.isfinite(array_of(variable)).all():
+                    if not np.isfinite(array_of(variable)).all():
                         got = f"{name}: {each} does not fit {variable.dtype}, the statistics are unchanged"
                         raise ValueError(f"{got}; keep them in float32, a layer with dtype='mixed_float16'")
     for name, values in new.items():
